@@ -1,0 +1,108 @@
+"""An MBConv block as data: its tensors and settings at one call, whichever library's module they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+Activation = Literal["none", "silu", "relu", "relu6"]
+Padding = int | Literal["same"]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNorm:
+    """One BatchNorm2d's tensors and settings, as they are at this call.
+
+    `weight`, `bias`, `running_mean`, `running_var` are [C] or None; `momentum` None means the cumulative average.
+    `training` is the module's own flag: a frozen BN inside a training model has False.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    eps: float
+    momentum: float | None
+    training: bool
+
+    @classmethod
+    def of(cls, module: nn.BatchNorm2d) -> BatchNorm:
+        """Describe a module; nothing is copied."""
+        return cls(
+            weight=module.weight,
+            bias=module.bias,
+            running_mean=module.running_mean,
+            running_var=module.running_var,
+            num_batches_tracked=module.num_batches_tracked,
+            eps=module.eps,
+            momentum=module.momentum,
+            training=module.training,
+        )
+
+    @property
+    def batch_statistics(self) -> bool:
+        """True where this call normalises with the batch's own mean and variance."""
+        return self.training or self.running_mean is None
+
+    @property
+    def updates(self) -> bool:
+        """True where this call moves the running statistics."""
+        return self.training and self.running_mean is not None
+
+
+@dataclass(frozen=True, slots=True)
+class SqueezeExcite:
+    """Weights of a squeeze-and-excitation path: reduce [R, C, 1, 1], expand [C, R, 1, 1], biases [R], [C]; sigmoid gate."""
+
+    reduce_weight: Tensor
+    reduce_bias: Tensor
+    expand_weight: Tensor
+    expand_bias: Tensor
+    activation: Activation = "silu"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One MBConv block as data: [expand 1x1, BN, act], depthwise KxK, BN, act, [SE], project 1x1, BN, [drop, + x].
+
+    Args:
+        expand_weight: [C, C_in, 1, 1], or None for a block without expansion (then `bn1` is None too).
+        depthwise_weight: [C, 1, K, K].
+        project_weight: [C_out, C, 1, 1].
+        padding: symmetric padding in pixels, or "same" for TensorFlow's SAME (at any resolution).
+        residual: add the block's input to its output (stride 1, C_in == C_out).
+        drop: stochastic depth as a function of a tensor [N, 1, 1, 1] of ones, giving each sample's factor; None if inactive.
+    """
+
+    expand_weight: Tensor | None
+    bn1: BatchNorm | None
+    depthwise_weight: Tensor
+    bn2: BatchNorm
+    se: SqueezeExcite | None
+    project_weight: Tensor
+    bn3: BatchNorm
+    stride: int
+    padding: Padding
+    activation: Activation
+    residual: bool
+    drop: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def kernel_size(self) -> int:
+        return self.depthwise_weight.shape[-1]
+
+    @property
+    def in_channels(self) -> int:
+        return self.depthwise_weight.shape[0] if self.expand_weight is None else self.expand_weight.shape[1]
+
+
+def pads(size: int, kernel_size: int, stride: int, padding: Padding) -> tuple[int, int]:
+    """Padding (before, after) of one spatial axis; "same" follows TensorFlow: the odd pixel goes after."""
+    if padding != "same":
+        return padding, padding
+    total = max((-(-size // stride) - 1) * stride + kernel_size - size, 0)
+    return total // 2, total - total // 2

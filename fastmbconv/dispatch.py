@@ -1,0 +1,127 @@
+"""Which path a call takes: the Triton kernels, or eager PyTorch and why.
+
+`FASTMBCONV_BACKEND` (or `set_backend`, or `with backend(...)`) is one of
+* auto: kernels where they run and are supported, eager elsewhere, never an error;
+* triton: kernels or a ValueError that names the reason (on a CPU this wants TRITON_INTERPRET=1 before the start);
+* eager: PyTorch everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+from fastmbconv.block import Block
+
+BACKENDS = ("auto", "triton", "eager")
+KERNEL_SIZES = (3, 5)
+STRIDES = (1, 2)
+ACTIVATIONS = ("silu", "relu", "relu6")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}: allowed are {', '.join(BACKENDS)}")
+    return name
+
+
+_backend = _checked(os.environ.get("FASTMBCONV_BACKEND", "auto"), "FASTMBCONV_BACKEND")
+
+
+def get_backend() -> str:
+    """The backend in force: "auto", "triton" or "eager"."""
+    return _backend
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend for this process; ValueError for an unknown name."""
+    global _backend
+    _backend = _checked(name, "backend")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose the backend inside a `with` block."""
+    before = get_backend()
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+@cache
+def has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def interpreted() -> bool:
+    """True where kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors and slowly."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def device_reason(x: Tensor) -> str | None:
+    """Why no kernel can run on this tensor's device and dtype, or None."""
+    if not has_triton():
+        return "Triton is not installed"
+    if torch.compiler.is_exporting() or torch.jit.is_scripting() or torch.jit.is_tracing():
+        return "the model is being exported or traced"
+    if interpreted():
+        if x.device.type != "cpu":
+            return f"TRITON_INTERPRET=1 runs on CPU tensors, and this one is on {x.device}"
+        if get_backend() == "auto":
+            return "a CPU tensor (the interpreter runs only with the backend set to triton)"
+        return None if x.dtype in (*DTYPES, torch.float64) else f"dtype {x.dtype}"
+    if x.device.type != "cuda":
+        return f"a {x.device.type} tensor"
+    return None if x.dtype in DTYPES else f"dtype {x.dtype}"
+
+
+def shape_reason(kernel_size: int, stride: int, padding: int | str, activation: str) -> str | None:
+    """Why no kernel exists for this convolution and activation, or None."""
+    if kernel_size not in KERNEL_SIZES:
+        return f"kernel size {kernel_size} (supported: 3, 5)"
+    if stride not in STRIDES:
+        return f"stride {stride} (supported: 1, 2)"
+    if activation not in ACTIVATIONS:
+        return f"activation {activation!r} (supported: {', '.join(ACTIVATIONS)})"
+    if padding != "same" and not 0 <= int(padding) < kernel_size:
+        return f"padding {padding} (supported: 0 to kernel size - 1, or 'same')"
+    return None
+
+
+def block_reason(block: Block) -> str | None:
+    """Why this block can't be fused whatever its input, or None."""
+    reason = shape_reason(block.kernel_size, block.stride, block.padding, block.activation)
+    if reason is None and block.se is not None and block.se.activation not in ACTIVATIONS:
+        reason = f"squeeze-excite activation {block.se.activation!r} (supported: {', '.join(ACTIVATIONS)})"
+    return reason
+
+
+def supports(block: Block, x: Tensor) -> str | None:
+    """None where the kernels take this call, else the reason why eager does. "eager" as the backend is a reason too."""
+    if get_backend() == "eager":
+        return "the backend is set to eager"
+    if x.numel() == 0:
+        return "an empty batch"
+    return device_reason(x) or block_reason(block)
+
+
+def module_reason(module: nn.Module) -> str | None:
+    """Why a module must run its own submodules: somebody hooked one of them, or parametrised one. None if nobody did."""
+    for name, child in module.named_modules():
+        if child is module:
+            continue
+        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+            return f"a hook on {name}"
+        if getattr(child, "parametrizations", None):
+            return f"a parametrization on {name}"
+    return None

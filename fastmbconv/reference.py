@@ -1,0 +1,67 @@
+"""The block and each op in plain PyTorch, one line per op: the truth that tests, fallback and benchmarks share.
+
+All images are [N, C, H, W]. Nothing here calls a kernel of ours; dtype in is dtype out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmbconv.block import Activation, BatchNorm, Block, Padding, SqueezeExcite, pads
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "silu": F.silu,
+    "relu": F.relu,
+    "relu6": F.relu6,
+}
+
+
+def batch_norm(x: Tensor, bn: BatchNorm) -> Tensor:
+    """`nn.BatchNorm2d.forward` on a description of it, running statistics included."""
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    if bn.updates and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+    return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.batch_statistics, momentum, bn.eps)
+
+
+def depthwise(x: Tensor, weight: Tensor, stride: int, padding: Padding) -> Tensor:
+    """Depthwise K x K convolution; weight is [C, 1, K, K]."""
+    (top, bottom), (left, right) = (pads(size, weight.shape[-1], stride, padding) for size in x.shape[2:])
+    if top == bottom and left == right:
+        return F.conv2d(x, weight, None, stride, (top, left), 1, x.shape[1])
+    return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, None, stride, 0, 1, x.shape[1])
+
+
+def depthwise_bn_act(
+    x: Tensor, weight: Tensor, bn: BatchNorm, stride: int, padding: Padding, activation: Activation
+) -> Tensor:
+    """act(BN(depthwise(x)))."""
+    return ACTIVATIONS[activation](batch_norm(depthwise(x, weight, stride, padding), bn))
+
+
+def squeeze_excite(x: Tensor, se: SqueezeExcite) -> Tensor:
+    """x * sigmoid(expand(act(reduce(mean of x over the image)))): Hu et al., 2018."""
+    pooled = x.mean((2, 3), keepdim=True)
+    reduced = ACTIVATIONS[se.activation](F.conv2d(pooled, se.reduce_weight, se.reduce_bias))
+    return x * torch.sigmoid(F.conv2d(reduced, se.expand_weight, se.expand_bias))
+
+
+def mbconv(x: Tensor, block: Block) -> Tensor:
+    """The whole block: [expand, BN, act], depthwise, BN, act, [SE], project, BN, [stochastic depth, + x]."""
+    h = x
+    if block.expand_weight is not None:
+        assert block.bn1 is not None
+        h = ACTIVATIONS[block.activation](batch_norm(F.conv2d(h, block.expand_weight), block.bn1))
+    h = depthwise_bn_act(h, block.depthwise_weight, block.bn2, block.stride, block.padding, block.activation)
+    if block.se is not None:
+        h = squeeze_excite(h, block.se)
+    h = batch_norm(F.conv2d(h, block.project_weight), block.bn3)
+    if block.residual and block.drop is not None:
+        h = h * block.drop(h.new_ones(h.shape[0], 1, 1, 1))
+    return h + x if block.residual else h
