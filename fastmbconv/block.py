@@ -31,12 +31,13 @@ class BatchNorm:
 
     @classmethod
     def of(cls, module: nn.BatchNorm2d) -> BatchNorm:
-        """Describe a module; nothing is copied."""
+        """Describe a module; nothing is copied. Statistics that it holds but does not track stay out of training."""
+        tracked = module.track_running_stats or not module.training
         return cls(
             weight=module.weight,
             bias=module.bias,
-            running_mean=module.running_mean,
-            running_var=module.running_var,
+            running_mean=module.running_mean if tracked else None,
+            running_var=module.running_var if tracked else None,
             num_batches_tracked=module.num_batches_tracked,
             eps=module.eps,
             momentum=module.momentum,

@@ -117,6 +117,8 @@ def supports(block: Block, x: Tensor) -> str | None:
 
 def module_reason(module: nn.Module) -> str | None:
     """Why a module must run its own submodules: somebody hooked one of them, or parametrised one. None if nobody did."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return "a hook on every module"
     for name, child in module.named_modules():
         if child is module:
             continue

@@ -110,6 +110,17 @@ class MBConv(nn.Module):
 
     fused: bool = True
 
+    _TYPES = {
+        "expand_conv": Conv2d,
+        "expand_bn": nn.BatchNorm2d,
+        "depthwise_conv": Conv2d,
+        "depthwise_bn": nn.BatchNorm2d,
+        "se": SqueezeExcitation,
+        "project_conv": Conv2d,
+        "project_bn": nn.BatchNorm2d,
+        "drop_path": StochasticDepth,
+    }
+
     def __init__(
         self,
         in_channels: int,
@@ -172,7 +183,15 @@ class MBConv(nn.Module):
         h = self.project_bn(self.project_conv(h))
         return self.drop_path(h) + x if self.residual else h
 
+    def eager_reason(self) -> str | None:
+        """Why this block must run its own submodules (a hook, another type in a submodule's place), or None."""
+        for name, expected in self._TYPES.items():
+            child = self._modules.get(name)
+            if child is not None and type(child) is not expected:
+                return f"{name} is a {type(child).__name__}"
+        return dispatch.module_reason(self)
+
     def forward(self, x: Tensor) -> Tensor:
-        if not self.fused or dispatch.module_reason(self) is not None:
+        if not self.fused or self.eager_reason() is not None:
             return self.forward_eager(x)
         return functional.mbconv(x, self.describe(), eager=self.forward_eager)
