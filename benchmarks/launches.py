@@ -1,0 +1,43 @@
+"""Which Triton kernels a call launches: seen on the way to the GPU, or instead of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+Seen = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+
+
+@contextmanager
+def observed(seen: Seen, *, run: bool) -> Iterator[None]:
+    """Call `seen(kernel, args, kwargs)` for each launch inside the block; without `run` the launch itself is left out."""
+
+    def spy(original: Callable[..., Any]) -> Callable[..., Any]:
+        def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+            seen(kernel, args, kwargs)
+            return original(kernel, *args, grid=grid, warmup=warmup, **kwargs) if run else None
+
+        return launch
+
+    with (
+        mock.patch.object(JITFunction, "run", spy(JITFunction.run)),
+        mock.patch.object(InterpretedFunction, "run", spy(InterpretedFunction.run)),
+    ):
+        yield
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Kernel names and how often each was launched inside the block."""
+    counts: dict[str, int] = {}
+
+    def count(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        counts[kernel.__name__] = counts.get(kernel.__name__, 0) + 1
+
+    with observed(count, run=True):
+        yield counts
