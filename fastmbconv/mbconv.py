@@ -5,7 +5,7 @@ Sandler et al., MobileNetV2, 2018, section 3.3; with squeeze-and-excitation: Tan
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -69,7 +69,9 @@ class Conv2d(nn.Conv2d):
 
 
 class SqueezeExcitation(nn.Module):
-    """Channel gate: sigmoid(expand(act(reduce(mean over the image)))) * x (Hu et al., 2018; EfficientNet's 1x1 convs with bias)."""
+    """Channel gate: sigmoid(expand(act(reduce(mean over the image)))) * x (Hu et al., 2018; 1x1 convs with bias)."""
+
+    _TYPES = {"reduce": nn.Conv2d, "expand": nn.Conv2d}
 
     def __init__(self, channels: int, reduced_channels: int, activation: Activation = "silu") -> None:
         super().__init__()
@@ -93,6 +95,15 @@ def _bias(conv: nn.Conv2d) -> Tensor:
     return conv.bias
 
 
+def _replaced(module: nn.Module, types: Mapping[str, object]) -> str | None:
+    """Which submodule is not of the type that it was made with, or None."""
+    for name, expected in types.items():
+        child = module._modules.get(name)
+        if child is not None and type(child) is not expected:
+            return f"{name} is a {type(child).__name__}"
+    return None
+
+
 class MBConv(nn.Module):
     """Mobile inverted bottleneck with squeeze-and-excitation.
 
@@ -104,8 +115,10 @@ class MBConv(nn.Module):
         padding: None for symmetric (kernel_size // 2), or "same" for TensorFlow's.
         drop_path: stochastic-depth rate, used where the block has a residual.
 
-    Shape: [N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]; fp32, fp16, bf16 (fp64 runs eager).
-    The fused kernels run where `fastmbconv.explain` says so; set `fused = False` (or call `fastmbconv.unfuse`) for eager.
+    Shape: [N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]; fp32, fp16,
+    bf16 (fp64 runs eager).
+    The fused kernels run where `fastmbconv.explain` says so; set `fused = False` (or call `fastmbconv.unfuse`)
+    for eager.
     """
 
     fused: bool = True
@@ -140,11 +153,11 @@ class MBConv(nn.Module):
         pad: Padding = kernel_size // 2 if padding is None else padding
         self.stride, self.padding, self.activation = stride, pad, activation
         self.residual = stride == 1 and in_channels == out_channels
+        self.expand_conv: Conv2d | None = None
+        self.expand_bn: nn.BatchNorm2d | None = None
         if expand_ratio != 1:
             self.expand_conv = Conv2d(in_channels, hidden, 1)
             self.expand_bn = nn.BatchNorm2d(hidden, eps, momentum)
-        else:
-            self.expand_conv = self.expand_bn = None
         self.depthwise_conv = Conv2d(hidden, hidden, kernel_size, stride, pad, groups=hidden)
         self.depthwise_bn = nn.BatchNorm2d(hidden, eps, momentum)
         reduced = max(1, int(in_channels * se_ratio)) if se_ratio else 0
@@ -185,11 +198,10 @@ class MBConv(nn.Module):
 
     def eager_reason(self) -> str | None:
         """Why this block must run its own submodules (a hook, another type in a submodule's place), or None."""
-        for name, expected in self._TYPES.items():
-            child = self._modules.get(name)
-            if child is not None and type(child) is not expected:
-                return f"{name} is a {type(child).__name__}"
-        return dispatch.module_reason(self)
+        reason = _replaced(self, {**self._TYPES, "act": ACTIVATIONS[self.activation]})
+        if reason is None and self.se is not None:
+            reason = _replaced(self.se, {**self.se._TYPES, "act": ACTIVATIONS[self.se.activation]})
+        return reason or dispatch.module_reason(self)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.fused or self.eager_reason() is not None:
