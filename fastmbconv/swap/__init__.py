@@ -1,13 +1,70 @@
-"""Swap fused blocks into models that people already have, and out again."""
+"""Swap fused blocks into models that people already have, and out again.
+
+A fused model shares everything with the one that it was: module objects, parameters, buffers, hooks, state-dict keys.
+Storing a whole fused model (not its state dict) names fastmbconv in the file: `unfuse` first if others shall load it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import nn
+
+from fastmbconv.swap.explain import Explanation, Row, rows
+from fastmbconv.swap.fused import fusible, swap_in, swap_out
+
+__all__ = ["Explanation", "Row", "explain", "fuse", "unfuse"]
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
-def fuse(model, filter_fn=None):
-    raise NotImplementedError
+def fuse(model: Model, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Model:
+    """Make a model's MBConv blocks run fused, in place, and return it.
+
+    Blocks of fastmbconv, timm (InvertedResidual, DepthwiseSeparableConv) and torchvision (MBConv) are known; a block
+    that can't be fused stays as it is, and `explain` says why. Fusing twice is fusing once.
+
+    Args:
+        model: any module; a block itself too.
+        filter_fn: called as filter_fn(block, fully_qualified_name) for each block that can be fused; false leaves it.
+
+    Raises:
+        TypeError: for a model that is no nn.Module, or a filter_fn that can't be called.
+    """
+    _check(model)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn is a {type(filter_fn).__name__}: allowed is a function (module, name) -> bool")
+    for name, module in list(model.named_modules()):
+        block = fusible(module)
+        if block is not None and not isinstance(block, str) and (filter_fn is None or filter_fn(module, name)):
+            swap_in(module)
+    return model
 
 
-def unfuse(model):
-    raise NotImplementedError
+def unfuse(model: Model) -> Model:
+    """Undo `fuse`, in place, and return the model: every block has its own class again and runs as it did.
+
+    Raises:
+        TypeError: for a model that is no nn.Module.
+        RuntimeError: for a block whose class somebody else changed after `fuse`.
+    """
+    _check(model)
+    for module in model.modules():
+        swap_out(module)
+    return model
 
 
-def explain(model):
-    raise NotImplementedError
+def explain(model: nn.Module) -> Explanation:
+    """A row for each block of a model: fused or eager, why, and what a call runs in the present environment.
+
+    Raises:
+        TypeError: for a model that is no nn.Module.
+    """
+    _check(model)
+    return Explanation(rows(model))
+
+
+def _check(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: allowed is a torch.nn.Module")

@@ -1,0 +1,172 @@
+"""What `explain` tells: a row for each block, with the path that it takes and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from fastmbconv import dispatch
+from fastmbconv.block import Block
+from fastmbconv.swap.fused import FusedBlock, fusible, is_fused, read
+from fastmbconv.swap.registry import adapter_of, forward_owner
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Sizes of a block; None where they can't be told."""
+
+    channels: tuple[int, int, int] | None
+    kernel_size: int | None
+    stride: int | None
+    squeeze_excite: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One block: `path` is what `fuse` has made of it, `reason` says why not ("" if fused).
+
+    `runs` is what a call runs in the present environment: "kernels", or "eager" and why.
+    """
+
+    name: str
+    block: str
+    geometry: Geometry
+    path: Literal["fused", "eager"]
+    reason: str
+    runs: str
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Explanation:
+    """The rows of `explain`; prints as a table. `len`, iteration and `fused` (how many are) work on the rows."""
+
+    rows: tuple[Row, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    @property
+    def fused(self) -> int:
+        return sum(row.path == "fused" for row in self.rows)
+
+    def __repr__(self) -> str:
+        if not self.rows:
+            return "no MBConv block found"
+        cells = [("block", "class", "channels", "kernel", "stride", "SE", "path", "why"), *map(_cells, self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+        return "\n".join((*lines, self.summary()))
+
+    def summary(self) -> str:
+        """One line: how many blocks are fused, and what they run here."""
+        line = f"{self.fused} of {len(self.rows)} blocks fused"
+        runs = {row.runs for row in self.rows if row.path == "fused"}
+        if not runs:
+            return line
+        return f"{line}; here they run {' or '.join(sorted(runs))}"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    g = row.geometry
+    return (
+        row.name or "(model)",
+        row.block,
+        "->".join(map(str, g.channels)) if g.channels else "?",
+        f"{g.kernel_size}x{g.kernel_size}" if g.kernel_size else "?",
+        str(g.stride or "?"),
+        "yes" if g.squeeze_excite else "no",
+        row.path,
+        row.reason if row.path == "eager" or row.runs == "kernels" else f"runs {row.runs}",
+    )
+
+
+def rows(model: nn.Module) -> tuple[Row, ...]:
+    """A row for each known block, and for each unknown module that looks like one."""
+    candidates = _lookalikes(model)
+    found = []
+    for name, module in model.named_modules():
+        if adapter_of(type(module)) is not None:
+            found.append(_row(name, module))
+        elif module in candidates:
+            reason = f"no adapter for {type(module).__module__}.{type(module).__qualname__}"
+            found.append(_eager(name, module, reason))
+    return tuple(found)
+
+
+def _row(name: str, module: nn.Module) -> Row:
+    block = fusible(module)
+    if block is None or isinstance(block, str):
+        return _eager(name, module, str(block))
+    geometry = _geometry(block)
+    if not is_fused(module):
+        return _eager(name, module, "not fused: fastmbconv.fuse does it", geometry)
+    adapter = adapter_of(type(module))
+    assert adapter is not None
+    live = read(module, adapter)
+    if isinstance(live, str):
+        return _eager(name, module, live, geometry)
+    reason = dispatch.supports(block, block.project_weight)
+    return Row(name, _class_name(module), geometry, "fused", "", "kernels" if reason is None else f"eager: {reason}")
+
+
+def _eager(name: str, module: nn.Module, reason: str, geometry: Geometry | None = None) -> Row:
+    geometry = geometry or _guessed_geometry(module)
+    return Row(name, _class_name(module), geometry, "eager", reason, f"eager: {reason}")
+
+
+def _class_name(module: nn.Module) -> str:
+    cls: Any = type(module)
+    return cls.original.__name__ if issubclass(cls, FusedBlock) else cls.__name__
+
+
+def _geometry(block: Block) -> Geometry:
+    hidden, out = block.depthwise_weight.shape[0], block.project_weight.shape[0]
+    return Geometry((block.in_channels, hidden, out), block.kernel_size, block.stride, block.se is not None)
+
+
+def _convolutions(module: nn.Module) -> list[Any]:
+    """Anything that convolves, torch's or not."""
+    wanted = ("in_channels", "out_channels", "kernel_size", "stride", "groups")
+    return [leaf for leaf in module.modules() if all(hasattr(leaf, name) for name in wanted)]
+
+
+def _guessed_geometry(module: nn.Module) -> Geometry:
+    """Sizes from the convolutions in their order; the depthwise one, else the widest, tells kernel and stride."""
+    squeeze_excite = any(word in type(m).__name__ for m in module.modules() for word in ("SqueezeExc", "SEModule"))
+    convs = _convolutions(module)
+    if not convs:
+        return Geometry(None, None, None, squeeze_excite)
+    main = next(filter(_is_depthwise, convs), None) or max(convs, key=lambda conv: _first(conv.kernel_size))
+    channels = (convs[0].in_channels, main.out_channels, convs[-1].out_channels)
+    return Geometry(channels, _first(main.kernel_size), _first(main.stride), squeeze_excite)
+
+
+def _first(size: Any) -> int:
+    return size[0] if isinstance(size, (tuple, list)) else size
+
+
+def _is_depthwise(conv: Any) -> bool:
+    return conv.groups == conv.in_channels > 1
+
+
+def _lookalikes(model: nn.Module) -> set[nn.Module]:
+    """The innermost modules, no mere containers, that hold one depthwise convolution and a pointwise one."""
+    known = {module for module in model.modules() if adapter_of(type(module)) is not None}
+    found: set[nn.Module] = set()
+    for module in reversed(list(model.modules())):  # children before their parents
+        if isinstance(module, CONTAINERS) and forward_owner(type(module)) in (*CONTAINERS, nn.Module):
+            continue
+        convs = _convolutions(module)
+        depthwise = sum(map(_is_depthwise, convs))
+        pointwise = any(_first(conv.kernel_size) == 1 and conv.groups == 1 for conv in convs)
+        if depthwise == 1 and pointwise and not any(child in found or child in known for child in module.modules()):
+            found.add(module)
+    return found

@@ -1,0 +1,106 @@
+"""The swap: a block's class becomes a subclass of itself whose forward goes through `functional.mbconv`.
+
+The module object, its submodules, parameters, buffers, hooks and state-dict keys are not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from fastmbconv import dispatch, functional
+from fastmbconv.block import Block
+from fastmbconv.mbconv import MBConv
+from fastmbconv.swap.registry import Adapter, adapter_of
+
+
+class FusedBlock:
+    """Mixed in before a block's own class. Each call describes the block anew, so that no change of it goes unseen."""
+
+    is_swap: ClassVar[bool] = True
+    adapter: ClassVar[Adapter]
+    original: ClassVar[type[nn.Module]]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        original: Callable[..., Any] = super().forward  # type: ignore[misc]
+        if not args or not isinstance(args[0], Tensor):
+            return original(*args, **kwargs)
+        block = read(self, type(self).adapter, *args[1:], **kwargs)  # type: ignore[arg-type]
+        if isinstance(block, str):
+            return original(*args, **kwargs)
+        return functional.mbconv(args[0], block, eager=lambda x: original(x, *args[1:], **kwargs))
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        return _rebuild, (type(self).original,), self.__getstate__()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """TorchScript compiles the class's source, so it gets the original class (with the same submodules)."""
+        block: Any = copy.copy(self)
+        block.__class__ = type(self).original
+        return block
+
+
+def read(module: nn.Module, adapter: Adapter, *args: Any, **kwargs: Any) -> Block | str:
+    """The block as data at this call, or why the module must run its own submodules."""
+    return dispatch.module_reason(module) or adapter(module, *args, **kwargs)
+
+
+def fusible(module: nn.Module) -> Block | str | None:
+    """What `fuse` goes by: the block as data, the reason why it can't be fused, or None for what is no known block.
+
+    Hooks and parametrizations don't count: they come and go, and each call looks for them.
+    """
+    adapter = adapter_of(type(module))
+    if adapter is None:
+        return None
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    block = adapter(module)
+    return block if isinstance(block, str) else dispatch.block_reason(block) or block
+
+
+def is_fused(module: nn.Module) -> bool:
+    """True where a call may reach the kernels."""
+    return module.fused if isinstance(module, MBConv) else isinstance(module, FusedBlock)
+
+
+def swap_in(module: nn.Module) -> None:
+    """Make a fusible block a fused one."""
+    if isinstance(module, MBConv):
+        module.fused = True
+    elif not isinstance(module, FusedBlock):
+        cls: Any = type(module)
+        module.__class__ = fused_class(cls)
+
+
+def swap_out(module: nn.Module) -> None:
+    """Give a fused block its own class back; RuntimeError if somebody changed its class since."""
+    if isinstance(module, MBConv):
+        module.fused = False
+    elif isinstance(module, FusedBlock):
+        cls: Any = type(module)
+        if "original" not in vars(cls):
+            raise RuntimeError(f"module is a {cls.__name__}: its class was changed after fuse; undo that change first")
+        module.__class__ = cls.original
+
+
+@cache
+def fused_class(original: Any) -> Any:
+    """The fused subclass of a block's class, made once."""
+    body = {
+        "adapter": staticmethod(adapter_of(original)),  # type: ignore[arg-type]
+        "original": original,
+        "__module__": FusedBlock.__module__,
+        "__doc__": original.__doc__,
+    }
+    return type(f"Fused{original.__name__}", (FusedBlock, original), body)
+
+
+def _rebuild(original: Any) -> nn.Module:
+    """An empty fused module, for copy and pickle to fill: stored models name this function."""
+    cls = fused_class(original)
+    return cls.__new__(cls)

@@ -1,0 +1,219 @@
+"""A foreign block's pieces, checked and put together as a Block: the rules that every library's adapter shares.
+
+Leaves are recognised by their exact type: a subclass may compute something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastmbconv.block import Activation, BatchNorm, Block, Padding, SqueezeExcite
+
+Module = Any  # an nn.Module of a foreign class: `nn.Module` alone says nothing about its attributes
+
+ACTIVATIONS: dict[type[nn.Module], Activation] = {
+    nn.Identity: "none",
+    nn.SiLU: "silu",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Kinds:
+    """Exact leaf types, as `kind` spells them, that mean in one library's blocks what torch's own leaves mean."""
+
+    same_convs: frozenset[str] = frozenset()
+    norms: frozenset[str] = frozenset()
+    gates: frozenset[str] = frozenset()
+    drops: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A convolution, the norm behind it, and the activation behind that (None: no activation)."""
+
+    conv: Module
+    norm: Module
+    act: Module | None
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """The leaves of a squeeze-and-excitation path."""
+
+    reduce: Module
+    act: Module
+    expand: Module
+    gate: Module
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The pieces of one block; `drop_rate` is the rate of `drop`, which counts only in a block with a residual."""
+
+    expand: Stage | None
+    depthwise: Stage
+    se: Gate | None
+    project: Stage
+    residual: bool
+    drop: Module | None
+    drop_rate: float
+
+
+def kind(module: Module) -> str:
+    """A module's exact type, spelled out: no library needs importing to compare it."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def name(module: Module) -> str:
+    return type(module).__name__
+
+
+def assemble(parts: Parts, kinds: Kinds) -> Block | str:
+    """The block as data, with its live parameters; or the reason why it is none."""
+    stages = [("depthwise", parts.depthwise), ("projection", parts.project)]
+    if parts.expand is not None:
+        stages.insert(0, ("expansion", parts.expand))
+    for role, stage in stages:
+        reason = _conv_reason(role, stage.conv, kinds) or _norm_reason(role, stage.norm, kinds)
+        if reason is None and role != "depthwise":
+            reason = _pointwise_reason(role, stage.conv)
+        if reason is not None:
+            return reason
+    reason = _depthwise_reason(parts.depthwise.conv) or _gate_reason(parts.se, kinds) or _drop_reason(parts, kinds)
+    if reason is not None:
+        return reason
+    activation = _activation(parts.depthwise.act)
+    if activation is None:
+        return _unknown_activation("depthwise", parts.depthwise.act)
+    if parts.expand is not None and _activation(parts.expand.act) != activation:
+        return _unknown_activation("expansion", parts.expand.act, f"the depthwise stage has {activation}")
+    if _activation(parts.project.act) != "none":
+        return _unknown_activation("projection", parts.project.act, "allowed is none")
+    return _block(parts, kinds, activation)
+
+
+def _block(parts: Parts, kinds: Kinds, activation: Activation) -> Block | str:
+    conv = parts.depthwise.conv
+    stride = conv.stride[0]
+    expand, project = parts.expand, parts.project
+    block = Block(
+        expand_weight=None if expand is None else expand.conv.weight,
+        bn1=None if expand is None else BatchNorm.of(expand.norm),
+        depthwise_weight=conv.weight,
+        bn2=BatchNorm.of(parts.depthwise.norm),
+        se=None if parts.se is None else _squeeze_excite(parts.se),
+        project_weight=project.conv.weight,
+        bn3=BatchNorm.of(project.norm),
+        stride=stride,
+        padding=_padding(conv, kinds),
+        activation=activation,
+        residual=parts.residual,
+        drop=_drop(parts),
+    )
+    if parts.residual and (stride != 1 or block.in_channels != block.project_weight.shape[0]):
+        return "a residual around a block that changes its input's shape"
+    return block
+
+
+def _drop(parts: Parts) -> Callable[[Tensor], Tensor] | None:
+    drop = parts.drop
+    return drop if parts.residual and drop is not None and drop.training and parts.drop_rate > 0 else None
+
+
+def _squeeze_excite(gate: Gate) -> SqueezeExcite:
+    return SqueezeExcite(
+        gate.reduce.weight,
+        gate.reduce.bias,
+        gate.expand.weight,
+        gate.expand.bias,
+        activation=ACTIVATIONS[type(gate.act)],
+    )
+
+
+def _activation(act: Module | None) -> Activation | None:
+    return "none" if act is None else ACTIVATIONS.get(type(act))
+
+
+def _unknown_activation(role: str, act: Module | None, allowed: str = "supported: SiLU, ReLU, ReLU6") -> str:
+    return f"the activation after the {role} is {'none' if act is None else name(act)} ({allowed})"
+
+
+def _padding(conv: Module, kinds: Kinds) -> Padding:
+    if kind(conv) in kinds.same_convs:
+        return "same"
+    if isinstance(conv.padding, str):
+        return conv.kernel_size[0] // 2 if conv.padding == "same" else 0
+    return conv.padding[0]
+
+
+def _conv_reason(role: str, conv: Module, kinds: Kinds) -> str | None:
+    if type(conv) is not nn.Conv2d and kind(conv) not in kinds.same_convs:
+        return f"the {role} convolution is a {name(conv)}"
+    if conv.bias is not None:
+        return f"the {role} convolution has a bias"
+    if conv.padding_mode != "zeros":
+        return f"the {role} convolution pads with {conv.padding_mode!r}"
+    return None
+
+
+def _pointwise_reason(role: str, conv: Module) -> str | None:
+    if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.groups != 1:
+        height, width = conv.kernel_size
+        return f"the {role} convolution is {height}x{width}, stride {conv.stride[0]}, groups {conv.groups}, not 1x1"
+    if not isinstance(conv.padding, str) and conv.padding != (0, 0):
+        return f"the {role} convolution has padding {conv.padding[0]}"
+    return None
+
+
+def _depthwise_reason(conv: Module) -> str | None:
+    if not conv.groups == conv.in_channels == conv.out_channels:
+        return (
+            f"the depthwise convolution has {conv.groups} groups for {conv.in_channels} -> {conv.out_channels} channels"
+        )
+    if conv.dilation != (1, 1):
+        return f"the depthwise convolution has dilation {conv.dilation[0]}"
+    padding = (conv.padding, conv.padding) if isinstance(conv.padding, str) else conv.padding
+    for what, pair in (("kernel", conv.kernel_size), ("stride", conv.stride), ("padding", padding)):
+        if pair[0] != pair[1]:
+            return f"the depthwise convolution's {what} is {pair[0]}x{pair[1]}, not square"
+    if conv.kernel_size[0] % 2 == 0:
+        return f"the depthwise convolution's kernel is even: {conv.kernel_size[0]}"
+    return None
+
+
+def _norm_reason(role: str, norm: Module, kinds: Kinds) -> str | None:
+    if type(norm) is not nn.BatchNorm2d and kind(norm) not in kinds.norms:
+        return f"the norm after the {role} is a {name(norm)} (supported: BatchNorm2d)"
+    inner_drop = norm._modules.get("drop")
+    if inner_drop is not None and type(inner_drop) is not nn.Identity:
+        return f"the norm after the {role} holds a {name(inner_drop)}"
+    return None
+
+
+def _gate_reason(gate: Gate | None, kinds: Kinds) -> str | None:
+    if gate is None:
+        return None
+    for conv in (gate.reduce, gate.expand):
+        if type(conv) is not nn.Conv2d:
+            return f"a squeeze-excite convolution is a {name(conv)}"
+        if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding not in ((0, 0), "same", "valid"):
+            return "a squeeze-excite convolution is not 1x1"
+        if conv.groups != 1 or conv.bias is None:
+            return "a squeeze-excite convolution has groups or lacks a bias"
+    if type(gate.gate) is not nn.Sigmoid and kind(gate.gate) not in kinds.gates:
+        return f"the squeeze-excite gate is {name(gate.gate)} (supported: Sigmoid)"
+    if ACTIVATIONS.get(type(gate.act), "none") == "none":
+        return f"the squeeze-excite activation is {name(gate.act)} (supported: SiLU, ReLU, ReLU6)"
+    return None
+
+
+def _drop_reason(parts: Parts, kinds: Kinds) -> str | None:
+    if not parts.residual or parts.drop is None or type(parts.drop) is nn.Identity or kind(parts.drop) in kinds.drops:
+        return None
+    return f"the residual branch is dropped by a {name(parts.drop)}"

@@ -1,0 +1,29 @@
+"""Which adapter reads which class.
+
+An adapter is a function `(module, *args, **kwargs) -> Block | str`: the block as data with its live parameters, or the
+reason why it is none. It gets what a call passes besides the image. It is registered under the qualified name of the
+class whose `forward` it knows, so no library is imported, a subclass with a forward of its own is another block, and a
+further library is one file with a `BLOCKS` dictionary and one entry here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastmbconv.block import Block
+from fastmbconv.swap import ours, timm, torchvision
+
+Adapter = Callable[..., Block | str]
+
+ADAPTERS: dict[str, Adapter] = {**ours.BLOCKS, **timm.BLOCKS, **torchvision.BLOCKS}
+
+
+def forward_owner(cls: type) -> type:
+    """The class in a module class's ancestry whose `forward` its instances run."""
+    return next(base for base in cls.__mro__ if "forward" in vars(base) and not vars(base).get("is_swap"))
+
+
+def adapter_of(cls: type) -> Adapter | None:
+    """The adapter for instances of a module class, or None for a class that none knows."""
+    owner = forward_owner(cls)
+    return ADAPTERS.get(f"{owner.__module__}.{owner.__qualname__}")

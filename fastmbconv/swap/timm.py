@@ -1,0 +1,114 @@
+"""timm's blocks: InvertedResidual, and DepthwiseSeparableConv, which is the same block without an expansion."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastmbconv.block import Block
+from fastmbconv.swap.parts import Gate, Kinds, Module, Parts, Stage, assemble, kind, name
+
+KINDS = Kinds(
+    same_convs=frozenset({"timm.layers.conv2d_same.Conv2dSame"}),
+    norms=frozenset({"timm.layers.norm_act.BatchNormAct2d"}),
+    gates=frozenset({"timm.layers.activations.Sigmoid"}),
+    drops=frozenset({"timm.layers.drop.DropPath"}),
+)
+SQUEEZE_EXCITE = "timm.models._efficientnet_blocks.SqueezeExcite"
+INVERTED = {"conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"}
+SEPARABLE = {"conv_dw", "bn1", "conv_pw", "bn2"}
+OPTIONAL = {"aa", "se", "drop_path", "conv_s2d", "bn_s2d"}
+
+
+def inverted_residual(module: Module) -> Block | str:
+    """`InvertedResidual`: conv_pw, bn1, conv_dw, bn2, [se], conv_pwl, bn3, [drop_path]; acts are inside the norms."""
+    return _children_reason(module, INVERTED) or _assemble(
+        module,
+        expand=_stage(module.conv_pw, module.bn1),
+        depthwise=_stage(module.conv_dw, module.bn2),
+        project=_stage(module.conv_pwl, module.bn3),
+    )
+
+
+def depthwise_separable(module: Module) -> Block | str:
+    """`DepthwiseSeparableConv`: conv_dw, bn1, [se], conv_pw, bn2, [drop_path]."""
+    if module.has_pw_act:
+        return "an activation after the projection (has_pw_act)"
+    return _children_reason(module, SEPARABLE) or _assemble(
+        module,
+        expand=None,
+        depthwise=_stage(module.conv_dw, module.bn1),
+        project=_stage(module.conv_pw, module.bn2),
+    )
+
+
+def _stage(conv: Module, norm: Module) -> Stage:
+    return Stage(conv, norm, norm._modules.get("act"))
+
+
+def _children_reason(module: Module, required: set[str]) -> str | None:
+    children = set(module._modules)
+    for missing in sorted(required - children):
+        return f"no submodule {missing}"
+    for unknown in sorted(children - required - OPTIONAL):
+        return f"an unknown submodule {unknown}"
+    return None
+
+
+def _assemble(module: Module, expand: Stage | None, depthwise: Stage, project: Stage) -> Block | str:
+    children = module._modules
+    if children.get("conv_s2d") is not None:
+        return "space-to-depth before the block (conv_s2d)"
+    aa, se, drop = children.get("aa"), children.get("se"), children.get("drop_path")
+    if aa is not None and type(aa) is not nn.Identity:
+        return f"anti-aliasing after the depthwise convolution ({name(aa)})"
+    gate = None
+    if se is not None and type(se) is not nn.Identity:
+        if kind(se) != SQUEEZE_EXCITE:
+            return f"the squeeze-excite is a {kind(se)}"
+        gate = Gate(se.conv_reduce, se.act1, se.conv_expand, se.gate)
+    return assemble(
+        Parts(
+            expand=expand,
+            depthwise=depthwise,
+            se=gate,
+            project=project,
+            residual=module.has_skip,
+            drop=drop,
+            drop_rate=getattr(drop, "drop_prob", 0.0),
+        ),
+        KINDS,
+    )
+
+
+def edge_residual(module: Module) -> str:
+    return "a Fused-MBConv: its expansion is a full convolution, there is no depthwise one"
+
+
+def conv_bn_act(module: Module) -> str:
+    return "a single convolution with its norm, no depthwise one"
+
+
+def cond_conv_residual(module: Module) -> str:
+    return "its weights depend on the input (CondConv)"
+
+
+def universal_inverted_residual(module: Module) -> str:
+    return "MobileNetV4's block: other depthwise convolutions, and layer scale"
+
+
+def mobile_attention(module: Module) -> str:
+    return "an attention block"
+
+
+BLOCKS = {
+    f"timm.models._efficientnet_blocks.{block}": adapter
+    for block, adapter in (
+        ("InvertedResidual", inverted_residual),
+        ("DepthwiseSeparableConv", depthwise_separable),
+        ("EdgeResidual", edge_residual),
+        ("ConvBnAct", conv_bn_act),
+        ("CondConvResidual", cond_conv_residual),
+        ("UniversalInvertedResidual", universal_inverted_residual),
+        ("MobileAttention", mobile_attention),
+    )
+}
