@@ -1,25 +1,5 @@
-"""The parity rule: error against float64 <= 2x eager's in the same dtype, plus a small atol per dtype.
+"""The parity rule under its short name; it and its one table of tolerances are in fastmbconv.parity."""
 
-Errors are relative L2 norms. The table below is the only place with tolerances; nothing scales it.
-"""
+from fastmbconv.parity import ATOL, FACTOR, assert_parity, relative_error
 
-import torch
-
-ATOL = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-FACTOR = 2.0
-
-
-def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
-    truth = truth.detach().double()
-    norm = truth.norm()
-    error = (value.detach().double() - truth).norm()
-    return float(error / norm) if norm > 0 else float(error)
-
-
-def assert_parity(name: str, fused: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor) -> float:
-    """Raise if `fused` breaks the rule; the ratio of the two errors otherwise."""
-    assert fused.shape == truth.shape, f"{name}: shape {tuple(fused.shape)}, expected {tuple(truth.shape)}"
-    ours, theirs = relative_error(fused, truth), relative_error(eager, truth)
-    limit = FACTOR * theirs + ATOL[fused.dtype]
-    assert ours <= limit, f"{name}: error {ours:.2e}, eager's {theirs:.2e}, limit {limit:.2e}"
-    return ours / theirs if theirs > 0 else float(ours > 0)
+__all__ = ["ATOL", "FACTOR", "assert_parity", "relative_error"]

@@ -1,0 +1,135 @@
+"""Memory traffic of an MBConv block, eager and fused: a count of the tensors that each pass reads and writes.
+
+It is a model, not a measurement: every pass is taken to move its tensors to and from memory once; caches are ignored,
+and so is whatever is as small as a weight or a vector per channel. Tensors, each as a number of elements:
+* x: the block's input; u1: the expansion's output (x itself in a block without expansion);
+* u2: the depthwise conv's output; u3: the projection's output, as large as the block's output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastmbconv.block import Block, pads
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Elements of a block's tensors, and which of its optional parts it has."""
+
+    x: int
+    u1: int
+    u2: int
+    u3: int
+    expand: bool
+    se: bool
+    residual: bool
+
+    @classmethod
+    def of(cls, block: Block, shape: tuple[int, int, int, int]) -> Sizes:
+        """Sizes of a block for an input of shape [N, C, H, W]."""
+        n, c, h, w = shape
+        if c != block.in_channels:
+            raise ValueError(f"shape is {tuple(shape)}: this block takes {block.in_channels} channels")
+        out_h, out_w = (
+            (size + sum(pads(size, block.kernel_size, block.stride, block.padding)) - block.kernel_size) // block.stride
+            + 1
+            for size in (h, w)
+        )
+        hidden = block.depthwise_weight.shape[0]
+        return cls(
+            x=n * c * h * w,
+            u1=n * hidden * h * w,
+            u2=n * hidden * out_h * out_w,
+            u3=n * block.project_weight.shape[0] * out_h * out_w,
+            expand=block.expand_weight is not None,
+            se=block.se is not None,
+            residual=block.residual,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Elements read and written by one block; times the element's size, that is bytes."""
+
+    eager_inference: int
+    eager_training: int
+    fused_inference: int
+    fused_training: int
+
+
+def count(sizes: Sizes) -> Traffic:
+    """Traffic of one forward (inference) and of one forward and backward (training), eager and fused."""
+    eager_forward, batch_statistics = _eager_forward(sizes), _eager_batch_statistics(sizes)
+    fused_forward = _fused_forward(sizes)
+    return Traffic(
+        eager_inference=eager_forward,
+        eager_training=eager_forward + batch_statistics + _eager_backward(sizes),
+        fused_inference=fused_forward,
+        fused_training=fused_forward + _fused_backward(sizes),
+    )
+
+
+def _eager_forward(s: Sizes) -> int:
+    passes = [
+        s.u1 + s.u2,  # depthwise
+        2 * s.u2,  # BN2
+        2 * s.u2,  # activation 2
+        s.u2 + s.u3,  # project
+        2 * s.u3,  # BN3
+    ]
+    if s.expand:
+        passes += [s.x + s.u1, 2 * s.u1, 2 * s.u1]  # expand, BN1, activation 1
+    if s.se:
+        passes += [s.u2, 2 * s.u2]  # mean, multiply
+    if s.residual:
+        passes += [3 * s.x]
+    return sum(passes)
+
+
+def _eager_batch_statistics(s: Sizes) -> int:
+    return s.expand * s.u1 + s.u2 + s.u3
+
+
+def _eager_backward(s: Sizes) -> int:
+    passes = [
+        5 * s.u3,  # BN3: reduce reads two tensors; apply reads two and writes one
+        2 * (s.u3 + s.u2),  # project: data and weight gradient
+        3 * s.u2,  # activation 2
+        5 * s.u2,  # BN2
+        2 * (s.u2 + s.u1),  # depthwise: data and weight gradient
+    ]
+    if s.se:
+        passes += [2 * s.u2, 3 * s.u2, s.u2, s.u2, 3 * s.u2]  # g * s, g * x, its sum, the mean's gradient, their sum
+    if s.expand:
+        passes += [3 * s.u1, 5 * s.u1, 2 * (s.u1 + s.x)]  # activation 1, BN1, expand: data and weight gradient
+    if s.residual:
+        passes += [3 * s.x]
+    return sum(passes)
+
+
+def _fused_forward(s: Sizes) -> int:
+    passes = [
+        s.u1 + s.u2,  # depthwise, with BN1 and the activation on the way in
+        s.u2 + s.u3,  # project, with BN2, the activation and the gate on the way in
+        2 * s.u3 + s.residual * s.x,  # BN3, residual
+    ]
+    if s.expand:
+        passes += [s.x + s.u1]
+    if s.se:
+        passes += [s.u2]
+    return sum(passes)
+
+
+def _fused_backward(s: Sizes) -> int:
+    passes = [
+        2 * s.u3,  # BN3's reductions: dy, u3
+        2 * s.u3 + s.u2,  # the sweep: BN2's sums, the gate's gradient, dW of the projection
+        2 * s.u3 + 2 * s.u2,  # project's data gradient: dy, u3, u2 -> du2
+        s.u2 + 2 * s.u1,  # depthwise: du2, u1 -> dv1
+    ]
+    if s.expand:
+        passes += [2 * s.u1 + s.x, 2 * s.u1 + s.x]  # data gradient: dv1, u1 -> dx; weight gradient: dv1, u1, x
+    if s.residual:
+        passes += [s.x]
+    return sum(passes)
