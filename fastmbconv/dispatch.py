@@ -116,14 +116,22 @@ def supports(block: Block, x: Tensor) -> str | None:
 
 
 def module_reason(module: nn.Module) -> str | None:
-    """Why a module must run its own submodules: somebody hooked one of them, or parametrised one. None if nobody did."""
+    """Why a module must run its own submodules, or None: somebody hooked one of them, or parametrised one."""
     if torch.nn.modules.module._has_any_global_hook():
         return "a hook on every module"
-    for name, child in module.named_modules():
-        if child is module:
+    return _inner_reason(module, "")
+
+
+def _inner_reason(module: nn.Module, prefix: str) -> str | None:
+    for name, child in module._modules.items():  # named_modules() is slower, and each call pays
+        if child is None:
             continue
+        if name == "parametrizations":
+            return f"a parametrization on {prefix.removesuffix('.') or 'the block'}"
         if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
-            return f"a hook on {name}"
-        if getattr(child, "parametrizations", None):
-            return f"a parametrization on {name}"
+            return f"a hook on {prefix}{name}"
+        if child._modules:
+            reason = _inner_reason(child, f"{prefix}{name}.")
+            if reason is not None:
+                return reason
     return None

@@ -76,12 +76,12 @@ def name(module: Module) -> str:
 
 def assemble(parts: Parts, kinds: Kinds) -> Block | str:
     """The block as data, with its live parameters; or the reason why it is none."""
-    stages = [("depthwise", parts.depthwise), ("projection", parts.project)]
+    stages = [("depthwise convolution", parts.depthwise), ("projection", parts.project)]
     if parts.expand is not None:
         stages.insert(0, ("expansion", parts.expand))
     for role, stage in stages:
         reason = _conv_reason(role, stage.conv, kinds) or _norm_reason(role, stage.norm, kinds)
-        if reason is None and role != "depthwise":
+        if reason is None and stage is not parts.depthwise:
             reason = _pointwise_reason(role, stage.conv)
         if reason is not None:
             return reason
@@ -90,7 +90,7 @@ def assemble(parts: Parts, kinds: Kinds) -> Block | str:
         return reason
     activation = _activation(parts.depthwise.act)
     if activation is None:
-        return _unknown_activation("depthwise", parts.depthwise.act)
+        return _unknown_activation("depthwise convolution", parts.depthwise.act)
     if parts.expand is not None and _activation(parts.expand.act) != activation:
         return _unknown_activation("expansion", parts.expand.act, f"the depthwise stage has {activation}")
     if _activation(parts.project.act) != "none":
@@ -154,20 +154,20 @@ def _padding(conv: Module, kinds: Kinds) -> Padding:
 
 def _conv_reason(role: str, conv: Module, kinds: Kinds) -> str | None:
     if type(conv) is not nn.Conv2d and kind(conv) not in kinds.same_convs:
-        return f"the {role} convolution is a {name(conv)}"
+        return f"the {role} is a {name(conv)}"
     if conv.bias is not None:
-        return f"the {role} convolution has a bias"
+        return f"the {role} has a bias"
     if conv.padding_mode != "zeros":
-        return f"the {role} convolution pads with {conv.padding_mode!r}"
+        return f"the {role} pads with {conv.padding_mode!r}"
     return None
 
 
 def _pointwise_reason(role: str, conv: Module) -> str | None:
     if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.groups != 1:
         height, width = conv.kernel_size
-        return f"the {role} convolution is {height}x{width}, stride {conv.stride[0]}, groups {conv.groups}, not 1x1"
+        return f"the {role} is {height}x{width}, stride {conv.stride[0]}, groups {conv.groups}, not 1x1"
     if not isinstance(conv.padding, str) and conv.padding != (0, 0):
-        return f"the {role} convolution has padding {conv.padding[0]}"
+        return f"the {role} has padding {conv.padding[0]}"
     return None
 
 
