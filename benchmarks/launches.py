@@ -15,7 +15,7 @@ Seen = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 
 @contextmanager
 def observed(seen: Seen, *, run: bool) -> Iterator[None]:
-    """Call `seen(kernel, args, kwargs)` for each launch inside the block; without `run` the launch itself is left out."""
+    """Call `seen(kernel, args, kwargs)` for each launch inside the block; without `run` nothing is launched."""
 
     def spy(original: Callable[..., Any]) -> Callable[..., Any]:
         def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:

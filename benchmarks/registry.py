@@ -69,8 +69,15 @@ MODELS = {
     "b0": Model("efficientnet_b0", 1.0, 1.0, 224, 128),
     "b4": Model("efficientnet_b4", 1.4, 1.8, 380, 64),
 }
-# expansion, kernel, stride, channels, repeats: Tan & Le, 2019, table 1
-STAGES = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4), (6, 3, 1, 320, 1))  # fmt: skip
+STAGES = (  # expansion, kernel, stride, channels, repeats: Tan & Le, 2019, table 1
+    (1, 3, 1, 16, 1),
+    (6, 3, 2, 24, 2),
+    (6, 5, 2, 40, 2),
+    (6, 3, 2, 80, 3),
+    (6, 5, 1, 112, 3),
+    (6, 5, 2, 192, 4),
+    (6, 3, 1, 320, 1),
+)
 
 
 def round_channels(channels: float) -> int:

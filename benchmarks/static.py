@@ -2,10 +2,10 @@
 
     python -m benchmarks.static [--arch 80 90 100] [--shapes few|all|tiny] [--dtype bfloat16] [--json report.json]
 
-A block's forward and backward run on CPU tensors whose launches are caught, so kernels, tile sizes and specialisations are the
-launchers' own at that shape. Nothing is executed on a device and nothing is computed. Columns: registers per thread, spills
-(local loads and stores in the machine code), shared memory, widest global load and store in bits, instructions, instructions of
-the longest loop, MUFU operations (ex2, rcp, tanh) and matrix instructions in it.
+A block's forward and backward run on CPU tensors whose launches are caught, so kernels, tile sizes and specialisations
+are the launchers' own at that shape. Nothing is executed on a device and nothing is computed. Columns: registers per
+thread, spills (local loads and stores in the machine code), stack and shared memory in bytes, widest global load and
+store in bits, instructions, instructions of the longest loop, MUFU (ex2, rcp, tanh) and matrix instructions in it.
 """
 
 from __future__ import annotations
@@ -194,8 +194,8 @@ def reports(shapes: list[Shape], archs: list[int], dtype: torch.dtype, jobs: int
 
 
 def table(rows: list[Report]) -> str:
-    head = f"{'kernel':32} {'sm':>3} {'regs':>4} {'spill':>5} {'stack':>5} {'smem':>6} {'ld':>3} {'st':>3} {'sass':>5} {'loop':>5} {'mufu':>4} {'mma':>4}  settings"
-    lines, last = [head], ""
+    columns = f"{'regs':>4} {'spill':>5} {'stack':>5} {'smem':>6} {'ld':>3} {'st':>3} {'sass':>5} {'loop':>5}"
+    lines, last = [f"{'kernel':32} {'sm':>3} {columns} {'mufu':>4} {'mma':>4}  settings"], ""
     for r in rows:
         if r.shape != last:
             lines.append(f"-- first launched by {r.shape}")
@@ -231,10 +231,8 @@ def main() -> int:
         return 2
     print(table(rows))
     if args.json:
-        head = dict(
-            triton=triton.__version__, torch=torch.__version__, dtype=args.dtype, version=fastmbconv.__version__
-        )
-        args.json.write_text(json.dumps(dict(head=head, rows=[asdict(r) for r in rows]), indent=1))
+        head = {"triton": triton.__version__, "torch": torch.__version__, "dtype": args.dtype}
+        args.json.write_text(json.dumps({"head": head, "rows": [asdict(r) for r in rows]}, indent=1))
     failed, spilled = sum(bool(r.error) for r in rows), sum(r.spills > 0 for r in rows)
     print(f"{len(rows)} kernels, {failed} did not compile, {spilled} spill (Triton {triton.__version__})")
     return 1 if failed else 0

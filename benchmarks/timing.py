@@ -37,8 +37,8 @@ def host_ms(step: Step) -> float:
 class DeviceTimer:
     """Device time of one step between two CUDA events.
 
-    With a cold L2 (a large buffer is overwritten first) and with the device kept busy while the host queues the step, so
-    that launch overhead is not counted: that favours whoever launches most kernels, which is never the fused block.
+    The L2 is cold (a large buffer is overwritten first), and the device is kept busy while the host queues the step, so
+    launch overhead is not counted: that favours whoever launches most kernels, which is never the fused block.
     """
 
     def __init__(self) -> None:
@@ -60,8 +60,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Samples per candidate; the steps are warm already.
 
-    `isolate` takes device time as `DeviceTimer` does; without it a sample is wall time per step over `inner` steps in a row,
-    launch overhead included. Without a GPU both are wall time.
+    `isolate` takes device time as `DeviceTimer` does; without it a sample is wall time per step over `inner` steps in
+    a row, launch overhead included. Without a GPU both are wall time.
     """
     names = list(steps)
     samples: dict[str, list[float]] = {name: [] for name in names}

@@ -1,0 +1,130 @@
+"""What is compared: a module with two ways to run it, `forward` (fused) and `forward_eager` (plain PyTorch)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import fastmbconv
+from benchmarks.registry import MODELS, Shape
+from fastmbconv import functional
+from fastmbconv.block import BatchNorm
+from fastmbconv.mbconv import SqueezeExcitation
+
+MODES = ("fwd_no_grad", "fwd_bwd")  # evaluation without gradients; training, forward and backward
+
+
+@dataclass(frozen=True)
+class Subject:
+    """`make()` gives a fresh module; inputs are [N, C, H, W] of `size`; `elements` is E, 0 for a whole model."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    size: tuple[int, int, int, int]
+    elements: int
+    model: str
+    count: int = 1
+
+
+class DepthwiseBnAct(nn.Module):
+    """silu(BN(depthwise(x)))."""
+
+    def __init__(self, channels: int, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        self.stride, self.padding = stride, kernel_size // 2
+        self.conv = nn.Conv2d(channels, channels, kernel_size, stride, self.padding, groups=channels, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.depthwise_bn_act(
+            x, self.conv.weight, BatchNorm.of(self.bn), self.stride, self.padding, "silu"
+        )
+
+    def forward_eager(self, x: Tensor) -> Tensor:
+        return nn.functional.silu(self.bn(self.conv(x)))
+
+
+class SqueezeExcite(SqueezeExcitation):
+    """x * gate(mean of x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.squeeze_excite(x, self.describe())
+
+    def forward_eager(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Fused(nn.Module):
+    """A whole model: `forward_eager` is the model as its library made it, `forward` the same model after `fuse`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._swapped = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._swapped:
+            self.model, self._swapped = fastmbconv.fuse(self.model), True
+        return self.model(x)
+
+    def forward_eager(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+def mbconv(shape: Shape) -> Subject:
+    size = (shape.batch, shape.in_channels, shape.size, shape.size)
+    return Subject(f"mbconv {shape.name}", shape.block, size, shape.elements, shape.model, shape.count)
+
+
+def depthwise(shape: Shape) -> Subject:
+    size = (shape.batch, shape.hidden, shape.size, shape.size)
+    name = f"depthwise_bn_act n{shape.batch} {shape.size}px {shape.hidden} k{shape.kernel_size}s{shape.stride}"
+
+    def make() -> nn.Module:
+        return DepthwiseBnAct(shape.hidden, shape.kernel_size, shape.stride)
+
+    return Subject(name, make, size, shape.elements, shape.model, shape.count)
+
+
+def squeeze_excite(shape: Shape) -> Subject:
+    size = (shape.batch, shape.hidden, shape.out_size, shape.out_size)
+    name = f"squeeze_excite n{shape.batch} {shape.out_size}px {shape.hidden}"
+
+    def make() -> nn.Module:
+        return SqueezeExcite(shape.hidden, max(1, shape.in_channels // 4))
+
+    elements = shape.elements * shape.out_size**2 // shape.size**2
+    return Subject(name, make, size, elements, shape.model, shape.count)
+
+
+def whole(model: str, *, tiny: bool = False) -> Subject:
+    """timm's model where timm is installed, since that is what people swap into; else the package's own."""
+    spec = MODELS[model]
+    size = (2, 3, 32, 32) if tiny else (spec.batch, 3, spec.size, spec.size)
+    name = f"{spec.name} n{size[0]} {size[2]}px"
+    try:
+        import timm
+    except (ImportError, RuntimeError):  # a torchvision that does not fit torch raises the latter
+        from fastmbconv import efficientnet
+
+        def own() -> nn.Module:
+            return Fused(fastmbconv.unfuse(getattr(efficientnet, spec.name)()))
+
+        return Subject(f"{name} (fastmbconv's)", own, size, 0, model)
+    architecture = "test_efficientnet" if tiny else spec.name
+    return Subject(f"{name} (timm's)", lambda: Fused(timm.create_model(architecture)), size, 0, model)
+
+
+def settle(module: nn.Module) -> nn.Module:
+    """Random but sane BN parameters and statistics, so that no term is one or zero by accident."""
+    generator = torch.Generator().manual_seed(1)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            with torch.no_grad():
+                for tensor, low in ((part.weight, 0.5), (part.bias, -0.5), (part.running_mean, -0.1)):
+                    tensor.copy_(torch.rand(tensor.shape, generator=generator) + low)
+                part.running_var.copy_(torch.rand(part.running_var.shape, generator=generator) + 0.5)
+    return module
