@@ -57,7 +57,10 @@ class BatchNorm:
 
 @dataclass(frozen=True, slots=True)
 class SqueezeExcite:
-    """Weights of a squeeze-and-excitation path: reduce [R, C, 1, 1], expand [C, R, 1, 1], biases [R], [C]; sigmoid gate."""
+    """Weights of a squeeze-and-excitation path with a sigmoid gate.
+
+    reduce [R, C, 1, 1], expand [C, R, 1, 1], biases [R] and [C].
+    """
 
     reduce_weight: Tensor
     reduce_bias: Tensor
@@ -76,7 +79,7 @@ class Block:
         project_weight: [C_out, C, 1, 1].
         padding: symmetric padding in pixels, or "same" for TensorFlow's SAME (at any resolution).
         residual: add the block's input to its output (stride 1, C_in == C_out).
-        drop: stochastic depth as a function of a tensor [N, 1, 1, 1] of ones, giving each sample's factor; None if inactive.
+        drop: stochastic depth: each sample's factor from a tensor [N, 1, 1, 1] of ones; None if inactive.
     """
 
     expand_weight: Tensor | None

@@ -85,14 +85,20 @@ def device_reason(x: Tensor) -> str | None:
     return None if x.dtype in DTYPES else f"dtype {x.dtype}"
 
 
+def activation_reason(activation: str) -> str | None:
+    """Why no kernel computes this activation, or None."""
+    supported = activation in ACTIVATIONS
+    return None if supported else f"activation {activation!r} (supported: {', '.join(ACTIVATIONS)})"
+
+
 def shape_reason(kernel_size: int, stride: int, padding: int | str, activation: str) -> str | None:
     """Why no kernel exists for this convolution and activation, or None."""
     if kernel_size not in KERNEL_SIZES:
         return f"kernel size {kernel_size} (supported: 3, 5)"
     if stride not in STRIDES:
         return f"stride {stride} (supported: 1, 2)"
-    if activation not in ACTIVATIONS:
-        return f"activation {activation!r} (supported: {', '.join(ACTIVATIONS)})"
+    if (reason := activation_reason(activation)) is not None:
+        return reason
     if padding != "same" and not 0 <= int(padding) < kernel_size:
         return f"padding {padding} (supported: 0 to kernel size - 1, or 'same')"
     return None
@@ -101,18 +107,23 @@ def shape_reason(kernel_size: int, stride: int, padding: int | str, activation: 
 def block_reason(block: Block) -> str | None:
     """Why this block can't be fused whatever its input, or None."""
     reason = shape_reason(block.kernel_size, block.stride, block.padding, block.activation)
-    if reason is None and block.se is not None and block.se.activation not in ACTIVATIONS:
-        reason = f"squeeze-excite activation {block.se.activation!r} (supported: {', '.join(ACTIVATIONS)})"
+    if reason is None and block.se is not None:
+        reason = activation_reason(block.se.activation)
     return reason
 
 
-def supports(block: Block, x: Tensor) -> str | None:
-    """None where the kernels take this call, else the reason why eager does. "eager" as the backend is a reason too."""
+def call_reason(x: Tensor) -> str | None:
+    """Why this call runs eager whatever the block (backend, empty batch, device, dtype), or None."""
     if get_backend() == "eager":
         return "the backend is set to eager"
     if x.numel() == 0:
         return "an empty batch"
-    return device_reason(x) or block_reason(block)
+    return device_reason(x)
+
+
+def supports(block: Block, x: Tensor) -> str | None:
+    """None where the kernels take this call, else the reason why eager does."""
+    return call_reason(x) or block_reason(block)
 
 
 def module_reason(module: nn.Module) -> str | None:

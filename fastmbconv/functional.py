@@ -6,16 +6,148 @@ Images are [N, C, H, W] in any memory format; the kernels work in channels_last 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastmbconv import dispatch, reference
-from fastmbconv.block import Activation, BatchNorm, Block, Padding, SqueezeExcite
+from fastmbconv import checks, dispatch, reference
+from fastmbconv.block import Activation, BatchNorm, Block, Padding, SqueezeExcite, pads
+
+if TYPE_CHECKING:
+    from fastmbconv.autograd import BatchNormSetting, DepthwiseSetting
 
 __all__ = ["BatchNorm", "Block", "SqueezeExcite", "depthwise_bn_act", "mbconv", "squeeze_excite"]
 
 
 def mbconv(x: Tensor, block: Block, *, eager: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """One MBConv block, fused where `dispatch.supports` says so, else `eager(x)` (default: the reference)."""
-    return reference.mbconv(x, block) if eager is None else eager(x)
+    """One MBConv block, fused where `dispatch.supports` says so, else `eager(x)`.
+
+    Args:
+        x: [N, C_in, H, W], fp32, fp16 or bf16, in any memory format.
+        block: the weights and settings; BatchNorms that are training move their running statistics in place.
+        eager: what to run instead where no kernel does; default `reference.mbconv`.
+
+    Returns:
+        [N, C_out, H', W'], channels_last where the kernels ran.
+
+    Raises:
+        ValueError: a shape, dtype, device or setting that no path takes, named, before anything is changed; with the
+            backend set to "triton", also whatever the kernels don't support.
+    """
+    if eager is None:
+        checks.check_block(x, block)
+    if not _use_kernels(dispatch.supports(block, x), x):
+        return reference.mbconv(x, block) if eager is None else eager(x)
+    if eager is not None:
+        checks.check_block(x, block)
+    from fastmbconv.autograd import MBConvFunction
+
+    compute = _compute_dtype(x)
+    # As in eager under autocast: the branch is computed in autocast's dtype, a wider shortcut is added in its own.
+    wide = block.residual and compute != x.dtype
+    bns = (block.bn1, block.bn2, block.bn3)
+    se = block.se
+    with torch.autocast(x.device.type, enabled=False):
+        keep = _keep(x, block, compute)
+        for bn in bns:
+            _count_batch(bn)
+        y = MBConvFunction.apply(
+            x.to(compute), block.expand_weight, *_affine(block.bn1), block.depthwise_weight, *_affine(block.bn2),
+            *((None,) * 4 if se is None else (se.reduce_weight, se.reduce_bias, se.expand_weight, se.expand_bias)),
+            block.project_weight, *_affine(block.bn3), keep,
+            block.activation, "none" if se is None else se.activation, block.residual and not wide,
+            _geometry(x, block.depthwise_weight, block.stride, block.padding),
+            *(None if bn is None else _setting(bn) for bn in bns),
+            *(tensor for bn in bns for tensor in _running(bn)),
+        )  # fmt: skip
+        return x + y if wide else y
+
+
+def depthwise_bn_act(
+    x: Tensor, weight: Tensor, bn: BatchNorm, stride: int, padding: Padding, activation: Activation = "silu"
+) -> Tensor:
+    """act(BN(depthwise(x))): x is [N, C, H, W], weight [C, 1, K, K] (K 3 or 5, stride 1 or 2 in the kernels).
+
+    Raises ValueError as `mbconv` does.
+    """
+    checks.check_depthwise(x, weight, bn, stride, padding)
+    reason = dispatch.call_reason(x) or dispatch.shape_reason(weight.shape[-1], stride, padding, activation)
+    if not _use_kernels(reason, x):
+        return reference.depthwise_bn_act(x, weight, bn, stride, padding, activation)
+    from fastmbconv.autograd import DepthwiseBNActFunction
+
+    with torch.autocast(x.device.type, enabled=False):
+        compute = _compute_dtype(x)
+        _count_batch(bn)
+        return DepthwiseBNActFunction.apply(
+            x.to(compute), weight, *_affine(bn), activation, _geometry(x, weight, stride, padding), _setting(bn),
+            *_running(bn),
+        )  # fmt: skip
+
+
+def squeeze_excite(x: Tensor, se: SqueezeExcite) -> Tensor:
+    """x * sigmoid(expand(act(reduce(mean of x over the image)))): x is [N, C, H, W]; Hu et al., 2018.
+
+    Raises ValueError as `mbconv` does.
+    """
+    checks.check_squeeze_excite(x, se, x.shape[1] if x.dim() == 4 else -1)
+    reason = dispatch.call_reason(x) or dispatch.activation_reason(se.activation)
+    if not _use_kernels(reason, x):
+        return reference.squeeze_excite(x, se)
+    from fastmbconv.autograd import SqueezeExciteFunction
+
+    weights = (se.reduce_weight, se.reduce_bias, se.expand_weight, se.expand_bias)
+    with torch.autocast(x.device.type, enabled=False):
+        # Eager's product keeps x's own dtype under autocast: only the gate's convolutions are narrowed.
+        return SqueezeExciteFunction.apply(x, *weights, se.activation)
+
+
+def _use_kernels(reason: str | None, x: Tensor) -> bool:
+    if reason is not None and dispatch.get_backend() == "triton" and x.numel() > 0:
+        raise ValueError(f"the backend is set to 'triton', and the kernels do not take this call: {reason}")
+    return reason is None
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    narrow = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if narrow else x.dtype
+
+
+def _keep(x: Tensor, block: Block, dtype: torch.dtype) -> Tensor | None:
+    """Each sample's stochastic-depth factor [N], drawn by the block's own function so that seeds keep their meaning."""
+    if not block.residual or block.drop is None:
+        return None
+    ones = torch.ones(x.shape[0], 1, 1, 1, dtype=dtype, device=x.device)
+    return block.drop(ones).reshape(-1).to(torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def _count_batch(bn: BatchNorm | None) -> None:
+    if bn is not None and bn.updates and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+
+
+def _affine(bn: BatchNorm | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if bn is None else (bn.weight, bn.bias)
+
+
+def _running(bn: BatchNorm | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (None, None, None) if bn is None else (bn.running_mean, bn.running_var, bn.num_batches_tracked)
+
+
+def _setting(bn: BatchNorm) -> BatchNormSetting:
+    from fastmbconv.autograd import BatchNormSetting
+
+    return BatchNormSetting(bn.eps, bn.momentum, bn.batch_statistics, bn.updates)
+
+
+def _geometry(x: Tensor, weight: Tensor, stride: int, padding: Padding) -> DepthwiseSetting:
+    from fastmbconv.autograd import DepthwiseSetting
+
+    (top, bottom), (left, right) = (pads(size, weight.shape[-1], stride, padding) for size in x.shape[2:])
+    height, width = (
+        checks.output_size(size, sum(pad), weight.shape[-1], stride)
+        for size, pad in zip(x.shape[2:], ((top, bottom), (left, right)), strict=True)
+    )
+    return DepthwiseSetting(stride, top, left, height, width)

@@ -1,0 +1,209 @@
+"""The fused ops as `torch.autograd.Function`s: which operators run, in which order, and what is saved between them.
+
+The block saves x, u1, u2, u3 (the outputs of its three convolutions, before their BatchNorms) and vectors; every
+activation and every normalised tensor is computed again where it is used. Derivation of the backward: CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastmbconv import ops
+
+
+class BatchNormSetting(NamedTuple):
+    """What a BatchNorm does in this call, apart from its tensors."""
+
+    eps: float
+    momentum: float | None
+    batch_statistics: bool
+    update: bool
+
+
+class DepthwiseSetting(NamedTuple):
+    """Geometry of the depthwise convolution."""
+
+    stride: int
+    pad_top: int
+    pad_left: int
+    out_height: int
+    out_width: int
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """[N, C, H, W] in any layout as contiguous [N, H, W, C]; no copy for channels_last."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _cast(gradient: Tensor, like: Tensor | None) -> Tensor | None:
+    return None if like is None else gradient.reshape(like.shape).to(like.dtype)
+
+
+def _bn_grads(grads: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return _cast(grads[0], weight), _cast(grads[1], bias)
+
+
+class DepthwiseBNActFunction(torch.autograd.Function):
+    """act(BN(depthwise(x)))."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+        activation: str,
+        depthwise: DepthwiseSetting,
+        bn: BatchNormSetting,
+        *running: Tensor | None,
+    ) -> Tensor:
+        x = channels_last(x)
+        u, norm = ops.depthwise_bn(x, weight, None, "none", *depthwise, bn_weight, bn_bias, *running, *bn)
+        ctx.save_for_backward(x, weight, bn_weight, bn_bias, u, norm)
+        ctx.setting = (activation, depthwise, bn)
+        return ops.bn_act(u, norm, None, None, None, activation).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bn_weight, bn_bias, u, norm = ctx.saved_tensors
+        activation, depthwise, bn = ctx.setting
+        dy = channels_last(dy)
+        grads, coef = ops.bn_bwd(dy, u, norm, None, activation, bn.batch_statistics)
+        du = ops.bn_act_bwd(dy, u, norm, coef, activation)
+        dx, d_weight, _, _ = ops.depthwise_bwd(du, x, weight, None, None, "none", *depthwise[:3], False)
+        return (
+            dx.permute(0, 3, 1, 2), _cast(d_weight, weight), *_bn_grads(grads, bn_weight, bn_bias),
+            *(None,) * 6,
+        )  # fmt: skip
+
+
+class SqueezeExciteFunction(torch.autograd.Function):
+    """x * gate(x)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        reduce_weight: Tensor,
+        reduce_bias: Tensor,
+        expand_weight: Tensor,
+        expand_bias: Tensor,
+        activation: str,
+    ) -> Tensor:
+        x = channels_last(x)
+        weights = (reduce_weight, reduce_bias, expand_weight, expand_bias)
+        pooled, r, gate = ops.pool_excite(x, None, *weights, "none", activation)
+        ctx.save_for_backward(x, pooled, r, gate, *weights)
+        ctx.activation = activation
+        return ops.bn_act(x, None, gate, None, None, "none").permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, pooled, r, gate, *weights = ctx.saved_tensors
+        dx, *grads = ops.squeeze_excite_bwd(
+            channels_last(dy), x, pooled, r, gate, weights[0], weights[2], ctx.activation
+        )
+        return dx.permute(0, 3, 1, 2), *(_cast(g, w) for g, w in zip(grads, weights, strict=True)), None
+
+
+class MBConvFunction(torch.autograd.Function):
+    """The whole block; the optional parts (expansion, SE, stochastic depth) are None where the block has none.
+
+    `running` is (running_mean, running_var, num_batches_tracked) of the three BatchNorms, moved in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        expand_weight: Tensor | None,
+        bn1_weight: Tensor | None,
+        bn1_bias: Tensor | None,
+        depthwise_weight: Tensor,
+        bn2_weight: Tensor | None,
+        bn2_bias: Tensor | None,
+        reduce_weight: Tensor | None,
+        reduce_bias: Tensor | None,
+        se_expand_weight: Tensor | None,
+        se_expand_bias: Tensor | None,
+        project_weight: Tensor,
+        bn3_weight: Tensor | None,
+        bn3_bias: Tensor | None,
+        keep: Tensor | None,
+        activation: str,
+        se_activation: str,
+        residual: bool,
+        depthwise: DepthwiseSetting,
+        bn1: BatchNormSetting | None,
+        bn2: BatchNormSetting,
+        bn3: BatchNormSetting,
+        *running: Tensor | None,
+    ) -> Tensor:
+        x = channels_last(x)
+        u1, norm1 = x, None
+        if expand_weight is not None and bn1 is not None:
+            u1, norm1 = ops.pointwise_bn(
+                x, expand_weight, None, None, "none", bn1_weight, bn1_bias, *running[:3], *bn1
+            )  # fmt: skip
+        in_activation = "none" if norm1 is None else activation
+        u2, norm2 = ops.depthwise_bn(
+            u1, depthwise_weight, norm1, in_activation, *depthwise, bn2_weight, bn2_bias, *running[3:6], *bn2
+        )
+        pooled = r = gate = None
+        if reduce_weight is not None:
+            weights = (reduce_weight, reduce_bias, se_expand_weight, se_expand_bias)
+            pooled, r, gate = ops.pool_excite(u2, norm2, *weights, activation, se_activation)
+        u3, norm3 = ops.pointwise_bn(
+            u2, project_weight, norm2, gate, activation, bn3_weight, bn3_bias, *running[6:], *bn3
+        )
+        y = ops.bn_act(u3, norm3, None, keep, x if residual else None, "none")
+        ctx.save_for_backward(
+            x, None if norm1 is None else u1, u2, u3, norm1, norm2, norm3, pooled, r, gate, keep,
+            expand_weight, bn1_weight, bn1_bias, depthwise_weight, bn2_weight, bn2_bias,
+            reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, project_weight, bn3_weight, bn3_bias,
+        )  # fmt: skip
+        ctx.setting = (activation, se_activation, residual, depthwise, bn1, bn2, bn3)
+        return y.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (
+            x, u1, u2, u3, norm1, norm2, norm3, pooled, r, gate, keep,
+            expand_weight, bn1_weight, bn1_bias, depthwise_weight, bn2_weight, bn2_bias,
+            reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, project_weight, bn3_weight, bn3_bias,
+        ) = ctx.saved_tensors  # fmt: skip
+        activation, se_activation, residual, depthwise, bn1, bn2, bn3 = ctx.setting
+        dy = channels_last(dy)
+        shortcut = dy if residual else None
+        grads3, coef3 = ops.bn_bwd(dy, u3, norm3, keep, "none", bn3.batch_statistics)
+        du2, d_project, grads2, *d_excite = ops.project_bwd(
+            dy, u3, coef3, keep, project_weight, u2, norm2, gate, pooled, r, reduce_weight, se_expand_weight,
+            activation, se_activation, bn2.batch_statistics,
+        )  # fmt: skip
+        if bn1 is None:
+            dx, d_depthwise, _, _ = ops.depthwise_bwd(
+                du2, x, depthwise_weight, None, shortcut, "none", *depthwise[:3], False
+            )
+            d_expand, d_bn1 = None, _bn_grads(coef3, None, None)
+        else:
+            dv1, d_depthwise, grads1, coef1 = ops.depthwise_bwd(
+                du2, u1, depthwise_weight, norm1, None, activation, *depthwise[:3], bn1.batch_statistics
+            )
+            dx, d_expand = ops.expand_bwd(dv1, u1, coef1, expand_weight, x, shortcut)
+            d_expand, d_bn1 = _cast(d_expand, expand_weight), _bn_grads(grads1, bn1_weight, bn1_bias)
+        excite_weights = (reduce_weight, reduce_bias, se_expand_weight, se_expand_bias)
+        return (
+            dx.permute(0, 3, 1, 2), d_expand, *d_bn1,
+            _cast(d_depthwise, depthwise_weight), *_bn_grads(grads2, bn2_weight, bn2_bias),
+            *(_cast(g, w) for g, w in zip(d_excite, excite_weights, strict=True)),
+            _cast(d_project, project_weight), *_bn_grads(grads3, bn3_weight, bn3_bias),
+            *(None,) * 17,
+        )  # fmt: skip

@@ -1,0 +1,108 @@
+"""Bad input, named before anything runs or changes: each error says the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmbconv.block import BatchNorm, Block, Padding, SqueezeExcite, pads
+
+
+def output_size(size: int, padding: int, kernel_size: int, stride: int) -> int:
+    """Output pixels along one axis; `padding` is both sides together."""
+    return (size + padding - kernel_size) // stride + 1
+
+
+def check_block(x: Tensor, block: Block) -> None:
+    """Everything `functional.mbconv` needs of its arguments; ValueError otherwise."""
+    hidden = block.depthwise_weight.shape[0]
+    _check_image(x, block.in_channels)
+    if (block.expand_weight is None) != (block.bn1 is None):
+        raise ValueError("block.expand_weight and block.bn1 go together: give both or neither")
+    if block.expand_weight is not None and block.bn1 is not None:
+        _check_weight("block.expand_weight", block.expand_weight, (hidden, x.shape[1], 1, 1), x)
+        _check_batch_norm("block.bn1", block.bn1, hidden, x, x.shape[0] * x.shape[2] * x.shape[3])
+    pixels = _check_geometry("block.depthwise_weight", x, block.depthwise_weight, hidden, block.stride, block.padding)
+    _check_batch_norm("block.bn2", block.bn2, hidden, x, x.shape[0] * pixels)
+    if block.se is not None:
+        _check_excite(block.se, hidden, x)
+    out = block.project_weight.shape[0]
+    _check_weight("block.project_weight", block.project_weight, (out, hidden, 1, 1), x)
+    _check_batch_norm("block.bn3", block.bn3, out, x, x.shape[0] * pixels)
+    if block.residual and (pixels != x.shape[2] * x.shape[3] or out != x.shape[1]):
+        raise ValueError(
+            f"block.residual is True with stride {block.stride} and channels {x.shape[1]} -> {out}: "
+            "it needs the input's own size and channels"
+        )
+
+
+def check_depthwise(x: Tensor, weight: Tensor, bn: BatchNorm, stride: int, padding: Padding) -> None:
+    """Everything `functional.depthwise_bn_act` needs of its arguments; ValueError otherwise."""
+    _check_image(x, weight.shape[0])
+    pixels = _check_geometry("weight", x, weight, x.shape[1], stride, padding)
+    _check_batch_norm("bn", bn, x.shape[1], x, x.shape[0] * pixels)
+
+
+def check_squeeze_excite(x: Tensor, se: SqueezeExcite, channels: int) -> None:
+    """Everything `functional.squeeze_excite` needs of its arguments; ValueError otherwise."""
+    _check_image(x, se.reduce_weight.shape[1] if se.reduce_weight.dim() == 4 else channels)
+    _check_excite(se, x.shape[1], x)
+
+
+def _check_image(x: Tensor, channels: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}: expected a tensor [N, C, H, W]")
+    if x.dim() != 4:
+        raise ValueError(f"x has {x.dim()} dimensions, shape {tuple(x.shape)}: expected 4, [N, C, H, W]")
+    if not x.is_floating_point():
+        raise ValueError(f"x has dtype {x.dtype}: expected a floating-point dtype")
+    if x.shape[1] != channels:
+        raise ValueError(f"x has {x.shape[1]} channels, shape {tuple(x.shape)}: the weights expect {channels}")
+
+
+def _check_weight(name: str, weight: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    if tuple(weight.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(weight.shape)}: expected {shape}")
+    _check_device(name, weight, x)
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"{name} has dtype {weight.dtype} and x has {x.dtype}: expected the same, or autocast")
+
+
+def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: expected one device")
+
+
+def _check_geometry(name: str, x: Tensor, weight: Tensor, channels: int, stride: int, padding: Padding) -> int:
+    k = weight.shape[-1]
+    _check_weight(name, weight, (channels, 1, k, k), x)
+    if not isinstance(stride, int) or stride < 1:
+        raise ValueError(f"stride is {stride!r}: expected an integer >= 1")
+    if padding != "same" and (not isinstance(padding, int) or padding < 0):
+        raise ValueError(f"padding is {padding!r}: expected an integer >= 0 or 'same'")
+    height, width = (output_size(s, sum(pads(s, k, stride, padding)), k, stride) for s in x.shape[2:])
+    if height < 1 or width < 1:
+        raise ValueError(f"x is {x.shape[2]} x {x.shape[3]} pixels: too small for kernel size {k}, padding {padding!r}")
+    return height * width
+
+
+def _check_batch_norm(name: str, bn: BatchNorm, channels: int, x: Tensor, values: int) -> None:
+    for part in ("weight", "bias", "running_mean", "running_var"):
+        tensor = getattr(bn, part)
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != (channels,):
+            raise ValueError(f"{name}.{part} has shape {tuple(tensor.shape)}: expected ({channels},)")
+        _check_device(f"{name}.{part}", tensor, x)
+    if bn.eps < 0:
+        raise ValueError(f"{name}.eps is {bn.eps}: expected >= 0")
+    if bn.batch_statistics and values == 1:
+        raise ValueError(f"{name}: expected more than 1 value per channel when training, x has shape {tuple(x.shape)}")
+
+
+def _check_excite(se: SqueezeExcite, channels: int, x: Tensor) -> None:
+    reduced = se.reduce_weight.shape[0]
+    _check_weight("se.reduce_weight", se.reduce_weight, (reduced, channels, 1, 1), x)
+    _check_weight("se.reduce_bias", se.reduce_bias, (reduced,), x)
+    _check_weight("se.expand_weight", se.expand_weight, (channels, reduced, 1, 1), x)
+    _check_weight("se.expand_bias", se.expand_bias, (channels,), x)

@@ -1,0 +1,308 @@
+"""The kernels as `torch.library` operators with fake implementations: opaque to torch.compile, one graph, no breaks.
+
+Images are [N, H, W, C] contiguous. A BatchNorm that follows a convolution is finished in the convolution's operator:
+`norm` is [4, C] (mean, rstd, scale, shift), `coef` is [3, C] (p, q, r of du = p * dv + q * u + r), `grads` is [2, C]
+(of weight, of bias). Where something does not exist (no gate, no norm) its result is an empty tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmbconv.kernels import batch_norm, depthwise, pointwise, project_sweep, squeeze_excite
+from fastmbconv.kernels.tuning import accumulator
+
+RUNNING = ("running_mean", "running_var")
+
+
+def _vectors(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=accumulator(like.dtype))
+
+
+def _operator(mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+    def register(function: Callable[..., Any]) -> Any:
+        return torch.library.custom_op(f"fastmbconv::{function.__name__}", function, mutates_args=mutates_args)
+
+    return register
+
+
+@_operator(mutates_args=RUNNING)
+def pointwise_bn(
+    x: Tensor,
+    weight: Tensor,
+    in_norm: Tensor | None,
+    gate: Tensor | None,
+    activation: str,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    eps: float,
+    momentum: float | None,
+    batch_statistics: bool,
+    update: bool,
+) -> tuple[Tensor, Tensor]:
+    """(u, norm): the 1x1 convolution of act(in_norm(x)) * gate, and the BatchNorm of its output."""
+    u, partials = pointwise.pointwise_fwd(x, weight, in_norm, gate, activation, batch_statistics)
+    norm = batch_norm.bn_finalize(
+        partials, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, eps, momentum, update,
+        x.dtype, weight.shape[0],
+    )  # fmt: skip
+    return u, norm
+
+
+@pointwise_bn.register_fake
+def _(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    n, h, w, _ = x.shape
+    return x.new_empty(n, h, w, weight.shape[0]), _vectors(x, 4, weight.shape[0])
+
+
+@_operator(mutates_args=RUNNING)
+def depthwise_bn(
+    x: Tensor,
+    weight: Tensor,
+    in_norm: Tensor | None,
+    activation: str,
+    stride: int,
+    pad_top: int,
+    pad_left: int,
+    out_height: int,
+    out_width: int,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    eps: float,
+    momentum: float | None,
+    batch_statistics: bool,
+    update: bool,
+) -> tuple[Tensor, Tensor]:
+    """(u, norm): the depthwise convolution of act(in_norm(x)), and the BatchNorm of its output."""
+    u, partials = depthwise.depthwise_fwd(
+        x, weight, in_norm, activation, stride, pad_top, pad_left, out_height, out_width, batch_statistics
+    )
+    norm = batch_norm.bn_finalize(
+        partials, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, eps, momentum, update,
+        x.dtype, x.shape[3],
+    )  # fmt: skip
+    return u, norm
+
+
+@depthwise_bn.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    in_norm: Tensor | None,
+    activation: str,
+    stride: int,
+    pad_top: int,
+    pad_left: int,
+    out_height: int,
+    out_width: int,
+    *args: Any,
+) -> tuple[Tensor, Tensor]:
+    n, _, _, c = x.shape
+    return x.new_empty(n, out_height, out_width, c), _vectors(x, 4, c)
+
+
+@_operator()
+def pool_excite(
+    u: Tensor,
+    norm: Tensor | None,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    activation: str,
+    se_activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(pooled [N, C], pre-activation of the reduced vector [N, R], gate [N, C]) of act(norm(u))."""
+    pooled = squeeze_excite.pool(u, norm, None, activation)
+    r, gate = squeeze_excite.excite_fwd(pooled, reduce_weight, reduce_bias, expand_weight, expand_bias, se_activation)
+    return pooled, r, gate
+
+
+@pool_excite.register_fake
+def _(u: Tensor, norm: Tensor | None, reduce_weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    n, _, _, c = u.shape
+    return _vectors(u, n, c), _vectors(u, n, reduce_weight.shape[0]), _vectors(u, n, c)
+
+
+@_operator()
+def bn_act(
+    u: Tensor,
+    norm: Tensor | None,
+    gate: Tensor | None,
+    keep: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """act(norm(u)) * gate[n, c] * keep[n] + residual, each part optional."""
+    return batch_norm.bn_act_fwd(u, norm, gate, None, keep, residual, activation)
+
+
+@bn_act.register_fake
+def _(u: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(u)
+
+
+@_operator()
+def bn_bwd(
+    dy: Tensor, u: Tensor, norm: Tensor, keep: Tensor | None, activation: str, batch_statistics: bool
+) -> tuple[Tensor, Tensor]:
+    """(grads, coef) of act(norm(u)) * keep: the two reductions of BatchNorm's backward."""
+    sums = batch_norm.bn_act_bwd_reduce(dy, u, norm, keep, activation)
+    return batch_norm.bn_bwd_finalize(sums, norm, u.numel() // u.shape[3], batch_statistics)
+
+
+@bn_bwd.register_fake
+def _(dy: Tensor, u: Tensor, norm: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _vectors(u, 2, u.shape[3]), _vectors(u, 3, u.shape[3])
+
+
+@_operator()
+def bn_act_bwd(dy: Tensor, u: Tensor, norm: Tensor, coef: Tensor, activation: str) -> Tensor:
+    """du of act(norm(u))."""
+    return batch_norm.bn_act_bwd(dy, u, norm, coef, activation)
+
+
+@bn_act_bwd.register_fake
+def _(dy: Tensor, u: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(u)
+
+
+@_operator()
+def project_bwd(
+    dy: Tensor,
+    u3: Tensor,
+    coef: Tensor,
+    keep: Tensor | None,
+    weight: Tensor,
+    u2: Tensor,
+    norm: Tensor,
+    gate: Tensor | None,
+    pooled: Tensor | None,
+    r: Tensor | None,
+    reduce_weight: Tensor | None,
+    expand_weight: Tensor | None,
+    activation: str,
+    se_activation: str,
+    batch_statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Backward from the block's output gradient to the depthwise convolution's output.
+
+    Returns (du2, project weight gradient, grads of the depthwise BN, gradients of the reduce weight and bias and of the
+    expand weight and bias).
+    """
+    sums, d_weight = project_sweep.project_sweep(dy, u3, coef, keep, weight, u2, norm, gate, activation)
+    n, h, w, c = u2.shape
+    offset, excite_grads = None, tuple(norm.new_empty(0) for _ in range(4))
+    if gate is not None:
+        assert pooled is not None and r is not None and reduce_weight is not None and expand_weight is not None
+        offset, bn_sums, *grads = squeeze_excite.excite_bwd(
+            sums, pooled, r, gate, reduce_weight, expand_weight, h * w, se_activation
+        )
+        excite_grads = tuple(grads)
+    else:
+        bn_sums = sums.flatten(0, 1)
+    bn_grads, bn_coef = batch_norm.bn_bwd_finalize(bn_sums, norm, n * h * w, batch_statistics)
+    du2 = pointwise.pointwise_dgrad(dy, u3, coef, keep, weight, None, u2, norm, gate, offset, bn_coef, activation)
+    return du2, d_weight, bn_grads, *excite_grads
+
+
+@project_bwd.register_fake
+def _(
+    dy: Tensor,
+    u3: Tensor,
+    coef: Tensor,
+    keep: Tensor | None,
+    weight: Tensor,
+    u2: Tensor,
+    norm: Tensor,
+    gate: Tensor | None,
+    pooled: Tensor | None,
+    r: Tensor | None,
+    *args: Any,
+) -> tuple[Tensor, ...]:
+    c = u2.shape[3]
+    reduced = 0 if r is None else r.shape[1]
+    excite = [(reduced, c), (reduced,), (c, reduced), (c,)] if reduced else [(0,)] * 4
+    grads = [_vectors(u2, *shape) for shape in excite]
+    return torch.empty_like(u2), _vectors(u2, *weight.shape), _vectors(u2, 2, c), *grads
+
+
+@_operator()
+def depthwise_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    in_norm: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    stride: int,
+    pad_top: int,
+    pad_left: int,
+    batch_statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dv, weight gradient, grads, coef) for the BatchNorm of x; without `in_norm` dv is dx (+ residual)."""
+    dv, d_weight, sums = depthwise.depthwise_bwd(
+        dy, x, weight, in_norm, residual, activation, stride, pad_top, pad_left
+    )
+    if in_norm is None or sums is None:
+        return dv, d_weight, d_weight.new_empty(0), d_weight.new_empty(0)
+    grads, coef = batch_norm.bn_bwd_finalize(sums, in_norm, x.numel() // x.shape[3], batch_statistics)
+    return dv, d_weight, grads, coef
+
+
+@depthwise_bwd.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, in_norm: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    c = x.shape[3]
+    grads = [_vectors(x, 0), _vectors(x, 0)] if in_norm is None else [_vectors(x, 2, c), _vectors(x, 3, c)]
+    return torch.empty_like(x), _vectors(x, *weight.shape), *grads
+
+
+@_operator()
+def expand_bwd(
+    dv: Tensor, u: Tensor, coef: Tensor, weight: Tensor, x: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(dx (+ residual), weight gradient) of the expand convolution, du = p * dv + q * u + r."""
+    dx = pointwise.pointwise_dgrad(dv, u, coef, None, weight, residual, None, None, None, None, None, "none")
+    return dx, pointwise.pointwise_wgrad(dv, u, coef, x)
+
+
+@expand_bwd.register_fake
+def _(dv: Tensor, u: Tensor, coef: Tensor, weight: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), _vectors(x, *weight.shape)
+
+
+@_operator()
+def squeeze_excite_bwd(
+    dy: Tensor,
+    x: Tensor,
+    pooled: Tensor,
+    r: Tensor,
+    gate: Tensor,
+    reduce_weight: Tensor,
+    expand_weight: Tensor,
+    se_activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, gradients of the reduce weight and bias and of the expand weight and bias) of x * gate."""
+    n, h, w, c = x.shape
+    sums = squeeze_excite.pool(x, None, dy, "none").reshape(1, n, 1, c)
+    offset, _, *grads = squeeze_excite.excite_bwd(
+        sums, pooled, r, gate, reduce_weight, expand_weight, h * w, se_activation
+    )
+    return batch_norm.bn_act_fwd(dy, None, gate, offset, None, None, "none"), *grads
+
+
+@squeeze_excite_bwd.register_fake
+def _(dy: Tensor, x: Tensor, pooled: Tensor, r: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    c, reduced = x.shape[3], r.shape[1]
+    shapes = [(reduced, c), (reduced,), (c, reduced), (c,)]
+    return torch.empty_like(x), *[_vectors(x, *shape) for shape in shapes]

@@ -1,0 +1,426 @@
+"""BatchNorm around the convolutions: its statistics' second stage, its backward's coefficients, and elementwise passes.
+
+y = act(scale * u + shift), scale = weight * rstd, shift = bias - mean * scale; its backward in u is affine per channel:
+du = p * dv + q * u + r. `norm` is [4, C]: mean, rstd, scale, shift; `coef` is [3, C]: p, q, r.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .math import activate, activate_grad, stored
+from .tuning import accumulator, groups, numeric, pow2, row_tiles
+
+
+@triton.jit
+def load_norm(norm_ptr, o_c, m_c, C):
+    """scale and shift of a block of channels."""
+    b_scale = tl.load(norm_ptr + 2 * C + o_c, mask=m_c, other=0.0)
+    b_shift = tl.load(norm_ptr + 3 * C + o_c, mask=m_c, other=0.0)
+    return b_scale, b_shift
+
+
+@triton.jit
+def load_xhat(norm_ptr, o_c, m_c, C):
+    """(rstd, -mean * rstd) of a block of channels: xhat = first * u + second."""
+    b_rstd = tl.load(norm_ptr + C + o_c, mask=m_c, other=0.0)
+    return b_rstd, -tl.load(norm_ptr + o_c, mask=m_c, other=0.0) * b_rstd
+
+
+@triton.jit
+def load_coef(coef_ptr, o_c, m_c, C):
+    """p, q, r of a block of channels."""
+    b_p = tl.load(coef_ptr + o_c, mask=m_c, other=0.0)
+    b_q = tl.load(coef_ptr + C + o_c, mask=m_c, other=0.0)
+    b_r = tl.load(coef_ptr + 2 * C + o_c, mask=m_c, other=0.0)
+    return b_p, b_q, b_r
+
+
+@triton.jit
+def merge_moments(count, mean, m2, b_count, b_mean, b_m2):
+    """Moments of two disjoint sets as one (Chan et al., 1983)."""
+    total = count + b_count
+    share = b_count / tl.maximum(total, 1.0)
+    delta = b_mean - mean
+    return total, mean + delta * share, m2 + b_m2 + delta * delta * count * share
+
+
+@triton.jit
+def store_moments(partials_ptr, row, count, mean, m2, o_c, m_c, C):
+    p_out = partials_ptr + row.to(tl.int64) * 3 * C + o_c
+    tl.store(p_out, count, mask=m_c)
+    tl.store(p_out + C, mean, mask=m_c)
+    tl.store(p_out + 2 * C, m2, mask=m_c)
+
+
+@triton.jit
+def _bn_finalize_kernel(
+    partials_ptr,
+    weight_ptr,
+    bias_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    tracked_ptr,
+    norm_ptr,
+    P,
+    C,
+    EPS: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    BATCH: tl.constexpr,
+    UPDATE: tl.constexpr,
+    CUMULATIVE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACC: tl.constexpr,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
+):
+    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    m_c = o_c < C
+    if BATCH:
+        b_count = tl.zeros((BC,), ACC)
+        b_sum = tl.zeros((BC,), ACC)
+        for p0 in range(0, P, BP):
+            o_p = p0 + tl.arange(0, BP)
+            m = (o_p < P)[:, None] & m_c[None, :]
+            p_part = partials_ptr + o_p[:, None].to(tl.int64) * 3 * C + o_c[None, :]  # [BP, BC]
+            b_n = tl.load(p_part, mask=m, other=0.0)
+            b_count += tl.sum(b_n, 0)
+            b_sum += tl.sum(b_n * tl.load(p_part + C, mask=m, other=0.0), 0)
+        b_mean = b_sum / tl.maximum(b_count, 1.0)
+        b_m2 = tl.zeros((BC,), ACC)
+        for p0 in range(0, P, BP):
+            o_p = p0 + tl.arange(0, BP)
+            m = (o_p < P)[:, None] & m_c[None, :]
+            p_part = partials_ptr + o_p[:, None].to(tl.int64) * 3 * C + o_c[None, :]
+            b_n = tl.load(p_part, mask=m, other=0.0)
+            b_delta = tl.load(p_part + C, mask=m, other=0.0) - b_mean[None, :]
+            b_m2 += tl.sum(tl.load(p_part + 2 * C, mask=m, other=0.0) + b_n * b_delta * b_delta, 0)
+        b_var = b_m2 / tl.maximum(b_count, 1.0)
+    else:
+        b_mean = tl.load(running_mean_ptr + o_c, mask=m_c, other=0.0).to(ACC)
+        b_var = tl.load(running_var_ptr + o_c, mask=m_c, other=1.0).to(ACC)
+    if UPDATE:
+        momentum = 1.0 / tl.load(tracked_ptr).to(ACC) if CUMULATIVE else tl.full((), MOMENTUM, ACC)
+        b_unbiased = b_m2 / (b_count - 1.0)
+        b_old = tl.load(running_mean_ptr + o_c, mask=m_c, other=0.0).to(ACC)
+        b_new = b_old * (1.0 - momentum) + b_mean * momentum
+        tl.store(running_mean_ptr + o_c, stored(b_new, running_mean_ptr.dtype.element_ty), mask=m_c)
+        b_old = tl.load(running_var_ptr + o_c, mask=m_c, other=0.0).to(ACC)
+        b_new = b_old * (1.0 - momentum) + b_unbiased * momentum
+        tl.store(running_var_ptr + o_c, stored(b_new, running_var_ptr.dtype.element_ty), mask=m_c)
+    b_rstd = 1.0 / tl.sqrt(b_var + tl.full((), EPS, ACC))
+    b_scale = b_rstd
+    if HAS_WEIGHT:
+        b_scale = b_rstd * tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(ACC)
+    b_shift = -b_mean * b_scale
+    if HAS_BIAS:
+        b_shift += tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(ACC)
+    tl.store(norm_ptr + o_c, b_mean, mask=m_c)
+    tl.store(norm_ptr + C + o_c, b_rstd, mask=m_c)
+    tl.store(norm_ptr + 2 * C + o_c, b_scale, mask=m_c)
+    tl.store(norm_ptr + 3 * C + o_c, b_shift, mask=m_c)
+
+
+@triton.jit
+def _bn_bwd_finalize_kernel(
+    sums_ptr,
+    norm_ptr,
+    grads_ptr,
+    coef_ptr,
+    P,
+    C,
+    count,
+    BATCH: tl.constexpr,
+    ACC: tl.constexpr,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
+):
+    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    m_c = o_c < C
+    b_dbias = tl.zeros((BC,), ACC)
+    b_dweight = tl.zeros((BC,), ACC)
+    for p0 in range(0, P, BP):
+        o_p = p0 + tl.arange(0, BP)
+        m = (o_p < P)[:, None] & m_c[None, :]
+        p_sums = sums_ptr + o_p[:, None].to(tl.int64) * 2 * C + o_c[None, :]  # [BP, BC]
+        b_dbias += tl.sum(tl.load(p_sums, mask=m, other=0.0), 0)
+        b_dweight += tl.sum(tl.load(p_sums + C, mask=m, other=0.0), 0)
+    tl.store(grads_ptr + o_c, b_dweight, mask=m_c)
+    tl.store(grads_ptr + C + o_c, b_dbias, mask=m_c)
+    b_p = tl.load(norm_ptr + 2 * C + o_c, mask=m_c, other=0.0)
+    b_q = tl.zeros((BC,), ACC)
+    b_r = tl.zeros((BC,), ACC)
+    if BATCH:
+        b_q = -b_p * tl.load(norm_ptr + C + o_c, mask=m_c, other=0.0) * b_dweight / count
+        b_r = -b_p * b_dbias / count - b_q * tl.load(norm_ptr + o_c, mask=m_c, other=0.0)
+    tl.store(coef_ptr + o_c, b_p, mask=m_c)
+    tl.store(coef_ptr + C + o_c, b_q, mask=m_c)
+    tl.store(coef_ptr + 2 * C + o_c, b_r, mask=m_c)
+
+
+@triton.jit
+def _bn_act_fwd_kernel(
+    u_ptr,
+    norm_ptr,
+    gate_ptr,
+    offset_ptr,
+    keep_ptr,
+    residual_ptr,
+    y_ptr,
+    M,
+    HW,
+    C: tl.constexpr,
+    ACT: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACC: tl.constexpr,
+    FAST: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    m_c = o_c < C
+    m = (o_m < M)[:, None] & m_c[None, :]
+    o = o_m[:, None].to(tl.int64) * C + o_c[None, :]  # [BM, BC]
+    o_nc = (o_m // HW)[:, None] * C + o_c[None, :]
+    b_v = tl.load(u_ptr + o, mask=m, other=0.0).to(ACC)
+    if HAS_NORM:
+        b_scale, b_shift = load_norm(norm_ptr, o_c, m_c, C)
+        b_v = b_v * b_scale[None, :] + b_shift[None, :]
+    b_v = activate(b_v, ACT, FAST)
+    if HAS_GATE:
+        b_v = b_v * tl.load(gate_ptr + o_nc, mask=m, other=0.0)
+    if HAS_OFFSET:
+        b_v += tl.load(offset_ptr + o_nc, mask=m, other=0.0)
+    if HAS_KEEP:
+        b_v = b_v * tl.load(keep_ptr + o_m // HW, mask=o_m < M, other=0.0)[:, None]
+    if HAS_RESIDUAL:
+        b_v += tl.load(residual_ptr + o, mask=m, other=0.0).to(ACC)
+    tl.store(y_ptr + o, stored(b_v, y_ptr.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _bn_act_bwd_reduce_kernel(
+    dy_ptr,
+    u_ptr,
+    norm_ptr,
+    keep_ptr,
+    sums_ptr,
+    M,
+    HW,
+    TILES,
+    C: tl.constexpr,
+    ACT: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    ACC: tl.constexpr,
+    FAST: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
+    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    m_c = o_c < C
+    b_scale, b_shift = load_norm(norm_ptr, o_c, m_c, C)
+    b_rstd, b_nmr = load_xhat(norm_ptr, o_c, m_c, C)
+    b_db = tl.zeros((BM, BC), ACC)
+    b_dw = tl.zeros((BM, BC), ACC)
+    for tile in range(0, TILES):
+        o_m = (tl.program_id(0) * TILES + tile) * BM + tl.arange(0, BM)
+        m = (o_m < M)[:, None] & m_c[None, :]
+        o = o_m[:, None].to(tl.int64) * C + o_c[None, :]  # [BM, BC]
+        b_d = tl.load(dy_ptr + o, mask=m, other=0.0).to(ACC)
+        b_u = tl.load(u_ptr + o, mask=m, other=0.0).to(ACC)
+        if HAS_KEEP:
+            b_d = b_d * tl.load(keep_ptr + o_m // HW, mask=o_m < M, other=0.0)[:, None]
+        if ACT != "none":
+            _, b_g = activate_grad(b_u * b_scale[None, :] + b_shift[None, :], ACT, FAST)
+            b_d = b_d * b_g
+        b_db += b_d
+        b_dw += b_d * (b_u * b_rstd[None, :] + b_nmr[None, :])
+    p_out = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * C + o_c
+    tl.store(p_out, tl.sum(b_db, 0), mask=m_c)
+    tl.store(p_out + C, tl.sum(b_dw, 0), mask=m_c)
+
+
+@triton.jit
+def _bn_act_bwd_kernel(
+    dy_ptr,
+    u_ptr,
+    norm_ptr,
+    coef_ptr,
+    du_ptr,
+    M,
+    C: tl.constexpr,
+    ACT: tl.constexpr,
+    ACC: tl.constexpr,
+    FAST: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    m_c = o_c < C
+    m = (o_m < M)[:, None] & m_c[None, :]
+    o = o_m[:, None].to(tl.int64) * C + o_c[None, :]  # [BM, BC]
+    b_scale, b_shift = load_norm(norm_ptr, o_c, m_c, C)
+    b_p, b_q, b_r = load_coef(coef_ptr, o_c, m_c, C)
+    b_d = tl.load(dy_ptr + o, mask=m, other=0.0).to(ACC)
+    b_u = tl.load(u_ptr + o, mask=m, other=0.0).to(ACC)
+    _, b_g = activate_grad(b_u * b_scale[None, :] + b_shift[None, :], ACT, FAST)
+    b_du = b_p[None, :] * (b_d * b_g) + b_q[None, :] * b_u + b_r[None, :]
+    tl.store(du_ptr + o, stored(b_du, du_ptr.dtype.element_ty), mask=m)
+
+
+def bn_finalize(
+    partials: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    eps: float,
+    momentum: float | None,
+    update: bool,
+    dtype: torch.dtype,
+    channels: int,
+) -> Tensor:
+    """norm [4, C] from the moments' partials [P, 3, C], or from the running statistics where `partials` is None.
+
+    With `update` the running statistics move, by `momentum` or, where that is None, to the cumulative average.
+    """
+    acc = accumulator(dtype)
+    owner = running_mean if partials is None else partials
+    assert owner is not None
+    norm = torch.empty(4, channels, dtype=acc, device=owner.device)
+    block = pow2(channels, 1, 256 if partials is None else 32)
+    _bn_finalize_kernel[(triton.cdiv(channels, block),)](
+        partials_ptr=partials,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        running_mean_ptr=running_mean,
+        running_var_ptr=running_var,
+        tracked_ptr=num_batches_tracked,
+        norm_ptr=norm,
+        P=0 if partials is None else partials.shape[0],
+        C=channels,
+        EPS=eps,
+        MOMENTUM=0.0 if momentum is None else momentum,
+        BATCH=partials is not None,
+        UPDATE=update,
+        CUMULATIVE=update and momentum is None,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        ACC=numeric(dtype)["ACC"],
+        BP=64,
+        BC=block,
+    )
+    return norm
+
+
+def bn_bwd_finalize(sums: Tensor, norm: Tensor, count: int, batch_statistics: bool) -> tuple[Tensor, Tensor]:
+    """(gradients [2, C] of weight and bias, coef [3, C]) from partial sums [P, 2, C] of dv and dv * xhat."""
+    channels = norm.shape[1]
+    grads = torch.empty(2, channels, dtype=norm.dtype, device=norm.device)
+    coef = torch.empty(3, channels, dtype=norm.dtype, device=norm.device)
+    block = pow2(channels, 1, 32)
+    _bn_bwd_finalize_kernel[(triton.cdiv(channels, block),)](
+        sums_ptr=sums,
+        norm_ptr=norm,
+        grads_ptr=grads,
+        coef_ptr=coef,
+        P=sums.shape[0],
+        C=channels,
+        count=count,
+        BATCH=batch_statistics,
+        ACC=numeric(norm.dtype)["ACC"],
+        BP=64,
+        BC=block,
+    )
+    return grads, coef
+
+
+def bn_act_fwd(
+    u: Tensor,
+    norm: Tensor | None,
+    gate: Tensor | None,
+    offset: Tensor | None,
+    keep: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """(act(scale * u + shift) * gate[n, c] + offset[n, c]) * keep[n] + residual, each part optional; [N, H, W, C]."""
+    n, h, w, c = u.shape
+    y = torch.empty_like(u)
+    tiles = row_tiles(n * h * w, c)
+    _bn_act_fwd_kernel[(triton.cdiv(n * h * w, tiles["BM"]), triton.cdiv(c, tiles["BC"]))](
+        u_ptr=u,
+        norm_ptr=norm,
+        gate_ptr=gate,
+        offset_ptr=offset,
+        keep_ptr=keep,
+        residual_ptr=residual,
+        y_ptr=y,
+        M=n * h * w,
+        HW=h * w,
+        C=c,
+        ACT=activation,
+        HAS_NORM=norm is not None,
+        HAS_GATE=gate is not None,
+        HAS_OFFSET=offset is not None,
+        HAS_KEEP=keep is not None,
+        HAS_RESIDUAL=residual is not None,
+        **numeric(u.dtype),
+        **tiles,
+    )
+    return y
+
+
+def bn_act_bwd_reduce(dy: Tensor, u: Tensor, norm: Tensor, keep: Tensor | None, activation: str) -> Tensor:
+    """Partial sums [P, 2, C] of dv and dv * xhat, dv = dy * keep[n] * act'(scale * u + shift)."""
+    n, h, w, c = u.shape
+    tiles = row_tiles(n * h * w, c)
+    rows, columns = triton.cdiv(n * h * w, tiles["BM"]), triton.cdiv(c, tiles["BC"])
+    per_program = groups(rows, columns)
+    programs = triton.cdiv(rows, per_program)
+    sums = torch.empty(programs, 2, c, dtype=norm.dtype, device=u.device)
+    _bn_act_bwd_reduce_kernel[(programs, columns)](
+        dy_ptr=dy,
+        u_ptr=u,
+        norm_ptr=norm,
+        keep_ptr=keep,
+        sums_ptr=sums,
+        M=n * h * w,
+        HW=h * w,
+        TILES=per_program,
+        C=c,
+        ACT=activation,
+        HAS_KEEP=keep is not None,
+        **numeric(u.dtype),
+        **tiles,
+    )
+    return sums
+
+
+def bn_act_bwd(dy: Tensor, u: Tensor, norm: Tensor, coef: Tensor, activation: str) -> Tensor:
+    """du = p * dy * act'(scale * u + shift) + q * u + r."""
+    n, h, w, c = u.shape
+    du = torch.empty_like(u)
+    tiles = row_tiles(n * h * w, c)
+    _bn_act_bwd_kernel[(triton.cdiv(n * h * w, tiles["BM"]), triton.cdiv(c, tiles["BC"]))](
+        dy_ptr=dy,
+        u_ptr=u,
+        norm_ptr=norm,
+        coef_ptr=coef,
+        du_ptr=du,
+        M=n * h * w,
+        C=c,
+        ACT=activation,
+        **numeric(u.dtype),
+        **tiles,
+    )
+    return du

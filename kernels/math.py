@@ -1,0 +1,67 @@
+"""Scalar functions shared by the kernels: activations with their derivatives, storage rounding, matrix products."""
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+@triton.jit
+def sigmoid(v, FAST: tl.constexpr):
+    # tanh.approx is one MUFU against two (ex2, rcp); its error, 2^-11, stays below bf16's rounding.
+    if FAST:
+        t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [v * 0.5], tl.float32, is_pure=True, pack=1)
+        return t * 0.5 + 0.5
+    else:
+        return 1.0 / (1.0 + tl.exp(-v))
+
+
+@triton.jit
+def activate(v, ACT: tl.constexpr, FAST: tl.constexpr):
+    """act(v)."""
+    if ACT == "silu":
+        return v * sigmoid(v, FAST)
+    elif ACT == "relu":
+        return tl.maximum(v, 0.0)
+    elif ACT == "relu6":
+        return tl.minimum(tl.maximum(v, 0.0), 6.0)
+    else:
+        return v
+
+
+@triton.jit
+def activate_grad(v, ACT: tl.constexpr, FAST: tl.constexpr):
+    """act(v) and act'(v); the sub-gradient at a kink is 0, as in PyTorch."""
+    if ACT == "silu":
+        s = sigmoid(v, FAST)
+        a = v * s
+        return a, s + a * (1.0 - s)
+    elif ACT == "relu":
+        return tl.maximum(v, 0.0), tl.where(v > 0.0, 1.0, 0.0).to(v.dtype)
+    elif ACT == "relu6":
+        return tl.minimum(tl.maximum(v, 0.0), 6.0), tl.where((v > 0.0) & (v < 6.0), 1.0, 0.0).to(v.dtype)
+    else:
+        return v, v * 0.0 + 1.0
+
+
+@triton.jit
+def stored(v, DTYPE: tl.constexpr):
+    """v rounded to nearest even for a store in DTYPE (the interpreter's own cast to bf16 truncates)."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = v.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+    else:
+        return v.to(DTYPE)
+
+
+@triton.jit
+def dot(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a @ b with operands rounded to DTYPE, accumulated in acc's dtype."""
+    a, b = stored(a, DTYPE), stored(b, DTYPE)
+    if INTERPRETED:  # its bf16 product is wrong; operands are exact in acc's dtype
+        return tl.dot(a.to(acc.dtype), b.to(acc.dtype), acc, input_precision="ieee", out_dtype=acc.dtype)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)

@@ -1,0 +1,305 @@
+"""1x1 convolutions as matrix products over pixels, with BatchNorm folded into both ends.
+
+Forward: u[m, o] = sum_i w[o, i] * a[m, i], a = act(scale * x + shift) * gate[n, i]; epilogue: moments of u.
+Backward: du = p * (dy * keep[n]) + q * u + r is a prologue, so BatchNorm's own backward is never a pass of its own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .batch_norm import load_coef, load_norm, merge_moments, store_moments
+from .math import activate, activate_grad, dot, stored
+from .tuning import accumulator, groups, matmul_tiles, numeric, precision
+
+
+@triton.jit
+def load_input(
+    x_ptr, norm_ptr, gate_ptr, o_m, m_m, o_c, HW, C, ACT: tl.constexpr, HAS_NORM: tl.constexpr, HAS_GATE: tl.constexpr,
+    ACC: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """act(scale * x + shift) * gate[n, c] for a tile of pixels and channels; 0 outside the channels."""
+    m_c = o_c < C
+    m = m_m[:, None] & m_c[None, :]
+    b_a = tl.load(x_ptr + o_m[:, None].to(tl.int64) * C + o_c[None, :], mask=m, other=0.0)
+    if HAS_NORM:
+        b_scale, b_shift = load_norm(norm_ptr, o_c, m_c, C)
+        b_a = activate(b_a.to(ACC) * b_scale[None, :] + b_shift[None, :], ACT, FAST)
+        if HAS_GATE:
+            b_a = b_a * tl.load(gate_ptr + (o_m // HW)[:, None] * C + o_c[None, :], mask=m, other=0.0)
+    return b_a
+
+
+@triton.jit
+def load_grad(
+    dy_ptr, u_ptr, coef_ptr, keep_ptr, o_m, m_m, o_c, HW, C, HAS_KEEP: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """du = p * (dy * keep[n]) + q * u + r for a tile of pixels and channels; 0 outside the channels."""
+    m_c = o_c < C
+    m = m_m[:, None] & m_c[None, :]
+    o = o_m[:, None].to(tl.int64) * C + o_c[None, :]
+    b_p, b_q, b_r = load_coef(coef_ptr, o_c, m_c, C)
+    b_d = tl.load(dy_ptr + o, mask=m, other=0.0).to(ACC)
+    b_u = tl.load(u_ptr + o, mask=m, other=0.0).to(ACC)
+    if HAS_KEEP:
+        b_d = b_d * tl.load(keep_ptr + o_m // HW, mask=m_m, other=0.0)[:, None]
+    return b_p[None, :] * b_d + b_q[None, :] * b_u + b_r[None, :]
+
+
+@triton.jit
+def _pointwise_fwd_kernel(
+    x_ptr,
+    w_ptr,
+    norm_ptr,
+    gate_ptr,
+    u_ptr,
+    partials_ptr,
+    M,
+    HW,
+    TILES,
+    CI: tl.constexpr,
+    CO: tl.constexpr,
+    ACT: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_MOMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    FAST: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BO: tl.constexpr,
+):
+    o_o = tl.program_id(0) * BO + tl.arange(0, BO)
+    m_o = o_o < CO
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    count = tl.zeros((BO,), ACC)
+    mean = tl.zeros((BO,), ACC)
+    m2 = tl.zeros((BO,), ACC)
+    for tile in range(0, TILES):
+        o_m = (tl.program_id(1) * TILES + tile) * BM + tl.arange(0, BM)
+        m_m = o_m < M
+        acc = tl.zeros((BM, BO), ACC)
+        for k in range(0, CI, BK):
+            o_k = k + tl.arange(0, BK)
+            b_x = load_input(x_ptr, norm_ptr, gate_ptr, o_m, m_m, o_k, HW, CI, ACT, HAS_NORM, HAS_GATE, ACC, FAST)
+            m_w = (o_k < CI)[:, None] & m_o[None, :]
+            b_w = tl.load(w_ptr + o_o[None, :] * CI + o_k[:, None], mask=m_w, other=0.0)  # [BK, BO]
+            acc = dot(b_x, b_w, acc, DTYPE, PRECISION)
+        m = m_m[:, None] & m_o[None, :]
+        tl.store(u_ptr + o_m[:, None].to(tl.int64) * CO + o_o[None, :], stored(acc, DTYPE), mask=m)
+        if HAS_MOMENTS:
+            # Two passes over the tile in registers, then a merge: no difference of large sums.
+            b_count = tl.sum(tl.where(m, 1.0, 0.0).to(ACC), 0)
+            b_mean = tl.sum(tl.where(m, acc, 0.0), 0) / tl.maximum(b_count, 1.0)
+            b_delta = tl.where(m, acc - b_mean[None, :], 0.0)
+            count, mean, m2 = merge_moments(count, mean, m2, b_count, b_mean, tl.sum(b_delta * b_delta, 0))
+    if HAS_MOMENTS:
+        store_moments(partials_ptr, tl.program_id(1), count, mean, m2, o_o, m_o, CO)
+
+
+@triton.jit
+def _pointwise_dgrad_kernel(
+    dy_ptr,
+    u_ptr,
+    coef_ptr,
+    keep_ptr,
+    w_ptr,
+    residual_ptr,
+    in_ptr,
+    in_norm_ptr,
+    gate_ptr,
+    offset_ptr,
+    in_coef_ptr,
+    dx_ptr,
+    M,
+    HW,
+    CI: tl.constexpr,
+    CO: tl.constexpr,
+    ACT: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    FAST: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BO: tl.constexpr,
+):
+    o_i = tl.program_id(0) * BO + tl.arange(0, BO)
+    m_i = o_i < CI
+    o_m = tl.program_id(1) * BM + tl.arange(0, BM)
+    m_m = o_m < M
+    DTYPE: tl.constexpr = dx_ptr.dtype.element_ty
+    acc = tl.zeros((BM, BO), ACC)
+    for k in range(0, CO, BK):
+        o_k = k + tl.arange(0, BK)
+        b_du = load_grad(dy_ptr, u_ptr, coef_ptr, keep_ptr, o_m, m_m, o_k, HW, CO, HAS_KEEP, ACC)
+        m_w = (o_k < CO)[:, None] & m_i[None, :]
+        b_w = tl.load(w_ptr + o_k[:, None] * CI + o_i[None, :], mask=m_w, other=0.0)  # [BK, BO]
+        acc = dot(b_du, b_w, acc, DTYPE, PRECISION)
+    m = m_m[:, None] & m_i[None, :]
+    o = o_m[:, None].to(tl.int64) * CI + o_i[None, :]
+    if HAS_RESIDUAL:
+        acc += tl.load(residual_ptr + o, mask=m, other=0.0).to(ACC)
+    if HAS_NORM:
+        b_scale, b_shift = load_norm(in_norm_ptr, o_i, m_i, CI)
+        b_p, b_q, b_r = load_coef(in_coef_ptr, o_i, m_i, CI)
+        b_u = tl.load(in_ptr + o, mask=m, other=0.0).to(ACC)
+        _, b_g = activate_grad(b_u * b_scale[None, :] + b_shift[None, :], ACT, FAST)
+        if HAS_GATE:
+            o_nc = (o_m // HW)[:, None] * CI + o_i[None, :]
+            acc = acc * tl.load(gate_ptr + o_nc, mask=m, other=0.0) + tl.load(offset_ptr + o_nc, mask=m, other=0.0)
+        acc = b_p[None, :] * (acc * b_g) + b_q[None, :] * b_u + b_r[None, :]
+    tl.store(dx_ptr + o, stored(acc, DTYPE), mask=m)
+
+
+@triton.jit
+def _pointwise_wgrad_kernel(
+    dy_ptr,
+    u_ptr,
+    coef_ptr,
+    x_ptr,
+    dw_ptr,
+    M,
+    HW,
+    TILES,
+    CI: tl.constexpr,
+    CO: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    FAST: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BO: tl.constexpr,
+):
+    o_i = tl.program_id(0) * BO + tl.arange(0, BO)
+    o_o = tl.program_id(1) * BM + tl.arange(0, BM)
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    acc = tl.zeros((BM, BO), ACC)
+    for tile in range(0, TILES):
+        o_m = (tl.program_id(2) * TILES + tile) * BK + tl.arange(0, BK)
+        m_m = o_m < M
+        b_du = load_grad(dy_ptr, u_ptr, coef_ptr, None, o_m, m_m, o_o, HW, CO, False, ACC)
+        b_x = load_input(x_ptr, None, None, o_m, m_m, o_i, HW, CI, "none", False, False, ACC, FAST)
+        acc = dot(tl.trans(b_du), b_x, acc, DTYPE, PRECISION)
+    o = (tl.program_id(2) * CO + o_o[:, None]) * CI + o_i[None, :]
+    tl.store(dw_ptr + o, acc, mask=(o_o < CO)[:, None] & (o_i < CI)[None, :])
+
+
+def pointwise_fwd(
+    x: Tensor, weight: Tensor, norm: Tensor | None, gate: Tensor | None, activation: str, moments: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(u [N, H, W, O], partial moments [P, 3, O] if asked) of x [N, H, W, I] and weight [O, I, 1, 1]."""
+    n, h, w, channels = x.shape
+    out, rows = weight.shape[0], n * h * w
+    u = torch.empty(n, h, w, out, dtype=x.dtype, device=x.device)
+    tiles = matmul_tiles(rows, channels, out)
+    columns = triton.cdiv(out, tiles["BO"])
+    per_program = groups(triton.cdiv(rows, tiles["BM"]), columns) if moments else 1
+    programs = triton.cdiv(rows, tiles["BM"] * per_program)
+    partials = torch.empty(programs, 3, out, dtype=accumulator(x.dtype), device=x.device) if moments else None
+    _pointwise_fwd_kernel[(columns, programs)](
+        x_ptr=x,
+        w_ptr=weight,
+        norm_ptr=norm,
+        gate_ptr=gate,
+        u_ptr=u,
+        partials_ptr=partials,
+        M=rows,
+        HW=h * w,
+        TILES=per_program,
+        CI=channels,
+        CO=out,
+        ACT=activation,
+        HAS_NORM=norm is not None,
+        HAS_GATE=gate is not None,
+        HAS_MOMENTS=moments,
+        PRECISION=precision(x.dtype),
+        **numeric(x.dtype),
+        **tiles,
+    )
+    return u, partials
+
+
+def pointwise_dgrad(
+    dy: Tensor,
+    u: Tensor,
+    coef: Tensor,
+    keep: Tensor | None,
+    weight: Tensor,
+    residual: Tensor | None,
+    inputs: Tensor | None,
+    in_norm: Tensor | None,
+    gate: Tensor | None,
+    offset: Tensor | None,
+    in_coef: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Gradient of the product's input: dz = du @ weight, [N, H, W, I], then one of two epilogues.
+
+    * `residual`: dz + residual;
+    * `inputs` (the pre-activation of the product's input): the gradient through gate, activation and BatchNorm,
+      p' * (dz * gate + offset) * act'(scale * inputs + shift) + q' * inputs + r'.
+    """
+    n, h, w, out = dy.shape
+    channels, rows = weight.shape[1], n * h * w
+    dx = torch.empty(n, h, w, channels, dtype=dy.dtype, device=dy.device)
+    tiles = matmul_tiles(rows, out, channels)
+    _pointwise_dgrad_kernel[(triton.cdiv(channels, tiles["BO"]), triton.cdiv(rows, tiles["BM"]))](
+        dy_ptr=dy,
+        u_ptr=u,
+        coef_ptr=coef,
+        keep_ptr=keep,
+        w_ptr=weight,
+        residual_ptr=residual,
+        in_ptr=inputs,
+        in_norm_ptr=in_norm,
+        gate_ptr=gate,
+        offset_ptr=offset,
+        in_coef_ptr=in_coef,
+        dx_ptr=dx,
+        M=rows,
+        HW=h * w,
+        CI=channels,
+        CO=out,
+        ACT=activation,
+        HAS_KEEP=keep is not None,
+        HAS_RESIDUAL=residual is not None,
+        HAS_NORM=inputs is not None,
+        HAS_GATE=gate is not None,
+        PRECISION=precision(dy.dtype),
+        **numeric(dy.dtype),
+        **tiles,
+    )
+    return dx
+
+
+def pointwise_wgrad(dy: Tensor, u: Tensor, coef: Tensor, x: Tensor) -> Tensor:
+    """Weight gradient [O, I, 1, 1]: sum over pixels of du[m, o] * x[m, i]."""
+    n, h, w, out = dy.shape
+    channels, rows = x.shape[3], n * h * w
+    tiles = matmul_tiles(out, rows, channels)
+    columns = triton.cdiv(out, tiles["BM"]) * triton.cdiv(channels, tiles["BO"])
+    per_program = groups(triton.cdiv(rows, tiles["BK"]), columns, programs=512)
+    programs = triton.cdiv(rows, tiles["BK"] * per_program)
+    partials = torch.empty(programs, out, channels, dtype=coef.dtype, device=dy.device)
+    _pointwise_wgrad_kernel[(triton.cdiv(channels, tiles["BO"]), triton.cdiv(out, tiles["BM"]), programs)](
+        dy_ptr=dy,
+        u_ptr=u,
+        coef_ptr=coef,
+        x_ptr=x,
+        dw_ptr=partials,
+        M=rows,
+        HW=h * w,
+        TILES=per_program,
+        CI=channels,
+        CO=out,
+        PRECISION=precision(dy.dtype),
+        **numeric(dy.dtype),
+        **tiles,
+    )
+    return partials.sum(0).reshape(out, channels, 1, 1)
