@@ -97,28 +97,27 @@ def rows(model: nn.Module) -> tuple[Row, ...]:
             found.append(_row(name, module))
         elif module in candidates:
             reason = f"no adapter for {type(module).__module__}.{type(module).__qualname__}"
-            found.append(_eager(name, module, reason))
+            found.append(_eager(name, module, reason, _guessed_geometry(module)))
     return tuple(found)
 
 
 def _row(name: str, module: nn.Module) -> Row:
     block = fusible(module)
-    if block is None or isinstance(block, str):
-        return _eager(name, module, str(block))
-    geometry = _geometry(block)
+    geometry = _geometry(block) if isinstance(block, Block) else _guessed_geometry(module)
+    adapter = adapter_of(type(module))
+    if adapter is not None and is_fused(module):
+        live = read(module, adapter)
+        if isinstance(live, str):
+            return _eager(name, module, live, geometry)
+    if not isinstance(block, Block):
+        return _eager(name, module, str(block), geometry)
     if not is_fused(module):
         return _eager(name, module, "not fused: fastmbconv.fuse does it", geometry)
-    adapter = adapter_of(type(module))
-    assert adapter is not None
-    live = read(module, adapter)
-    if isinstance(live, str):
-        return _eager(name, module, live, geometry)
     reason = dispatch.supports(block, block.project_weight)
     return Row(name, _class_name(module), geometry, "fused", "", "kernels" if reason is None else f"eager: {reason}")
 
 
-def _eager(name: str, module: nn.Module, reason: str, geometry: Geometry | None = None) -> Row:
-    geometry = geometry or _guessed_geometry(module)
+def _eager(name: str, module: nn.Module, reason: str, geometry: Geometry) -> Row:
     return Row(name, _class_name(module), geometry, "eager", reason, f"eager: {reason}")
 
 

@@ -38,7 +38,10 @@ class FusedBlock:
         return _rebuild, (type(self).original,), self.__getstate__()
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """TorchScript compiles the class's source, so it gets the original class (with the same submodules)."""
+        """TorchScript compiles the class's source, so it gets a block of the original class with the same submodules.
+
+        torch.jit.script leaves that block in the model: scripting unfuses.
+        """
         block: Any = copy.copy(self)
         block.__class__ = type(self).original
         return block

@@ -1,0 +1,52 @@
+"""A block's description must compute what the block itself computes: in float64, so that nothing hides in rounding."""
+
+import copy
+
+import torch
+from torch import nn
+
+from fastmbconv import reference, unfuse
+from fastmbconv.block import Block
+from fastmbconv.swap.fused import fusible
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    """float64, with parameters and statistics that no wrong path would get right by chance."""
+    module = module.double()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(p + 0.1 * torch.randn_like(p) + 0.1)
+        for name, b in module.named_buffers():
+            if name.endswith("running_mean"):
+                b.normal_()
+            elif name.endswith("running_var"):
+                b.uniform_(0.5, 2.0)
+    return module
+
+
+def outcome(module, forward, x):
+    """Output, gradients (with the input's) and buffers of one call with a fixed seed."""
+    x = x.clone().requires_grad_()
+    torch.manual_seed(7)
+    y = forward(x)
+    torch.manual_seed(8)
+    y.backward(torch.randn_like(y))
+    grads = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+    return {"y": y, "dx": x.grad, **grads, **{f"{name} (buffer)": b for name, b in module.named_buffers()}}
+
+
+def assert_same(ours, theirs, **tolerance):
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+
+
+def assert_described(module: nn.Module, x: torch.Tensor) -> Block:
+    """reference.mbconv on the block's description does what the block's own forward does; its training flags stay."""
+    own, described = copy.deepcopy(module), copy.deepcopy(module)
+    block = fusible(described)
+    assert isinstance(block, Block), block
+    theirs = outcome(own, unfuse(own), x)
+    ours = outcome(described, lambda x: reference.mbconv(x, block), x)
+    assert_same(ours, theirs, rtol=1e-9, atol=1e-9)
+    return block
