@@ -279,7 +279,8 @@ def depthwise_bwd(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(dv [N, H, W, C], weight gradient [C, 1, K, K], partial sums [P, 2, C] of dv and dv * xhat).
 
-    dy is [N, HO, WO, C]; dv is the gradient at scale * x + shift, or at x itself (+ residual) where `norm` is None; then there are no sums.
+    dy is [N, HO, WO, C]; dv is the gradient at scale * x + shift, or at x itself (+ residual) where `norm` is None;
+    then there are no sums.
     """
     n, h, w, c = x.shape
     k = weight.shape[-1]

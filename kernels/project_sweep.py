@@ -1,8 +1,8 @@
-"""The backward sweep: one pass over (dy, u3, u2) gives all sums of the block's backward and the project weight gradient.
+"""The backward sweep: one pass over (dy, u3, u2) gives all sums of the block's backward and dW of the project conv.
 
 Per image, T = du3^T [a | act' | act' * xhat2] has the image's pixels as its reduced dimension, so the tensor cores do
-the reductions: the sum over o of W[o, c] * T[o, c] is the sum over pixels of da3 * (...), da3 = du3 W, and gate * T[., a]
-adds up to the weight gradient. No da3 is formed. A product with ones gives the plain sums of act' and act' * xhat2.
+the reductions: the sum over o of W[o, c] * T[o, c] is the sum over pixels of da3 * (...), da3 = du3 W, and gate * T_a
+adds up to dW. No da3 is formed. A product with ones gives the plain sums of act' and act' * xhat2.
 """
 
 import torch
