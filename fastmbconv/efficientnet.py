@@ -291,15 +291,18 @@ def init_weights(module: nn.Module) -> None:
 
 @contextmanager
 def _statistics_stay(module: nn.Module) -> Iterator[None]:
-    """Let BNs normalise as they do, but leave their running statistics alone."""
-    tracking = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-    for bn in tracking:
-        bn.track_running_stats = False
+    """Let BNs move copies of their running statistics (not none: autograd saves as many tensors as the first time)."""
+    moving = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    before = [dict(bn.named_buffers(recurse=False)) for bn in moving]
+    for bn, buffers in zip(moving, before, strict=True):
+        for name, buffer in buffers.items():
+            setattr(bn, name, buffer.clone())
     try:
         yield
     finally:
-        for bn in tracking:
-            bn.track_running_stats = True
+        for bn, buffers in zip(moving, before, strict=True):
+            for name, buffer in buffers.items():
+                setattr(bn, name, buffer)
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

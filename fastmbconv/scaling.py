@@ -5,12 +5,13 @@ Tan & Le, EfficientNet, 2019, section 3. Depth, width and resolution grow togeth
     depth = alpha ** phi,   width = beta ** phi,   resolution = gamma ** phi,   alpha * beta ** 2 * gamma ** 2 = 2
 
 The constraint has squares: alpha * beta * gamma = 2, as it is sometimes written down, is wrong. A network that is d
-times as deep runs d times as many layers. One that is w times as wide has, in each convolution, w times as many input
-channels and w times as many output channels: w ** 2 times the products. One that is r times as large on each side has
-r ** 2 times as many pixels. So FLOPs grow with d * w ** 2 * r ** 2 = (alpha * beta ** 2 * gamma ** 2) ** phi, and the
-constraint makes that 2 ** phi: phi counts doublings of the budget. With the product of the first powers fixed instead,
-one unit of phi could cost anything from 2 times (all of it into depth) to 4 times as much (none of it). The paper's
-alpha 1.2, beta 1.1, gamma 1.15 give 1.92 (and 1.52 without the squares).
+times as deep runs d times as many layers. One that is w times as wide has, in each ordinary convolution, w times as
+many input channels and w times as many output channels: w ** 2 times the products (the depthwise ones, 9 % of B0's,
+grow with w only). One that is r times as large on each side has r ** 2 times as many pixels. So FLOPs grow with
+d * w ** 2 * r ** 2 = (alpha * beta ** 2 * gamma ** 2) ** phi, and the constraint makes that 2 ** phi: phi counts
+doublings of the budget. With the product of the first powers fixed instead, one unit of phi could cost anything from
+2 times (all of it into depth) to 4 times as much (none of it). The paper's alpha 1.2, beta 1.1, gamma 1.15 give 1.92
+(and 1.52 without the squares). B0 with depth 2, width 2 or resolution 448 alone costs 2.03, 3.76 and 3.99 times B0.
 
 The published B1..B7 follow no integer phi (B4's depth, width and resolution are phi 3.2, 3.5 and 3.8), so named
 variants have a table, `COEFFICIENTS`, and the formula, `compound`, serves every other real phi.
@@ -154,6 +155,8 @@ def compound(phi: float, alpha: float = ALPHA, beta: float = BETA, gamma: float 
 
     Resolution is 224 * gamma ** phi to the nearest pixel. Dropout grows linearly from 0.2 at phi 0 to 0.5 at phi 7, as
     it does from B0 to B7 (section 5.2), and stays at these ends outside.
+    Repeats are rounded up and channels to multiples of 8, so small steps are dear: phi 1 costs 2.57 times B0. Ask
+    `count_macs` where a budget is meant.
 
     Raises:
         ValueError: if phi is not finite, if alpha, beta or gamma is not finite and >= 1, or if the result overflows.

@@ -14,6 +14,10 @@ import pytest  # noqa: E402
 import fastmbconv  # noqa: E402
 from fastmbconv import dispatch  # noqa: E402
 
+# `with torch.device(...)` remembers torch's factories at its first use: that must come before `poison` replaces them.
+with torch.device("meta"):
+    torch.empty(0)
+
 
 def _poisoned(allocate):
     def allocate_nan(*args, **kwargs):
