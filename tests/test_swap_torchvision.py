@@ -1,0 +1,162 @@
+"""torchvision's EfficientNets through the swap."""
+
+import copy
+import io
+from functools import partial
+
+import pytest
+import torch
+from agreement import assert_described, assert_same, outcome, randomised
+from libraries import library
+from torch import nn
+
+from fastmbconv import explain, functional, fuse, reference, unfuse
+from fastmbconv.swap.fused import FusedBlock, fusible
+
+torchvision = library("torchvision")
+efficientnet = pytest.importorskip("torchvision.models.efficientnet", reason="torchvision has no efficientnet")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    seen = []
+
+    def mbconv(x, block, eager):
+        seen.append(block)
+        return reference.mbconv(x, block)
+
+    monkeypatch.setattr(functional, "mbconv", mbconv)
+    return seen
+
+
+def mbconv(expand=4.0, kernel=3, stride=1, out_channels=8, rate=0.0, mode="row", norm_layer=nn.BatchNorm2d):
+    config = efficientnet.MBConvConfig(expand, kernel, stride, 8, out_channels, 1)
+    module = efficientnet.MBConv(config, rate, norm_layer)
+    module.stochastic_depth.mode = mode
+    return module
+
+
+def _with(change):
+    module = mbconv()
+    change(module)
+    return module
+
+
+DESCRIBED = {
+    "expand": mbconv,
+    "k5-stride2": lambda: mbconv(kernel=5, stride=2, out_channels=12),
+    "no-expand": lambda: mbconv(expand=1.0),
+    "row": lambda: mbconv(rate=0.5),
+    "batch": lambda: mbconv(rate=0.5, mode="batch"),
+    "no-expand-row": lambda: mbconv(expand=1.0, rate=0.5),
+    "eps": lambda: mbconv(norm_layer=partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)),
+    "no-se": lambda: _with(lambda m: m.block.__setitem__(2, nn.Identity())),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("make", DESCRIBED.values(), ids=DESCRIBED)
+def test_described(make, training):
+    assert_described(randomised(make()).train(training), torch.randn(4, 8, 9, 7, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_seed_same_masks(mode, dtype):
+    module = mbconv(rate=0.5, mode=mode).train()
+    drop = fusible(module).drop
+    torch.manual_seed(3)
+    ours = drop(torch.ones(64, 1, 1, 1, dtype=dtype))
+    torch.manual_seed(3)
+    theirs = module.stochastic_depth(torch.ones(64, 8, 2, 2, dtype=dtype))
+    assert torch.equal(ours.expand_as(theirs), theirs)
+    assert fusible(module.eval()).drop is None
+
+
+def _se(module):
+    return module.block[2]
+
+
+UNFUSIBLE = {
+    "kernel": (lambda: mbconv(kernel=7), "kernel size 7"),
+    "dilation": (lambda: _with(lambda m: setattr(m.block[1][0], "dilation", (2, 2))), "dilation 2"),
+    "norm": (lambda: mbconv(norm_layer=lambda c: nn.GroupNorm(1, c)), "is a GroupNorm"),
+    "sync-norm": (lambda: nn.SyncBatchNorm.convert_sync_batchnorm(mbconv()), "is a SyncBatchNorm"),
+    "frozen-norm": (lambda: mbconv(norm_layer=torchvision.ops.FrozenBatchNorm2d), "is a FrozenBatchNorm2d"),
+    "gate": (
+        lambda: _with(lambda m: setattr(_se(m), "scale_activation", nn.Hardsigmoid())),
+        "gate is Hardsigmoid",
+    ),
+    "pool": (lambda: _with(lambda m: setattr(_se(m), "avgpool", nn.AdaptiveMaxPool2d(1))), "pools with Adaptive"),
+    "other-se": (lambda: _with(lambda m: m.block.__setitem__(2, nn.Dropout())), "the squeeze-excite is a torch.nn"),
+    "act": (lambda: _with(lambda m: m.block[1].__setitem__(2, nn.Mish())), "the depthwise convolution is Mish"),
+    "late-act": (lambda: _with(lambda m: m.block[3].append(nn.SiLU())), "the projection is SiLU (allowed is none)"),
+    "new-child": (lambda: _with(lambda m: m.add_module("gamma", nn.Identity())), "an unknown submodule gamma"),
+    "longer": (lambda: _with(lambda m: m.block.insert(0, copy.deepcopy(m.block[0]))), "4 convolutions"),
+    "fused-mbconv": (
+        lambda: efficientnet.FusedMBConv(efficientnet.FusedMBConvConfig(4, 3, 1, 8, 8, 1), 0.0, nn.BatchNorm2d),
+        "Fused-MBConv",
+    ),
+}
+
+
+@pytest.mark.parametrize("make, reason", UNFUSIBLE.values(), ids=UNFUSIBLE)
+def test_unfusible_says_why(make, reason):
+    module = make()
+    row = explain(fuse(module)).rows[0]
+    assert not isinstance(module, FusedBlock)
+    assert row.path == "eager" and reason in row.reason
+
+
+@pytest.mark.parametrize("name, fused, total", [("efficientnet_b0", 16, 16), ("efficientnet_v2_s", 30, 40)])
+def test_models_are_fused(name, fused, total):
+    model = torchvision.models.get_model(name, num_classes=3)
+    state, parameters = list(model.state_dict()), list(model.parameters())
+    explanation = explain(fuse(model))
+    assert (explanation.fused, len(explanation)) == (fused, total)
+    assert list(model.state_dict()) == state
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert not any(isinstance(m, FusedBlock) for m in unfuse(model).modules())
+
+
+def test_blocks_without_an_adapter_get_a_row():
+    rows = explain(fuse(torchvision.models.mobilenet_v2(width_mult=0.25))).rows
+    assert len(rows) == 17
+    assert {row.reason for row in rows} == {"no adapter for torchvision.models.mobilenetv2.InvertedResidual"}
+
+
+def small_model():
+    """torchvision's own EfficientNet, small, with every stride and kernel size."""
+    config = efficientnet.MBConvConfig
+    stages = [config(1, 3, 1, 8, 8, 1), config(4, 5, 2, 8, 16, 2), config(4, 3, 2, 16, 24, 1)]
+    return efficientnet.EfficientNet(stages, dropout=0.0, stochastic_depth_prob=0.5, num_classes=3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_model_computes_the_same(training, calls):
+    model = small_model().double().train(training)
+    fused = fuse(copy.deepcopy(model))
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    assert_same(outcome(fused, fused, x), outcome(model, model, x), rtol=1e-6, atol=1e-8)
+    assert len(calls) == 4
+
+
+def test_unfuse_is_bitwise_and_save_loads():
+    model = torchvision.models.efficientnet_b0(num_classes=3).eval()
+    x = torch.randn(1, 3, 32, 32)
+    types, before = [type(m) for m in model.modules()], model(x)
+    buffer = io.BytesIO()
+    torch.save(fuse(model), buffer)
+    buffer.seek(0)
+    assert explain(torch.load(buffer, weights_only=False)).fused == 16
+    assert torch.equal(unfuse(model)(x), before)
+    assert [type(m) for m in model.modules()] == types
+
+
+def test_feature_extraction_by_fx(calls):
+    extraction = pytest.importorskip("torchvision.models.feature_extraction", reason="torchvision has no extraction")
+    model = fuse(torchvision.models.efficientnet_b0(num_classes=3)).eval()
+    x = torch.randn(1, 3, 32, 32)
+    features = extraction.create_feature_extractor(model, {"features.2.1.block.1": "inner", "flatten": "last"})(x)
+    assert features["inner"].shape == (1, 144, 8, 8)
+    torch.testing.assert_close(model.classifier(features["last"]), model(x))
