@@ -3,9 +3,10 @@
 import copy
 
 import torch
+from parity import assert_parity
 from torch import nn
 
-from fastmbconv import reference, unfuse
+from fastmbconv import backend, fuse, reference, unfuse
 from fastmbconv.block import Block
 from fastmbconv.swap.fused import fusible
 
@@ -30,7 +31,7 @@ def outcome(module, forward, x):
     torch.manual_seed(7)
     y = forward(x)
     torch.manual_seed(8)
-    y.backward(torch.randn_like(y))
+    y.backward(torch.randn(y.shape, dtype=torch.float64).to(y))
     grads = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
     return {"y": y, "dx": x.grad, **grads, **{f"{name} (buffer)": b for name, b in module.named_buffers()}}
 
@@ -50,3 +51,29 @@ def assert_described(module: nn.Module, x: torch.Tensor) -> Block:
     ours = outcome(described, lambda x: reference.mbconv(x, block), x)
     assert_same(ours, theirs, rtol=1e-9, atol=1e-9)
     return block
+
+
+def assert_kernels_agree(module: nn.Module, x: torch.Tensor) -> None:
+    """A fused block, through the kernels, keeps the parity rule: output, gradients and buffers. Both in float64."""
+    truth = outcome(module, module, x)
+    eager, fused = copy.deepcopy(module).float(), fuse(copy.deepcopy(module).float())
+    eager.zero_grad()
+    fused.zero_grad()
+    with backend("eager"):
+        theirs = outcome(eager, eager, x.float())
+    with backend("triton"):
+        ours = outcome(fused, fused, x.float())
+    for name, value in truth.items():
+        if value.is_floating_point():
+            assert_parity(name, ours[name], theirs[name], value)
+
+
+def assert_same_masks(module: nn.Module, x: torch.Tensor) -> None:
+    """A residual block in training drops the same samples through the kernels as by itself, from the same seed."""
+    kept = []
+    for make in (unfuse, fuse):
+        block = make(copy.deepcopy(module))
+        torch.manual_seed(5)
+        with backend("triton"):
+            kept.append((block(x) != x).flatten(1).any(1))
+    assert torch.equal(*kept) and 0 < kept[0].sum() < len(x)

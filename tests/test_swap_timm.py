@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from agreement import assert_described, assert_same, outcome, randomised
+from agreement import assert_described, assert_kernels_agree, assert_same, assert_same_masks, outcome, randomised
 from libraries import library
 from torch import nn
 
@@ -266,3 +266,18 @@ def test_description_is_no_copy():
     block = fusible(module)
     assert isinstance(block, Block)
     assert block.expand_weight is module.conv_pw.weight and block.bn2.running_var is module.bn2.running_var
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [inverted, lambda: inverted(pad_type="same", stride=2, dw_kernel_size=5, act_layer=nn.ReLU6)],
+    ids=["residual", "stride-2"],
+)
+def test_through_the_kernels(make, training, device):
+    module = randomised(make()).train(training).to(device)
+    assert_kernels_agree(module, torch.randn(2, 8, 6, 5, dtype=torch.float64, device=device))
+
+
+def test_same_masks_through_the_kernels(device):
+    assert_same_masks(inverted(drop_path_rate=0.5).to(device).train(), torch.randn(8, 8, 3, 3, device=device))

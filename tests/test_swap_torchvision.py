@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from agreement import assert_described, assert_same, outcome, randomised
+from agreement import assert_described, assert_kernels_agree, assert_same, assert_same_masks, outcome, randomised
 from libraries import library
 from torch import nn
 
@@ -160,3 +160,18 @@ def test_feature_extraction_by_fx(calls):
     features = extraction.create_feature_extractor(model, {"features.2.1.block.1": "inner", "flatten": "last"})(x)
     assert features["inner"].shape == (1, 144, 8, 8)
     torch.testing.assert_close(model.classifier(features["last"]), model(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [mbconv, lambda: mbconv(expand=1.0, kernel=5, stride=2, out_channels=12)],
+    ids=["residual", "stride-2"],
+)
+def test_through_the_kernels(make, training, device):
+    module = randomised(make()).train(training).to(device)
+    assert_kernels_agree(module, torch.randn(2, 8, 6, 5, dtype=torch.float64, device=device))
+
+
+def test_same_masks_through_the_kernels(device):
+    assert_same_masks(mbconv(rate=0.5).to(device).train(), torch.randn(8, 8, 3, 3, device=device))
