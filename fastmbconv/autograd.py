@@ -197,7 +197,7 @@ class MBConvFunction(torch.autograd.Function):
             dv1, d_depthwise, grads1, coef1 = ops.depthwise_bwd(
                 du2, u1, depthwise_weight, norm1, None, activation, *depthwise[:3], bn1.batch_statistics
             )
-            dx, d_expand = ops.expand_bwd(dv1, u1, coef1, expand_weight, x, shortcut)
+            dx, d_expand = ops.expand_bwd(dv1, x, expand_weight, coef1, shortcut, bn1.batch_statistics)
             d_expand, d_bn1 = _cast(d_expand, expand_weight), _bn_grads(grads1, bn1_weight, bn1_bias)
         excite_weights = (reduce_weight, reduce_bias, se_expand_weight, se_expand_bias)
         return (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmbconv.kernels import batch_norm, depthwise, pointwise, project_sweep, squeeze_excite
+from fastmbconv.kernels import batch_norm, depthwise, expand_backward, pointwise, project_sweep, squeeze_excite
 from fastmbconv.kernels.tuning import accumulator
 
 RUNNING = ("running_mean", "running_var")
@@ -212,7 +212,7 @@ def project_bwd(
     else:
         bn_sums = sums.flatten(0, 1)
     bn_grads, bn_coef = batch_norm.bn_bwd_finalize(bn_sums, norm, n * h * w, batch_statistics)
-    du2 = pointwise.pointwise_dgrad(dy, u3, coef, keep, weight, None, u2, norm, gate, offset, bn_coef, activation)
+    du2 = pointwise.pointwise_dgrad(dy, u3, coef, keep, weight, u2, norm, gate, offset, bn_coef, activation)
     return du2, d_weight, bn_grads, *excite_grads
 
 
@@ -269,15 +269,14 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, in_norm: Tensor | None, *args: Any)
 
 @_operator()
 def expand_bwd(
-    dv: Tensor, u: Tensor, coef: Tensor, weight: Tensor, x: Tensor, residual: Tensor | None
+    dv: Tensor, x: Tensor, weight: Tensor, coef: Tensor, residual: Tensor | None, batch_statistics: bool
 ) -> tuple[Tensor, Tensor]:
-    """(dx (+ residual), weight gradient) of the expand convolution, du = p * dv + q * u + r."""
-    dx = pointwise.pointwise_dgrad(dv, u, coef, None, weight, residual, None, None, None, None, None, "none")
-    return dx, pointwise.pointwise_wgrad(dv, u, coef, x)
+    """(dx (+ residual), weight gradient) of the expand convolution and its BatchNorm, whose coefficients are `coef`."""
+    return expand_backward.expand_bwd(dv, x, weight, coef, residual, batch_statistics)
 
 
 @expand_bwd.register_fake
-def _(dv: Tensor, u: Tensor, coef: Tensor, weight: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _(dv: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), _vectors(x, *weight.shape)
 
 

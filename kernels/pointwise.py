@@ -106,21 +106,18 @@ def _pointwise_dgrad_kernel(
     coef_ptr,
     keep_ptr,
     w_ptr,
-    residual_ptr,
     in_ptr,
     in_norm_ptr,
     gate_ptr,
     offset_ptr,
     in_coef_ptr,
-    dx_ptr,
+    du_ptr,
     M,
     HW,
     CI: tl.constexpr,
     CO: tl.constexpr,
     ACT: tl.constexpr,
     HAS_KEEP: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_NORM: tl.constexpr,
     HAS_GATE: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
@@ -133,7 +130,7 @@ def _pointwise_dgrad_kernel(
     m_i = o_i < CI
     o_m = tl.program_id(1) * BM + tl.arange(0, BM)
     m_m = o_m < M
-    DTYPE: tl.constexpr = dx_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = du_ptr.dtype.element_ty
     acc = tl.zeros((BM, BO), ACC)
     for k in range(0, CO, BK):
         o_k = k + tl.arange(0, BK)
@@ -143,51 +140,15 @@ def _pointwise_dgrad_kernel(
         acc = dot(b_du, b_w, acc, DTYPE, PRECISION)
     m = m_m[:, None] & m_i[None, :]
     o = o_m[:, None].to(tl.int64) * CI + o_i[None, :]
-    if HAS_RESIDUAL:
-        acc += tl.load(residual_ptr + o, mask=m, other=0.0).to(ACC)
-    if HAS_NORM:
-        b_scale, b_shift = load_norm(in_norm_ptr, o_i, m_i, CI)
-        b_p, b_q, b_r = load_coef(in_coef_ptr, o_i, m_i, CI)
-        b_u = tl.load(in_ptr + o, mask=m, other=0.0).to(ACC)
-        _, b_g = activate_grad(b_u * b_scale[None, :] + b_shift[None, :], ACT, FAST)
-        if HAS_GATE:
-            o_nc = (o_m // HW)[:, None] * CI + o_i[None, :]
-            acc = acc * tl.load(gate_ptr + o_nc, mask=m, other=0.0) + tl.load(offset_ptr + o_nc, mask=m, other=0.0)
-        acc = b_p[None, :] * (acc * b_g) + b_q[None, :] * b_u + b_r[None, :]
-    tl.store(dx_ptr + o, stored(acc, DTYPE), mask=m)
-
-
-@triton.jit
-def _pointwise_wgrad_kernel(
-    dy_ptr,
-    u_ptr,
-    coef_ptr,
-    x_ptr,
-    dw_ptr,
-    M,
-    HW,
-    TILES,
-    CI: tl.constexpr,
-    CO: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-    FAST: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    BO: tl.constexpr,
-):
-    o_i = tl.program_id(0) * BO + tl.arange(0, BO)
-    o_o = tl.program_id(1) * BM + tl.arange(0, BM)
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    acc = tl.zeros((BM, BO), ACC)
-    for tile in range(0, TILES):
-        o_m = (tl.program_id(2) * TILES + tile) * BK + tl.arange(0, BK)
-        m_m = o_m < M
-        b_du = load_grad(dy_ptr, u_ptr, coef_ptr, None, o_m, m_m, o_o, HW, CO, False, ACC)
-        b_x = load_input(x_ptr, None, None, o_m, m_m, o_i, HW, CI, "none", False, False, ACC, FAST)
-        acc = dot(tl.trans(b_du), b_x, acc, DTYPE, PRECISION)
-    o = (tl.program_id(2) * CO + o_o[:, None]) * CI + o_i[None, :]
-    tl.store(dw_ptr + o, acc, mask=(o_o < CO)[:, None] & (o_i < CI)[None, :])
+    b_scale, b_shift = load_norm(in_norm_ptr, o_i, m_i, CI)
+    b_p, b_q, b_r = load_coef(in_coef_ptr, o_i, m_i, CI)
+    b_u = tl.load(in_ptr + o, mask=m, other=0.0).to(ACC)
+    _, b_g = activate_grad(b_u * b_scale[None, :] + b_shift[None, :], ACT, FAST)
+    if HAS_GATE:
+        o_nc = (o_m // HW)[:, None] * CI + o_i[None, :]
+        acc = acc * tl.load(gate_ptr + o_nc, mask=m, other=0.0) + tl.load(offset_ptr + o_nc, mask=m, other=0.0)
+    b_du = b_p[None, :] * (acc * b_g) + b_q[None, :] * b_u + b_r[None, :]
+    tl.store(du_ptr + o, stored(b_du, DTYPE), mask=m)
 
 
 def pointwise_fwd(
@@ -231,23 +192,20 @@ def pointwise_dgrad(
     coef: Tensor,
     keep: Tensor | None,
     weight: Tensor,
-    residual: Tensor | None,
-    inputs: Tensor | None,
-    in_norm: Tensor | None,
+    inputs: Tensor,
+    in_norm: Tensor,
     gate: Tensor | None,
     offset: Tensor | None,
-    in_coef: Tensor | None,
+    in_coef: Tensor,
     activation: str,
 ) -> Tensor:
-    """Gradient of the product's input: dz = du @ weight, [N, H, W, I], then one of two epilogues.
+    """Gradient at `inputs` [N, H, W, I], the pre-activation of the product's input, from dy and u [N, H, W, O].
 
-    * `residual`: dz + residual;
-    * `inputs` (the pre-activation of the product's input): the gradient through gate, activation and BatchNorm,
-      p' * (dz * gate + offset) * act'(scale * inputs + shift) + q' * inputs + r'.
+    p' * (dz * gate + offset) * act'(scale * inputs + shift) + q' * inputs + r', where dz = du @ weight.
     """
     n, h, w, out = dy.shape
     channels, rows = weight.shape[1], n * h * w
-    dx = torch.empty(n, h, w, channels, dtype=dy.dtype, device=dy.device)
+    du = torch.empty_like(inputs)
     tiles = matmul_tiles(rows, out, channels)
     _pointwise_dgrad_kernel[(triton.cdiv(channels, tiles["BO"]), triton.cdiv(rows, tiles["BM"]))](
         dy_ptr=dy,
@@ -255,51 +213,21 @@ def pointwise_dgrad(
         coef_ptr=coef,
         keep_ptr=keep,
         w_ptr=weight,
-        residual_ptr=residual,
         in_ptr=inputs,
         in_norm_ptr=in_norm,
         gate_ptr=gate,
         offset_ptr=offset,
         in_coef_ptr=in_coef,
-        dx_ptr=dx,
+        du_ptr=du,
         M=rows,
         HW=h * w,
         CI=channels,
         CO=out,
         ACT=activation,
         HAS_KEEP=keep is not None,
-        HAS_RESIDUAL=residual is not None,
-        HAS_NORM=inputs is not None,
         HAS_GATE=gate is not None,
         PRECISION=precision(dy.dtype),
         **numeric(dy.dtype),
         **tiles,
     )
-    return dx
-
-
-def pointwise_wgrad(dy: Tensor, u: Tensor, coef: Tensor, x: Tensor) -> Tensor:
-    """Weight gradient [O, I, 1, 1]: sum over pixels of du[m, o] * x[m, i]."""
-    n, h, w, out = dy.shape
-    channels, rows = x.shape[3], n * h * w
-    tiles = matmul_tiles(out, rows, channels)
-    columns = triton.cdiv(out, tiles["BM"]) * triton.cdiv(channels, tiles["BO"])
-    per_program = groups(triton.cdiv(rows, tiles["BK"]), columns, programs=512)
-    programs = triton.cdiv(rows, tiles["BK"] * per_program)
-    partials = torch.empty(programs, out, channels, dtype=coef.dtype, device=dy.device)
-    _pointwise_wgrad_kernel[(triton.cdiv(channels, tiles["BO"]), triton.cdiv(out, tiles["BM"]), programs)](
-        dy_ptr=dy,
-        u_ptr=u,
-        coef_ptr=coef,
-        x_ptr=x,
-        dw_ptr=partials,
-        M=rows,
-        HW=h * w,
-        TILES=per_program,
-        CI=channels,
-        CO=out,
-        PRECISION=precision(dy.dtype),
-        **numeric(dy.dtype),
-        **tiles,
-    )
-    return partials.sum(0).reshape(out, channels, 1, 1)
+    return du

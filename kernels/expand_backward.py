@@ -1,0 +1,294 @@
+"""Backward of the expand convolution and its BatchNorm from dv1 and x: u1 is not read, du1 is not written.
+
+du1 = p * dv1 + q * u1 + r per channel and u1 = x We^T. With any pivot (a sampled mean of x, so that nothing large
+cancels) and X = x - pivot:
+dx = dv1 (p * We) + X A + b,  A = We^T (q * We),  b = We^T (q * (We pivot) + r)
+dWe = p * (dv1^T X) + q * (We X^T X) + (q * (We pivot) + r) (sum X)^T,  since batch statistics make du1 sum to 0.
+A frozen BatchNorm has q = r = 0; its pivot is 0. Programs of one chunk of pixels run side by side, some for dx, some
+for dWe and X^T X, so that dv1 comes from memory once and from L2 after that.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .batch_norm import load_coef
+from .math import dot, stored
+from .tuning import INTERPRETED, MIN_DOT, numeric, pow2, precision
+
+SAMPLES = 256
+
+
+@triton.jit
+def _expand_prepare_kernel(
+    x_ptr,
+    w_ptr,
+    coef_ptr,
+    pivot_ptr,
+    mixed_ptr,
+    bias_ptr,
+    M,
+    STEP,
+    CI: tl.constexpr,
+    CE: tl.constexpr,
+    BATCH: tl.constexpr,
+    ACC: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    BS: tl.constexpr,
+    BE: tl.constexpr,
+    BI: tl.constexpr,
+    BW: tl.constexpr,
+):
+    o_i = tl.program_id(0) * BI + tl.arange(0, BI)
+    o_j = tl.program_id(1) * BI + tl.arange(0, BI)
+    o_w = tl.arange(0, BW)  # all of the input channels
+    m_i, m_j, m_w = o_i < CI, o_j < CI, o_w < CI
+    b_pivot = tl.zeros((BW,), ACC)
+    if BATCH:
+        b_sum = tl.zeros((BS, BW), ACC)
+        for s in range(0, SAMPLES, BS):
+            o_m = (s + tl.arange(0, BS)) * STEP
+            m = (o_m < M)[:, None] & m_w[None, :]
+            b_sum += tl.load(x_ptr + o_m[:, None].to(tl.int64) * CI + o_w[None, :], mask=m, other=0.0).to(ACC)
+        b_pivot = tl.sum(b_sum, 0) / tl.minimum((M + STEP - 1) // STEP, SAMPLES)
+    acc = tl.zeros((BI, BI), ACC)
+    b_bias = tl.zeros((BI,), ACC)
+    if BATCH:
+        for e in range(0, CE, BE):
+            o_e = e + tl.arange(0, BE)
+            m_e = o_e < CE
+            _, b_q, b_r = load_coef(coef_ptr, o_e, m_e, CE)
+            m = m_e[:, None] & m_w[None, :]
+            b_all = tl.load(w_ptr + o_e[:, None] * CI + o_w[None, :], mask=m, other=0.0).to(ACC)  # [BE, BW]
+            b_shift = b_q * tl.sum(b_all * b_pivot[None, :], 1) + b_r
+            b_wi = tl.load(w_ptr + o_e[:, None] * CI + o_i[None, :], mask=m_e[:, None] & m_i[None, :], other=0.0).to(
+                ACC
+            )
+            b_wj = tl.load(w_ptr + o_e[:, None] * CI + o_j[None, :], mask=m_e[:, None] & m_j[None, :], other=0.0).to(
+                ACC
+            )
+            acc = dot(tl.trans(b_wi * b_q[:, None]), b_wj, acc, ACC, "ieee")
+            b_bias += tl.sum(b_wj * b_shift[:, None], 0)
+    tl.store(mixed_ptr + o_i[:, None] * CI + o_j[None, :], acc, mask=m_i[:, None] & m_j[None, :])
+    if tl.program_id(0) == 0:
+        tl.store(bias_ptr + o_j, b_bias, mask=m_j)
+        if tl.program_id(1) == 0:
+            tl.store(pivot_ptr + o_w, b_pivot, mask=m_w)
+
+
+@triton.jit
+def load_centred(x_ptr, pivot_ptr, o_m, m_m, o_i, CI, ACC: tl.constexpr):
+    """x - pivot for a tile of pixels and input channels; 0 outside."""
+    m = m_m[:, None] & (o_i < CI)[None, :]
+    b_x = tl.load(x_ptr + o_m[:, None].to(tl.int64) * CI + o_i[None, :], mask=m, other=0.0).to(ACC)
+    return tl.where(m, b_x - tl.load(pivot_ptr + o_i, mask=o_i < CI, other=0.0)[None, :], 0.0)
+
+
+@triton.jit
+def _expand_bwd_kernel(
+    dv_ptr,
+    x_ptr,
+    w_ptr,
+    coef_ptr,
+    pivot_ptr,
+    mixed_ptr,
+    bias_ptr,
+    residual_ptr,
+    dx_ptr,
+    parts_ptr,
+    M,
+    ROWS,
+    CI: tl.constexpr,
+    CE: tl.constexpr,
+    BATCH: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    TILES: tl.constexpr,
+    BM: tl.constexpr,
+    BE: tl.constexpr,
+    BI: tl.constexpr,
+):
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    COLUMNS: tl.constexpr = (CI + BI - 1) // BI
+    EXPANDED: tl.constexpr = (CE + BE - 1) // BE
+    chunk = tl.program_id(1)
+    slot = tl.program_id(0)
+    o_i = (slot % COLUMNS) * BI + tl.arange(0, BI)
+    m_i = o_i < CI
+    slot = slot // COLUMNS
+    if slot < TILES:
+        o_m = chunk * ROWS + slot * BM + tl.arange(0, BM)
+        m_m = o_m < M
+        acc = tl.zeros((BM, BI), ACC)
+        for e in range(0, CE, BE):
+            o_e = e + tl.arange(0, BE)
+            m_e = o_e < CE
+            b_p = tl.load(coef_ptr + o_e, mask=m_e, other=0.0)
+            m_w = m_e[:, None] & m_i[None, :]
+            b_w = tl.load(w_ptr + o_e[:, None] * CI + o_i[None, :], mask=m_w, other=0.0).to(ACC) * b_p[:, None]
+            m = m_m[:, None] & m_e[None, :]
+            b_dv = tl.load(dv_ptr + o_m[:, None].to(tl.int64) * CE + o_e[None, :], mask=m, other=0.0)  # [BM, BE]
+            acc = dot(b_dv, b_w, acc, DTYPE, PRECISION)
+        if BATCH:
+            for k in range(0, CI, BI):
+                o_k = k + tl.arange(0, BI)
+                b_x = load_centred(x_ptr, pivot_ptr, o_m, m_m, o_k, CI, ACC)
+                m_a = (o_k < CI)[:, None] & m_i[None, :]
+                b_a = tl.load(mixed_ptr + o_k[:, None] * CI + o_i[None, :], mask=m_a, other=0.0)
+                acc = dot(b_x, b_a, acc, DTYPE, PRECISION)
+            acc += tl.load(bias_ptr + o_i, mask=m_i, other=0.0)[None, :]
+        m = m_m[:, None] & m_i[None, :]
+        o = o_m[:, None].to(tl.int64) * CI + o_i[None, :]
+        if HAS_RESIDUAL:
+            acc += tl.load(residual_ptr + o, mask=m, other=0.0).to(ACC)
+        tl.store(dx_ptr + o, stored(acc, DTYPE), mask=m)
+    else:
+        # This chunk's part of [dv1 | X | 1]^T X, rows CE, CI and 1.
+        p_part = parts_ptr + chunk.to(tl.int64) * (CE + (CI + 1 if BATCH else 0)) * CI + o_i[None, :]
+        block = slot - TILES
+        acc = tl.zeros((BE, BI), ACC)
+        if block < EXPANDED:
+            o_e = block * BE + tl.arange(0, BE)
+            for r in range(0, ROWS, BM):
+                o_m = chunk * ROWS + r + tl.arange(0, BM)
+                m_m = o_m < M
+                b_x = load_centred(x_ptr, pivot_ptr, o_m, m_m, o_i, CI, ACC)
+                m = m_m[:, None] & (o_e < CE)[None, :]
+                b_dv = tl.load(dv_ptr + o_m[:, None].to(tl.int64) * CE + o_e[None, :], mask=m, other=0.0)
+                acc = dot(tl.trans(b_dv), b_x, acc, DTYPE, PRECISION)
+            tl.store(p_part + o_e[:, None] * CI, acc, mask=(o_e < CE)[:, None] & m_i[None, :])
+        else:
+            o_e = (block - EXPANDED) * BE + tl.arange(0, BE)
+            b_sum = tl.zeros((BI,), ACC)
+            for r in range(0, ROWS, BM):
+                o_m = chunk * ROWS + r + tl.arange(0, BM)
+                m_m = o_m < M
+                b_x = load_centred(x_ptr, pivot_ptr, o_m, m_m, o_i, CI, ACC)
+                b_y = load_centred(x_ptr, pivot_ptr, o_m, m_m, o_e, CI, ACC)
+                acc = dot(tl.trans(b_y), b_x, acc, DTYPE, PRECISION)
+                b_sum += tl.sum(b_x, 0)
+            tl.store(p_part + (CE + o_e[:, None]) * CI, acc, mask=(o_e < CI)[:, None] & m_i[None, :])
+            if block == EXPANDED:
+                tl.store(p_part + (CE + CI) * CI, b_sum[None, :], mask=m_i[None, :])
+
+
+@triton.jit
+def _expand_finish_kernel(
+    w_ptr,
+    coef_ptr,
+    pivot_ptr,
+    sums_ptr,
+    dw_ptr,
+    CI: tl.constexpr,
+    CE: tl.constexpr,
+    BATCH: tl.constexpr,
+    ACC: tl.constexpr,
+    BE: tl.constexpr,
+    BI: tl.constexpr,
+):
+    o_e = tl.program_id(0) * BE + tl.arange(0, BE)
+    o_i = tl.program_id(1) * BI + tl.arange(0, BI)
+    m_e, m_i = o_e < CE, o_i < CI
+    m = m_e[:, None] & m_i[None, :]
+    b_p, b_q, b_r = load_coef(coef_ptr, o_e, m_e, CE)
+    b_dw = tl.load(sums_ptr + o_e[:, None] * CI + o_i[None, :], mask=m, other=0.0) * b_p[:, None]
+    if BATCH:
+        acc = tl.zeros((BE, BI), ACC)
+        b_shift = tl.zeros((BE,), ACC)
+        for k in range(0, CI, BI):
+            o_k = k + tl.arange(0, BI)
+            m_k = o_k < CI
+            m_g = m_k[:, None] & m_i[None, :]
+            b_gram = tl.load(sums_ptr + (CE + o_k[:, None]) * CI + o_i[None, :], mask=m_g, other=0.0)
+            m_w = m_e[:, None] & m_k[None, :]
+            b_w = tl.load(w_ptr + o_e[:, None] * CI + o_k[None, :], mask=m_w, other=0.0).to(ACC)
+            acc = dot(b_w, b_gram, acc, ACC, "ieee")
+            b_shift += tl.sum(b_w * tl.load(pivot_ptr + o_k, mask=m_k, other=0.0)[None, :], 1)
+        b_sum = tl.load(sums_ptr + (CE + CI) * CI + o_i, mask=m_i, other=0.0)
+        b_dw += b_q[:, None] * acc + (b_q * b_shift + b_r)[:, None] * b_sum[None, :]
+    tl.store(dw_ptr + o_e[:, None] * CI + o_i[None, :], b_dw, mask=m)
+
+
+def _tiles(rows: int, channels: int, expanded: int) -> tuple[dict[str, int], int]:
+    """(BM, BE, BI; pixels of a chunk: few enough for L2, enough that the parts of dWe are small beside dv1)."""
+    if INTERPRETED:
+        block = pow2(rows, MIN_DOT, 256)
+        return dict(BM=block, BE=pow2(expanded, MIN_DOT, 256), BI=pow2(channels, MIN_DOT, 256)), 2 * block
+    tiles = dict(BM=64, BE=pow2(expanded, MIN_DOT, 64), BI=pow2(channels, MIN_DOT, 64), num_warps=4, num_stages=2)
+    return tiles, 64 * triton.cdiv(max(40 * channels, triton.cdiv(rows, 128)), 64)
+
+
+def expand_bwd(
+    dv: Tensor, x: Tensor, weight: Tensor, coef: Tensor, residual: Tensor | None, batch_statistics: bool
+) -> tuple[Tensor, Tensor]:
+    """(dx (+ residual) [N, H, W, I], weight gradient [E, I, 1, 1]) from dv [N, H, W, E], x, and coef [3, E]."""
+    n, h, w, channels = x.shape
+    expanded, rows = dv.shape[3], n * h * w
+    acc = numeric(x.dtype)["ACC"]
+    pivot, mixed, bias = coef.new_empty(channels), coef.new_empty(channels, channels), coef.new_empty(channels)
+    wide = pow2(channels, MIN_DOT, 4096)
+    side = pow2(channels, MIN_DOT, 256 if INTERPRETED else 32)
+    _expand_prepare_kernel[(triton.cdiv(channels, side), triton.cdiv(channels, side))](
+        x_ptr=x,
+        w_ptr=weight,
+        coef_ptr=coef,
+        pivot_ptr=pivot,
+        mixed_ptr=mixed,
+        bias_ptr=bias,
+        M=rows,
+        STEP=triton.cdiv(rows, SAMPLES),
+        CI=channels,
+        CE=expanded,
+        BATCH=batch_statistics,
+        ACC=acc,
+        SAMPLES=SAMPLES,
+        BS=SAMPLES if INTERPRETED else max(1, 4096 // wide),
+        BE=256 if INTERPRETED else max(MIN_DOT, 4096 // wide),
+        BI=side,
+        BW=wide,
+    )
+    tiles, chunk = _tiles(rows, channels, expanded)
+    chunks, per_chunk = triton.cdiv(rows, chunk), chunk // tiles["BM"]
+    gram_blocks = triton.cdiv(channels, tiles["BE"]) if batch_statistics else 0
+    slots = per_chunk + triton.cdiv(expanded, tiles["BE"]) + gram_blocks
+    dx = torch.empty_like(x)
+    parts = coef.new_empty(chunks, expanded + (channels + 1 if batch_statistics else 0), channels)
+    _expand_bwd_kernel[(slots * triton.cdiv(channels, tiles["BI"]), chunks)](
+        dv_ptr=dv,
+        x_ptr=x,
+        w_ptr=weight,
+        coef_ptr=coef,
+        pivot_ptr=pivot,
+        mixed_ptr=mixed,
+        bias_ptr=bias,
+        residual_ptr=residual,
+        dx_ptr=dx,
+        parts_ptr=parts,
+        M=rows,
+        ROWS=chunk,
+        CI=channels,
+        CE=expanded,
+        BATCH=batch_statistics,
+        HAS_RESIDUAL=residual is not None,
+        PRECISION=precision(x.dtype),
+        ACC=acc,
+        TILES=per_chunk,
+        **tiles,
+    )
+    dw = coef.new_empty(expanded, channels, 1, 1)
+    _expand_finish_kernel[(triton.cdiv(expanded, side), triton.cdiv(channels, side))](
+        w_ptr=weight,
+        coef_ptr=coef,
+        pivot_ptr=pivot,
+        sums_ptr=parts.sum(0),
+        dw_ptr=dw,
+        CI=channels,
+        CE=expanded,
+        BATCH=batch_statistics,
+        ACC=acc,
+        BE=side,
+        BI=side,
+    )
+    return dx, dw
