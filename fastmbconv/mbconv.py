@@ -196,12 +196,16 @@ class MBConv(nn.Module):
         h = self.project_bn(self.project_conv(h))
         return self.drop_path(h) + x if self.residual else h
 
-    def eager_reason(self) -> str | None:
-        """Why this block must run its own submodules (a hook, another type in a submodule's place), or None."""
+    def replaced_reason(self) -> str | None:
+        """Which submodule is of another type than the one that this block was made with, or None."""
         reason = _replaced(self, {**self._TYPES, "act": ACTIVATIONS[self.activation]})
         if reason is None and self.se is not None:
             reason = _replaced(self.se, {**self.se._TYPES, "act": ACTIVATIONS[self.se.activation]})
-        return reason or dispatch.module_reason(self)
+        return reason
+
+    def eager_reason(self) -> str | None:
+        """Why this block must run its own submodules (a hook, another type in a submodule's place), or None."""
+        return self.replaced_reason() or dispatch.module_reason(self)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.fused or self.eager_reason() is not None:

@@ -386,6 +386,16 @@ def test_our_mbconv_turns_on_and_off(calls, x):
     assert len(calls) == 4 and all(type(m) is MBConv for m in model)
 
 
+def test_our_mbconv_with_a_hook_inside(calls, x):
+    model = unfuse(MBConv(8, 8))
+    handle = model.project_conv.register_forward_hook(lambda *_: None)
+    fuse(model)(x)
+    assert not calls and explain(model).rows[0].reason == "a hook on project_conv"
+    handle.remove()
+    model(x)
+    assert calls and explain(model).fused == 1
+
+
 def test_our_mbconv_with_a_replaced_norm(calls, x):
     model = nn.SyncBatchNorm.convert_sync_batchnorm(MBConv(8, 8)).eval()
     model(x)

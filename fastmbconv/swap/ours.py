@@ -10,7 +10,7 @@ from fastmbconv.mbconv import MBConv
 
 def mbconv(module: nn.Module) -> Block | str:
     assert isinstance(module, MBConv)
-    return module.eager_reason() or module.describe()
+    return module.replaced_reason() or module.describe()
 
 
 BLOCKS = {"fastmbconv.mbconv.MBConv": mbconv}
