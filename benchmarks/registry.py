@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from torch import nn
 
+from fastmbconv import scaling
 from fastmbconv.mbconv import MBConv
 
 
@@ -56,52 +57,24 @@ class Shape:
         return MBConv(self.in_channels, self.out_channels, self.kernel_size, self.stride, self.expand_ratio)
 
 
-@dataclass(frozen=True)
-class Model:
-    name: str
-    width: float
-    depth: float
-    size: int
-    batch: int
-
-
-MODELS = {
-    "b0": Model("efficientnet_b0", 1.0, 1.0, 224, 128),
-    "b4": Model("efficientnet_b4", 1.4, 1.8, 380, 64),
-}
-STAGES = (  # expansion, kernel, stride, channels, repeats: Tan & Le, 2019, table 1
-    (1, 3, 1, 16, 1),
-    (6, 3, 2, 24, 2),
-    (6, 5, 2, 40, 2),
-    (6, 3, 2, 80, 3),
-    (6, 5, 1, 112, 3),
-    (6, 5, 2, 192, 4),
-    (6, 3, 1, 320, 1),
-)
-
-
-def round_channels(channels: float) -> int:
-    """To a multiple of 8, never below nine tenths."""
-    rounded = max(8, int(channels + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * channels else rounded
+BATCHES = {"b0": 128, "b4": 64}
 
 
 def shapes(model: str) -> list[Shape]:
     """The distinct blocks of "b0" or "b4", in the model's order."""
-    spec = MODELS[model]
-    size, channels = -(-spec.size // 2), round_channels(32 * spec.width)
-    found: list[Shape] = []
-    for stage, (expand, kernel, stride, out, repeats) in enumerate(STAGES, 1):
-        out, repeats = round_channels(out * spec.width), math.ceil(repeats * spec.depth)
-        first = Shape(model, stage, spec.batch, size, channels, out, expand, kernel, stride)
-        size, channels = first.out_size, out
-        rest = replace(first, size=size, in_channels=out, stride=1, count=repeats - 1)
-        same = replace(first, count=rest.count) == rest
-        found += [replace(first, count=repeats)] if same else [first, rest] if rest.count else [first]
-    return found
+    plan, size = scaling.plan(scaling.COEFFICIENTS[model]), -(-scaling.COEFFICIENTS[model].resolution // 2)
+    channels, found = plan.stem, Counter[Shape]()
+    for number, stage in enumerate(plan.stages, 1):
+        for repeat in range(stage.repeats):
+            stride = stage.stride if repeat == 0 else 1
+            place = (model, number, BATCHES[model], size, channels, stage.channels)
+            shape = Shape(*place, stage.expand_ratio, stage.kernel_size, stride)
+            found[shape] += 1
+            size, channels = shape.out_size, stage.channels
+    return [replace(shape, count=count) for shape, count in found.items()]
 
 
 def by_weight() -> list[Shape]:
     """All shapes, the ones that cost their model most first."""
-    total = {name: sum(s.elements * s.count for s in shapes(name)) for name in MODELS}
-    return sorted((s for name in MODELS for s in shapes(name)), key=lambda s: -s.elements * s.count / total[s.model])
+    total = {name: sum(s.elements * s.count for s in shapes(name)) for name in BATCHES}
+    return sorted((s for name in BATCHES for s in shapes(name)), key=lambda s: -s.elements * s.count / total[s.model])

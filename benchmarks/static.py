@@ -33,6 +33,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 import fastmbconv
+from benchmarks import subjects
 from benchmarks.launches import observed
 from benchmarks.registry import Shape, by_weight
 from fastmbconv import dispatch
@@ -99,7 +100,7 @@ class Specialised:
 
 
 def launches(shape: Shape, dtype: torch.dtype, archs: list[int]) -> list[Specialised]:
-    """The distinct kernels of one training step of this block; its results are never computed, so they mean nothing."""
+    """The distinct kernels of the block and of the single ops, in training and inference; nothing is computed."""
     found: dict[str, Specialised] = {}
 
     def keep(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -108,17 +109,17 @@ def launches(shape: Shape, dtype: torch.dtype, archs: list[int]) -> list[Special
             found.setdefault(one.key, one)
 
     reason, dispatch.device_reason = dispatch.device_reason, lambda x: None
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     try:
-        module = shape.block()
-        size = (shape.batch, shape.in_channels, shape.size, shape.size)
-        x = torch.empty(size, dtype=dtype, memory_format=torch.channels_last).requires_grad_()
-        autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-        with observed(keep, run=False), fastmbconv.backend("triton"):
-            with autocast:
-                y = module(x)
-            y.backward(torch.empty_like(y))
-            with autocast, torch.no_grad():
-                module.eval()(x)
+        for subject in (subjects.mbconv(shape), subjects.depthwise(shape), subjects.squeeze_excite(shape)):
+            module = subject.make()
+            x = torch.empty(subject.size, dtype=dtype, memory_format=torch.channels_last).requires_grad_()
+            with observed(keep, run=False), fastmbconv.backend("triton"):
+                with autocast:
+                    y = module(x)
+                y.backward(torch.empty_like(y))
+                with autocast, torch.no_grad():
+                    module.eval()(x)
     finally:
         dispatch.device_reason = reason
     return list(found.values())
@@ -210,8 +211,7 @@ def table(rows: list[Report]) -> str:
 
 def chosen(which: str) -> list[Shape]:
     if which == "tiny":
-        small = [Shape("tiny", 0, 16, 14, 24, 24, 6, 3, 1), Shape("tiny", 0, 16, 14, 24, 40, 6, 5, 2)]
-        return small
+        return [Shape("tiny", 0, 16, 14, 24, 24, 6, 3, 1), Shape("tiny", 0, 16, 14, 24, 40, 6, 5, 2)]
     return by_weight() if which == "all" else by_weight()[:FEW]
 
 

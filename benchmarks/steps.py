@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import subjects, timing
 from benchmarks.comparison import COMPILE, EAGER, Plan, compare
-from benchmarks.registry import MODELS, Shape, by_weight
+from benchmarks.registry import BATCHES, Shape, by_weight
 from benchmarks.session import ROOT, Session
 from benchmarks.subjects import MODES, Subject
 
@@ -125,15 +125,16 @@ def blocks(session: Session, dtype: torch.dtype) -> None:
 def models(session: Session, dtype: torch.dtype) -> None:
     """Whole models: a training step with its optimiser, and inference; images per second and peak memory."""
     plan = _plan(session, dtype, 0.62, peers=tuple(EAGER), rounds=8)
-    names = ["b0"] if session.dry else list(MODELS)
-    _run(session, "models", ((subjects.whole(n, tiny=session.dry), m, plan) for m in reversed(MODES) for n in names))
+    chosen = [subjects.tiny_model()] if session.dry else [subjects.whole(name) for name in BATCHES]
+    _run(session, "models", ((subject, m, plan) for m in reversed(MODES) for subject in chosen))
 
 
 def ops(session: Session, dtype: torch.dtype) -> None:
     """The single ops at the shapes that weigh most."""
     plan = _plan(session, dtype, 0.68, peers=tuple(EAGER), rounds=20)
     makers = (subjects.depthwise, subjects.squeeze_excite)
-    _run(session, "ops", ((make(s), m, plan) for s in _shapes(session)[:8] for m in reversed(MODES) for make in makers))
+    shapes = _shapes(session)[: 1 if session.dry else 8]
+    _run(session, "ops", ((make(s), m, plan) for s in shapes for m in reversed(MODES) for make in makers))
 
 
 def compiled(session: Session, dtype: torch.dtype) -> None:
@@ -148,11 +149,11 @@ def _compiled_work(session: Session, dtype: torch.dtype) -> Iterator[tuple[str, 
     everything = (*EAGER, *COMPILE)
     block = _plan(session, dtype, 1.0, peers=everything)
     model = _plan(session, dtype, 1.0, peers=everything, rounds=8, compile_scale=MODEL_COMPILE_SCALE)
-    train = [("models-compiled", subjects.whole(n), "fwd_bwd", model) for n in MODELS]
-    infer = [("models-compiled", subjects.whole(n), "fwd_no_grad", model) for n in MODELS]
+    train = [("models-compiled", subjects.whole(n), "fwd_bwd", model) for n in BATCHES]
+    infer = [("models-compiled", subjects.whole(n), "fwd_no_grad", model) for n in BATCHES]
     for i, shape in enumerate(by_weight()):
         yield "blocks-compiled", subjects.mbconv(shape), "fwd_bwd", block
-        if i % 2 == 1 and i // 2 < len(MODELS):
+        if i % 2 == 1 and i // 2 < len(BATCHES):
             yield train[i // 2]
     yield from infer
     for shape in by_weight():

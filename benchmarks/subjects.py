@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import fastmbconv
-from benchmarks.registry import MODELS, Shape
+from benchmarks.registry import BATCHES, Shape
 from fastmbconv import functional
 from fastmbconv.block import BatchNorm
-from fastmbconv.mbconv import SqueezeExcitation
+from fastmbconv.efficientnet import EfficientNet
+from fastmbconv.mbconv import MBConv, SqueezeExcitation
+from fastmbconv.scaling import COEFFICIENTS, Coefficients
 
 MODES = ("fwd_no_grad", "fwd_bwd")  # evaluation without gradients; training, forward and backward
 
@@ -100,22 +102,32 @@ def squeeze_excite(shape: Shape) -> Subject:
     return Subject(name, make, size, elements, shape.model, shape.count)
 
 
-def whole(model: str, *, tiny: bool = False) -> Subject:
+def whole(model: str) -> Subject:
     """timm's model where timm is installed, since that is what people swap into; else the package's own."""
-    spec = MODELS[model]
-    size = (2, 3, 32, 32) if tiny else (spec.batch, 3, spec.size, spec.size)
-    name = f"{spec.name} n{size[0]} {size[2]}px"
+    name = f"efficientnet_{model}"
+    resolution = COEFFICIENTS[model].resolution
+    size = (BATCHES[model], 3, resolution, resolution)
+    title = f"{name} n{size[0]} {resolution}px"
     try:
         import timm
     except (ImportError, RuntimeError):  # a torchvision that does not fit torch raises the latter
-        from fastmbconv import efficientnet
+        return Subject(f"{title} (fastmbconv's)", lambda: _own(COEFFICIENTS[model]), size, 0, model)
+    return Subject(f"{title} (timm's)", lambda: Fused(timm.create_model(name)), size, 0, model)
 
-        def own() -> nn.Module:
-            return Fused(fastmbconv.unfuse(getattr(efficientnet, spec.name)()))
 
-        return Subject(f"{name} (fastmbconv's)", own, size, 0, model)
-    architecture = "test_efficientnet" if tiny else spec.name
-    return Subject(f"{name} (timm's)", lambda: Fused(timm.create_model(architecture)), size, 0, model)
+def tiny_model() -> Subject:
+    """One block between a stem and a classifier, at a size that an interpreter can run."""
+
+    def make() -> nn.Module:
+        stem, block = nn.Conv2d(3, 8, 3, 2, 1), MBConv(8, 8, 3, 1, 2)
+        head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+        return Fused(fastmbconv.unfuse(nn.Sequential(stem, block, *head)))
+
+    return Subject("tiny model n2 12px", make, (2, 3, 12, 12), 0, "tiny")
+
+
+def _own(coefficients: Coefficients) -> nn.Module:
+    return Fused(fastmbconv.unfuse(EfficientNet(coefficients, dropout=0.0, drop_path=0.0)))
 
 
 def settle(module: nn.Module) -> nn.Module:
