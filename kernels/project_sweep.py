@@ -13,7 +13,7 @@ from torch import Tensor
 from .batch_norm import load_norm, load_xhat
 from .math import INTERPRETED, activate_grad, dot
 from .pointwise import load_grad
-from .tuning import MIN_DOT, numeric, pow2, precision
+from .tuning import MIN_DOT, groups, numeric, pow2, precision
 
 
 @triton.jit
@@ -114,7 +114,7 @@ def project_sweep(
     else:
         tiles = dict(BM=32, BO=pow2(out, MIN_DOT, 64), BC=pow2(channels, MIN_DOT, 64), num_warps=4, num_stages=2)
     columns, parts = triton.cdiv(channels, tiles["BC"]), triton.cdiv(out, tiles["BO"])
-    images = max(1, n * columns * parts // 1024)
+    images = groups(n, columns * parts, programs=1024)
     programs = triton.cdiv(n, images)
     sums = torch.empty(parts, n, 2 if gate is None else 5, channels, dtype=norm.dtype, device=dy.device)
     dw = torch.empty(programs, out, channels, dtype=norm.dtype, device=dy.device)
