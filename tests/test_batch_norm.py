@@ -1,0 +1,181 @@
+"""BatchNorm's second stage and its elementwise passes against float64 and against nn.BatchNorm2d."""
+
+import pytest
+import torch
+from blocks import HALVES, PRECISE, bn_module, nchw, nhwc, norm_vectors, normal, shrink
+from parity import assert_parity
+
+from fastmbconv import ops, reference
+from fastmbconv.kernels import batch_norm
+
+ACC = torch.float64 if torch.float64 == PRECISE else torch.float32
+
+
+def moments(values, sizes):
+    """Partial moments [P, 3, C] of consecutive pieces of `values` [M, C]; a piece may be empty."""
+    parts = []
+    for piece in values.split(sizes):
+        count = torch.full_like(values[0], len(piece))
+        mean = piece.mean(0) if len(piece) else torch.zeros_like(values[0])
+        parts.append(torch.stack((count, mean, ((piece - mean) ** 2).sum(0))))
+    return torch.stack(parts)
+
+
+FINALIZE = {
+    "update": (5, [7, 3, 1], {}),
+    "one-channel": (1, [2, 2], {}),
+    "uneven-and-empty-parts": (3, [1, 0, 9, 0], {}),
+    "cumulative": (5, [4, 4], dict(momentum=None)),
+    "momentum-1": (5, [4, 4], dict(momentum=1.0)),
+    "momentum-0": (5, [4, 4], dict(momentum=0.0)),
+    "no-affine": (5, [4, 4], dict(affine=False)),
+    "no-running-statistics": (5, [4, 4], dict(track_running_stats=False)),
+    "large-eps": (5, [4, 4], dict(eps=1.0)),
+    "channel-blocks": (70, [3, 5], {}),
+    "part-blocks": (3, [1] * 131, {}),
+}
+KERNELS = {"update", "cumulative", "channel-blocks", "part-blocks"}
+
+
+@pytest.mark.parametrize(
+    "channels, sizes, options",
+    [pytest.param(*v, id=k, marks=[pytest.mark.kernels] if k in KERNELS else []) for k, v in FINALIZE.items()],
+)
+def test_finalize_does_what_batch_norm_does(channels, sizes, options, device):
+    values = normal(sum(sizes), channels, dtype=PRECISE, device=device, mean=3.0)
+    bn = bn_module(channels, ACC, device, **options)
+    before = [None if b is None else b.clone() for b in (bn.running_mean, bn.running_var, bn.num_batches_tracked)]
+    if before[2] is not None:
+        bn.num_batches_tracked.fill_(4)
+        before[2].fill_(5)  # functional counts the batch before the kernels read it
+    norm = batch_norm.bn_finalize(
+        moments(values, sizes).to(ACC), bn.weight, bn.bias, *before, bn.eps, bn.momentum, bn.running_mean is not None,
+        PRECISE, channels,
+    )  # fmt: skip
+    y = bn(values[..., None, None])[..., 0, 0]
+    torch.testing.assert_close(values * norm[2] + norm[3], y.to(ACC))
+    torch.testing.assert_close(norm[0], values.mean(0).to(ACC))
+    torch.testing.assert_close(norm[1], (values.var(0, unbiased=False) + bn.eps).rsqrt().to(ACC))
+    if before[0] is not None:
+        torch.testing.assert_close(before[0], bn.running_mean)
+        torch.testing.assert_close(before[1], bn.running_var)
+        assert before[2] == bn.num_batches_tracked
+
+
+@pytest.mark.parametrize("channels, affine", [pytest.param(3, True, id="affine"), pytest.param(40, False, id="plain")])
+def test_finalize_from_running_statistics(channels, affine, device):
+    bn = bn_module(channels, ACC, device, affine=affine).eval()
+    mean, var = bn.running_mean.clone(), bn.running_var.clone()
+    norm = batch_norm.bn_finalize(
+        None, bn.weight, bn.bias, bn.running_mean, bn.running_var, None, bn.eps, 0.1, False, PRECISE, channels
+    )
+    x = normal(3, channels, 2, 2, dtype=ACC, device=device)
+    torch.testing.assert_close(x * norm[2, :, None, None] + norm[3, :, None, None], bn(x))
+    assert torch.equal(mean, bn.running_mean) and torch.equal(var, bn.running_var)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_finalize_takes_half_parameters(dtype, device):
+    """A model in half precision has its BatchNorms' parameters and statistics in half precision too."""
+    values = normal(6, 5, dtype=torch.float32, device=device)
+    bn = bn_module(5, dtype, device)
+    mean, var = bn.running_mean.clone(), bn.running_var.clone()
+    norm = batch_norm.bn_finalize(
+        moments(values, [2, 4]), bn.weight, bn.bias, mean, var, bn.num_batches_tracked, bn.eps, 0.1, True, dtype, 5
+    )
+    assert norm.dtype == torch.float32 and norm.isfinite().all()
+    exact_mean = 0.9 * bn.running_mean.double() + 0.1 * values.double().mean(0)
+    exact_var = 0.9 * bn.running_var.double() + 0.1 * values.double().var(0)
+    assert torch.equal(mean, exact_mean.to(dtype)) and torch.equal(var, exact_var.to(dtype))
+
+
+def pieces(image, dtype, device, gate, keep, residual):
+    n, c, h, w = image
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return dict(
+        gate=normal(n, c, dtype=wide, device=device) if gate else None,
+        keep=(torch.arange(n, device=device) % 2 * 2).to(wide) if keep else None,
+        residual=normal(*image, dtype=dtype, device=device) if residual else None,
+    )
+
+
+ELEMENTWISE = {
+    "normalise": ((2, 3, 3, 5), "none", True, {}, {}),
+    "silu": ((2, 8, 3, 5), "silu", True, {}, {}),
+    "gate-alone": ((3, 7, 2, 2), "none", False, dict(gate=True), {}),
+    "everything": ((3, 24, 1, 5), "relu6", True, dict(gate=True, keep=True, residual=True), {}),
+    "one-value": ((1, 1, 1, 1), "relu", True, dict(keep=True, residual=True), {}),
+    "tiled": ((3, 20, 3, 3), "silu", True, dict(gate=True, keep=True, residual=True), dict(BM=4, BC=16)),
+}
+
+
+@pytest.mark.parametrize("dtype", [PRECISE, *HALVES])
+@pytest.mark.parametrize(
+    "image, activation, has_norm, parts, tiles", [pytest.param(*v, id=k) for k, v in ELEMENTWISE.items()]
+)
+def test_elementwise_pass(image, activation, has_norm, parts, tiles, dtype, device, monkeypatch):
+    shrink(monkeypatch, **tiles)
+    u = normal(*image, dtype=dtype, device=device)
+    norm = norm_vectors(image[1], dtype, device) if has_norm else None
+    extra = pieces(image, dtype, device, **{"gate": False, "keep": False, "residual": False, **parts})
+
+    def eager(kind):
+        wide = torch.float64 if kind == torch.float64 else torch.float32
+        v = u.to(wide)
+        if norm is not None:
+            v = v * norm[2, :, None, None].to(wide) + norm[3, :, None, None].to(wide)
+        v = reference.ACTIVATIONS[activation](v.to(kind))
+        v = v if extra["gate"] is None else v * extra["gate"][..., None, None].to(kind)
+        v = v if extra["keep"] is None else v * extra["keep"][:, None, None, None].to(kind)
+        return v if extra["residual"] is None else v + extra["residual"].to(kind)
+
+    residual = None if extra["residual"] is None else nhwc(extra["residual"])
+    y = ops.bn_act(nhwc(u), norm, extra["gate"], extra["keep"], residual, activation)
+    assert_parity("y", nchw(y), eager(dtype), eager(torch.float64))
+
+
+BACKWARD = {
+    "batch-statistics": ((2, 3, 3, 5), "silu", True, False, {}, None),
+    "running-statistics": ((2, 8, 3, 5), "silu", False, False, {}, None),
+    "keep": ((3, 24, 1, 5), "none", True, True, {}, None),
+    "two-values": ((2, 1, 1, 1), "none", True, False, {}, None),
+    "tiled": ((3, 20, 3, 3), "relu6", True, True, dict(BM=4, BC=16), 2),
+    "tiles-without-rows": ((1, 3, 1, 5), "relu", True, True, dict(BM=2), 4),
+}
+
+
+@pytest.mark.parametrize("dtype", [PRECISE, *HALVES])
+@pytest.mark.parametrize(
+    "image, activation, batch, has_keep, tiles, group",
+    [pytest.param(*v, id=k, marks=[pytest.mark.kernels] if k == "tiled" else []) for k, v in BACKWARD.items()],
+)
+def test_backward(image, activation, batch, has_keep, tiles, group, dtype, device, monkeypatch):
+    """The two sums, and du, against autograd through BatchNorm with the same statistics."""
+    shrink(monkeypatch, group, **tiles)
+    n, c, h, w = image
+    u, dy = (normal(*image, dtype=dtype, device=device) for _ in range(2))
+    keep = pieces(image, dtype, device, False, has_keep, False)["keep"]
+    weight, bias = normal(c, device=device), normal(c, device=device)
+    mean, var = (u.double().mean((0, 2, 3)), u.double().var((0, 2, 3), unbiased=False) + 1e-3) if batch else (
+        normal(c, device=device), normal(c, device=device).exp()
+    )  # fmt: skip
+    norm = torch.stack((mean, var.rsqrt(), weight * var.rsqrt(), bias - mean * weight * var.rsqrt()))
+    norm = norm.to(torch.float64 if dtype == torch.float64 else torch.float32)
+
+    def eager(kind):
+        wide = torch.float64 if kind == torch.float64 else torch.float32
+        x, g, b = (t.to(k).detach().requires_grad_() for t, k in ((u, kind), (weight, wide), (bias, wide)))
+        xhat = torch.nn.functional.batch_norm(
+            x, None if batch else mean.to(wide), None if batch else (var - 1e-3).to(wide), g, b, batch, 0.0, 1e-3
+        )
+        y = reference.ACTIVATIONS[activation](xhat)
+        y = y if keep is None else y * keep[:, None, None, None].to(kind)
+        y.backward(dy.to(kind))
+        return {"du": x.grad, "dweight": g.grad, "dbias": b.grad}
+
+    grads, coef = ops.bn_bwd(nhwc(dy), nhwc(u), norm, keep, activation, batch)
+    kept = dy if keep is None else dy * keep[:, None, None, None].to(dtype)  # exact: keep is 0 or 2
+    du = ops.bn_act_bwd(nhwc(kept), nhwc(u), norm, coef, activation)
+    theirs, truth = eager(dtype), eager(torch.float64)
+    for name, value in {"du": nchw(du), "dweight": grads[0], "dbias": grads[1]}.items():
+        assert_parity(name, value, theirs[name], truth[name])

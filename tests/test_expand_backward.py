@@ -1,0 +1,94 @@
+"""Backward of the expand convolution and its BatchNorm without u1: against autograd through both."""
+
+from importlib import import_module
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from blocks import HALVES, PRECISE, ieee, nchw, nhwc, normal  # noqa: F401
+from parity import assert_parity
+
+from fastmbconv import ops
+
+
+class Row(NamedTuple):
+    image: tuple[int, int, int, int]  # N, C, H, W
+    expanded: int
+    batch: bool = True
+    residual: bool = False
+    small: bool = False  # tiles of 16
+    mean: float = 0.0
+
+
+ROWS = {
+    "plain": Row((2, 4, 3, 5), 24),
+    "one-channel": Row((2, 1, 2, 2), 3, residual=True),
+    "two-values": Row((2, 3, 1, 1), 6),
+    "frozen": Row((2, 4, 3, 5), 24, batch=False, residual=True),
+    "tiled": Row((3, 20, 3, 5), 40, residual=True, small=True),
+    "tiled-exactly": Row((2, 16, 4, 4), 32, small=True),
+    "tiled-frozen": Row((3, 20, 3, 5), 17, batch=False, small=True),
+    "more-pixels-than-samples": Row((3, 3, 10, 11), 5),
+    "large-mean": Row((3, 5, 3, 5), 20, mean=100.0),
+}
+KERNELS = {"tiled", "frozen"}
+
+
+def rows(names=None):
+    return [
+        pytest.param(ROWS[name], id=name, marks=[pytest.mark.kernels] if name in KERNELS else [])
+        for name in names or ROWS
+    ]
+
+
+def shrunk(monkeypatch, row):
+    if row.small:
+        module = import_module("fastmbconv.kernels.expand_backward")
+        whole = module.pow2
+        monkeypatch.setattr(module, "pow2", lambda size, low, high: whole(size, low, high) if high > 256 else low)
+
+
+def assert_row(row, dtype, device):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    n, c, h, w = row.image
+    x = normal(*row.image, dtype=dtype, device=device, mean=row.mean)
+    residual = normal(*row.image, dtype=dtype, device=device) if row.residual else None
+    weight = normal(row.expanded, c, 1, 1, dtype=dtype, device=device)
+    dv = normal(n, row.expanded, h, w, dtype=dtype, device=device)
+    slope = normal(row.expanded, device=device)
+    exact = F.conv2d(x.double(), weight.double())
+    mean, var = exact.mean((0, 2, 3)), exact.var((0, 2, 3), unbiased=False)
+    if not row.batch:
+        mean, var = mean + 1.0, var * 2.0
+
+    def eager(kind):
+        a, b = x.to(kind).detach().requires_grad_(), weight.to(kind).detach().requires_grad_()
+        stats = (None, None) if row.batch else (mean.to(kind), var.to(kind))
+        F.batch_norm(F.conv2d(a, b), *stats, slope.to(kind), None, row.batch, 0.0, 1e-3).backward(dv.to(kind))
+        return {"dx": a.grad if residual is None else a.grad + residual.to(kind), "dw": b.grad}
+
+    rstd = (var + 1e-3).rsqrt()
+    xhat = (exact - mean[:, None, None]) * rstd[:, None, None]
+    d_slope, d_bias = (dv.double() * xhat).sum((0, 2, 3)), dv.double().sum((0, 2, 3))
+    p, count = slope * rstd, n * h * w
+    q = -p * rstd * d_slope / count if row.batch else torch.zeros_like(p)
+    r = -p * d_bias / count - q * mean if row.batch else torch.zeros_like(p)
+    coef = torch.stack((p, q, r)).to(wide)
+    dx, dw = ops.expand_bwd(nhwc(dv), nhwc(x), weight, coef, None if residual is None else nhwc(residual), row.batch)
+    theirs, truth = eager(dtype), eager(torch.float64)
+    assert_parity("dx", nchw(dx), theirs["dx"], truth["dx"])
+    assert_parity("dw", dw, theirs["dw"], truth["dw"])
+
+
+@pytest.mark.parametrize("row", rows(name for name in ROWS if name != "large-mean"))  # float64 has no better truth
+def test_both_gradients(row, device, monkeypatch):
+    shrunk(monkeypatch, row)
+    assert_row(row, PRECISE, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("row", rows(["tiled", "large-mean"]))
+def test_narrow_types(row, dtype, device, monkeypatch):
+    shrunk(monkeypatch, row)
+    assert_row(row, dtype, device)

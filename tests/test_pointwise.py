@@ -1,0 +1,132 @@
+"""The 1x1 convolution, forward, against float64: prologue, product, moments; many small tiles."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from blocks import (  # noqa: F401
+    HALVES,
+    PRECISE,
+    bn_module,
+    ieee,
+    nchw,
+    nhwc,
+    norm_vectors,
+    normal,
+    shrink,
+)
+from parity import assert_parity
+
+from fastmbconv import ops, reference
+
+SMALL = dict(BM=16, BK=16, BO=16)
+
+
+class Row(NamedTuple):
+    image: tuple[int, int, int, int]  # N, C, H, W
+    out: int
+    activation: str | None = None  # of the prologue; None for no prologue
+    gate: bool = False
+    tiles: dict[str, int] = {}
+    group: int | None = None
+
+
+ROWS = {
+    "plain": Row((2, 8, 3, 5), 24),
+    "one-channel": Row((2, 1, 3, 3), 1, "silu", gate=True),
+    "odd-channels": Row((3, 3, 5, 2), 7, "silu"),
+    "one-pixel": Row((2, 5, 1, 1), 3, "relu6", gate=True),
+    "gate": Row((3, 24, 2, 3), 8, "silu", gate=True),
+    "no-activation": Row((3, 24, 2, 3), 8, "none", gate=True),
+    "tiled": Row((3, 40, 5, 3), 24, "silu", gate=True, tiles=SMALL),
+    "tiled-exactly": Row((2, 32, 4, 4), 16, tiles=SMALL),
+    "tiles-per-program": Row((5, 20, 3, 5), 17, "relu", gate=True, tiles=SMALL, group=2),
+    "more-tiles-per-program-than-tiles": Row((1, 20, 3, 5), 17, tiles=SMALL, group=3),
+}
+KERNELS = {"gate", "tiles-per-program"}
+
+
+def rows(names=None):
+    return [
+        pytest.param(ROWS[name], id=name, marks=[pytest.mark.kernels] if name in KERNELS else [])
+        for name in names or ROWS
+    ]
+
+
+def arguments(row, dtype, device):
+    n, c, h, w = row.image
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return dict(
+        x=normal(*row.image, dtype=dtype, device=device),
+        weight=normal(row.out, c, 1, 1, dtype=dtype, device=device),
+        norm=None if row.activation is None else norm_vectors(c, dtype, device),
+        gate=normal(n, c, dtype=wide, device=device).sigmoid() if row.gate else None,
+    )
+
+
+def eager_forward(x, weight, norm, gate, activation):
+    if norm is not None:
+        scale, shift = norm[2:, :, None, None].to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        x = reference.ACTIVATIONS[activation]((x * scale + shift).to(x.dtype))
+    if gate is not None:
+        x = x * gate[..., None, None].to(x.dtype)
+    u = F.conv2d(x, weight)
+    wide = u.double()
+    rstd = (wide.var((0, 2, 3), unbiased=False) + 1e-3).rsqrt()
+    return {"u": u, "mean": wide.mean((0, 2, 3)), "rstd": rstd}
+
+
+def forward(x, weight, norm, gate, activation):
+    u, out = ops.pointwise_bn(
+        nhwc(x), weight, norm, gate, activation, None, None, None, None, None, 1e-3, 0.1, True, False
+    )
+    return {"u": nchw(u), "mean": out[0], "rstd": out[1]}
+
+
+def assert_forward(row, dtype, device):
+    given = arguments(row, dtype, device)
+    activation = row.activation or "none"
+    exact = {k: None if v is None else v.double() for k, v in given.items()}
+    theirs, truth = (eager_forward(**a, activation=activation) for a in (given, exact))
+    for name, value in forward(**given, activation=activation).items():
+        assert_parity(name, value, theirs[name], truth[name])
+
+
+@pytest.mark.parametrize("row", rows())
+def test_forward_and_moments(row, device, monkeypatch):
+    shrink(monkeypatch, row.group, **row.tiles)
+    assert_forward(row, PRECISE, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_narrow_types(dtype, device, monkeypatch):
+    shrink(monkeypatch, 2, **SMALL)
+    assert_forward(ROWS["tiled"], dtype, device)
+
+
+def test_statistics_of_a_large_mean_do_not_cancel(device, monkeypatch):
+    """Mean 1000, std 1 in every tile, tiles merged within and between programs."""
+    shrink(monkeypatch, 2, **SMALL)
+    x = normal(5, 3, 5, 3, dtype=torch.float32, device=device, mean=1000.0)
+    weight = torch.eye(3, device=device)[..., None, None]
+    _, norm = ops.pointwise_bn(
+        nhwc(x), weight, None, None, "none", None, None, None, None, None, 1e-9, 0.1, True, False
+    )
+    truth = x.double()
+    torch.testing.assert_close(norm[0].double(), truth.mean((0, 2, 3)), rtol=1e-7, atol=0)
+    torch.testing.assert_close(norm[1].double(), truth.var((0, 2, 3), unbiased=False).rsqrt(), rtol=1e-5, atol=0)
+
+
+def test_running_statistics_move_as_batch_norm_moves_them(device):
+    x = normal(3, 8, 2, 3, dtype=torch.float32, device=device)
+    weight = normal(5, 8, 1, 1, dtype=torch.float32, device=device)
+    bn = bn_module(5, torch.float32, device)
+    mean, var = bn.running_mean.clone(), bn.running_var.clone()
+    ops.pointwise_bn(
+        nhwc(x), weight, None, None, "none", bn.weight, bn.bias, mean, var, bn.num_batches_tracked, bn.eps, 0.1,
+        True, True,
+    )  # fmt: skip
+    bn(F.conv2d(x, weight))
+    torch.testing.assert_close(mean, bn.running_mean)
+    torch.testing.assert_close(var, bn.running_var)

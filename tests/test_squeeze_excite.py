@@ -1,0 +1,117 @@
+"""Squeeze-and-excitation, alone: pool, excite and their backward against float64."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from blocks import HALVES, PRECISE, nchw, nhwc, norm_vectors, normal, shrink  # noqa: F401
+from parity import assert_parity
+
+from fastmbconv import functional, ops, reference
+from fastmbconv.block import SqueezeExcite
+from fastmbconv.kernels import squeeze_excite
+
+
+class Row(NamedTuple):
+    image: tuple[int, int, int, int]  # N, C, H, W
+    reduced: int
+    activation: str = "silu"
+    tiles: dict[str, int] = {}
+
+
+ROWS = {
+    "plain": Row((2, 8, 3, 5), 4),
+    "one-of-everything": Row((1, 1, 1, 1), 1),
+    "odd-channels": Row((3, 13, 2, 3), 3, "relu"),
+    "relu6": Row((2, 24, 1, 5), 6, "relu6"),
+    "wide-reduction": Row((2, 5, 2, 2), 21),
+    "channel-blocks": Row((2, 40, 2, 2), 5, tiles=dict(BC=16)),
+    "exact-channel-blocks": Row((2, 32, 2, 2), 16, tiles=dict(BC=16)),
+    "pixel-blocks": Row((2, 20, 3, 5), 17, tiles=dict(BC=16, BM=4)),
+    "image-blocks": Row((18, 3, 1, 2), 2, tiles=dict(BN=16)),
+}
+KERNELS = {"odd-channels", "pixel-blocks"}
+
+
+def rows():
+    return [
+        pytest.param(v, id=k, marks=[pytest.mark.kernels] if k in KERNELS else []) for k, v in ROWS.items()
+    ]  # fmt: skip
+
+
+def shrunk(monkeypatch, row):
+    shrink(monkeypatch, **row.tiles)
+    if "BN" in row.tiles:  # images per step of the weight gradients
+        monkeypatch.setattr(squeeze_excite, "pow2", lambda size, low, high: low)
+
+
+def excite(channels, reduced, dtype, device):
+    weights = (
+        normal(reduced, channels, 1, 1), normal(reduced), normal(channels, reduced, 1, 1), normal(channels)
+    )  # fmt: skip
+    return [w.to(dtype).to(device) for w in weights]
+
+
+def outcome(function, x, weights, dy, activation):
+    x, *weights = (t.detach().requires_grad_() for t in (x, *weights))
+    y = function(x, SqueezeExcite(*weights, activation))
+    y.backward(dy.to(y.dtype))
+    names = ("dx", "reduce_weight", "reduce_bias", "expand_weight", "expand_bias")
+    return {"y": y.detach(), **{n: t.grad for n, t in zip(names, (x, *weights), strict=True)}}
+
+
+def assert_row(row, dtype, device):
+    x, dy = (normal(*row.image, dtype=dtype, device=device) for _ in range(2))
+    weights = excite(row.image[1], row.reduced, dtype, device)
+    ours = outcome(functional.squeeze_excite, x, weights, dy, row.activation)
+    theirs = outcome(reference.squeeze_excite, x, weights, dy, row.activation)
+    truth = outcome(reference.squeeze_excite, x.double(), [w.double() for w in weights], dy.double(), row.activation)
+    for name, value in ours.items():
+        assert value.dtype == dtype
+        assert_parity(name, value, theirs[name], truth[name])
+
+
+@pytest.mark.parametrize("row", rows())
+def test_both_directions(row, device, triton_backend, monkeypatch):
+    shrunk(monkeypatch, row)
+    assert_row(row, PRECISE, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_narrow_types(dtype, device, triton_backend):
+    assert_row(ROWS["odd-channels"], dtype, device)
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu6"])
+def test_pool_normalises_and_activates_first(activation, device, monkeypatch):
+    """Pixels beyond the image add nothing, though act(shift) is not zero there."""
+    shrink(monkeypatch, BM=4, BC=16)
+    u = normal(3, 20, 3, 3, dtype=PRECISE, device=device)
+    norm = norm_vectors(20, PRECISE, device)
+    weights = excite(20, 3, PRECISE, device)
+    pooled, r, gate = ops.pool_excite(nhwc(u), norm, *weights, activation, "silu")
+    truth = reference.ACTIVATIONS[activation](u * norm[2, :, None, None] + norm[3, :, None, None]).mean((2, 3))
+    torch.testing.assert_close(pooled, truth)
+    reduced = truth @ weights[0][..., 0, 0].T + weights[1]
+    torch.testing.assert_close(r, reduced)
+    torch.testing.assert_close(
+        gate, torch.sigmoid(torch.nn.functional.silu(reduced) @ weights[2][..., 0, 0].T + weights[3])
+    )
+
+
+def test_gate_saturates_without_nan(device, triton_backend):
+    x = normal(2, 3, 2, 2, dtype=torch.float32, device=device)
+    weights = excite(3, 2, torch.float32, device)
+    weights[3] = torch.tensor([200.0, -200.0, 0.0], device=device)
+    ours = outcome(functional.squeeze_excite, x, weights, torch.ones_like(x), "silu")
+    theirs = outcome(reference.squeeze_excite, x, weights, torch.ones_like(x), "silu")
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_sum_over_pixels_does_not_overflow_half(device, triton_backend):
+    """The pooled mean is a sum in fp32: 40,000 + 40,000 is beyond fp16."""
+    x = torch.full((1, 2, 2, 2), 40000.0, dtype=torch.float16, device=device)
+    weights = [w.zero_() for w in excite(2, 2, torch.float16, device)]
+    y = functional.squeeze_excite(x, SqueezeExcite(*weights))
+    assert torch.equal(y, torch.full_like(x, 20000.0))
