@@ -81,14 +81,15 @@ def _bn_finalize_kernel(
     if BATCH:
         b_count = tl.zeros((BC,), ACC)
         b_sum = tl.zeros((BC,), ACC)
+        b_pivot = tl.load(partials_ptr + C + o_c, mask=m_c, other=0.0)
         for p0 in range(0, P, BP):
             o_p = p0 + tl.arange(0, BP)
             m = (o_p < P)[:, None] & m_c[None, :]
             p_part = partials_ptr + o_p[:, None].to(tl.int64) * 3 * C + o_c[None, :]  # [BP, BC]
             b_n = tl.load(p_part, mask=m, other=0.0)
             b_count += tl.sum(b_n, 0)
-            b_sum += tl.sum(b_n * tl.load(p_part + C, mask=m, other=0.0), 0)
-        b_mean = b_sum / tl.maximum(b_count, 1.0)
+            b_sum += tl.sum(b_n * (tl.load(p_part + C, mask=m, other=0.0) - b_pivot[None, :]), 0)
+        b_mean = b_pivot + b_sum / tl.maximum(b_count, 1.0)
         b_m2 = tl.zeros((BC,), ACC)
         for p0 in range(0, P, BP):
             o_p = p0 + tl.arange(0, BP)

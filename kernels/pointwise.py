@@ -88,11 +88,15 @@ def _pointwise_fwd_kernel(
             b_w = tl.load(w_ptr + o_o[None, :] * CI + o_k[:, None], mask=m_w, other=0.0)  # [BK, BO]
             acc = dot(b_x, b_w, acc, DTYPE, PRECISION)
         m = m_m[:, None] & m_o[None, :]
-        tl.store(u_ptr + o_m[:, None].to(tl.int64) * CO + o_o[None, :], stored(acc, DTYPE), mask=m)
+        b_u = stored(acc, DTYPE)
+        tl.store(u_ptr + o_m[:, None].to(tl.int64) * CO + o_o[None, :], b_u, mask=m)
         if HAS_MOMENTS:
+            acc = b_u.to(ACC)  # the moments of what is normalised: its rounding may have a mean
             # Two passes over the tile in registers, then a merge: no difference of large sums.
             b_count = tl.sum(tl.where(m, 1.0, 0.0).to(ACC), 0)
             b_mean = tl.sum(tl.where(m, acc, 0.0), 0) / tl.maximum(b_count, 1.0)
+            if DTYPE.primitive_bitwidth > 16:  # the sum's own rounding matters here, beside a large mean
+                b_mean += tl.sum(tl.where(m, acc - b_mean[None, :], 0.0), 0) / tl.maximum(b_count, 1.0)
             b_delta = tl.where(m, acc - b_mean[None, :], 0.0)
             count, mean, m2 = merge_moments(count, mean, m2, b_count, b_mean, tl.sum(b_delta * b_delta, 0))
     if HAS_MOMENTS:
