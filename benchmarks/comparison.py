@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,10 +68,10 @@ class Candidate:
                 return {"y": self.forward()}
         y = self.forward()
         if self.grad is None:
-            self.grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.device, y.dtype)
+            self.grad = _random(y.shape, self.plan, seed=2).to(y.dtype)
             self.grad = self.grad.contiguous(memory_format=_format(self.x)) if y.dim() == 4 else self.grad
         named = {"dx": self.x, **self.parameters} if self.x.requires_grad else self.parameters
-        grads = dict(zip(named, torch.autograd.grad(y, list(named.values()), self.grad.to(y.dtype)), strict=True))
+        grads = dict(zip(named, torch.autograd.grad(y, list(named.values()), self.grad), strict=True))
         if y.dim() == 2:  # a whole model: single small gradients are mostly rounding noise
             grads = {"gradient": torch.cat([g.flatten().float() for g in grads.values()])}
         return {"y": y.detach(), **grads}
@@ -89,6 +90,12 @@ class Candidate:
         self.optimizer.zero_grad(set_to_none=True)
 
 
+def _random(size: Sequence[int], plan: Plan, seed: int) -> Tensor:
+    """Normal values that the plan's dtype holds exactly, so that the reference starts from the same ones."""
+    generator = torch.Generator(plan.device).manual_seed(seed)
+    return torch.randn(*size, generator=generator, device=plan.device).to(plan.dtype)
+
+
 def _format(x: Tensor) -> torch.memory_format:
     nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if nhwc else torch.contiguous_format
@@ -102,8 +109,7 @@ class Comparison:
         self.is_model = subject.elements == 0
         torch.manual_seed(0)
         self.base = settle(subject.make()).to(plan.device).train(mode == "fwd_bwd")
-        generator = torch.Generator().manual_seed(3)
-        self.x = torch.randn(subject.size, generator=generator).to(plan.device, plan.dtype)
+        self.x = _random(subject.size, plan, seed=3)
         self.candidates: dict[str, Candidate] = {}
         self.problems: dict[str, str] = {}
         self.kernels: dict[str, int] = {}
@@ -121,18 +127,11 @@ class Comparison:
     def truth(self) -> dict[str, Tensor]:
         """fp32 without TF32 for half types, fp64 for fp32: far more exact than what it judges, and it fits the GPU."""
         exact = torch.float64 if self.plan.dtype == torch.float32 else torch.float32
-        switches = torch.backends.cudnn, torch.backends.cuda.matmul
-        before = [s.allow_tf32 for s in switches]
-        for s in switches:
-            s.allow_tf32 = False
-        try:
+        with _exact_convolutions():
             made = self.candidate(torch.contiguous_format, lambda m: m.forward_eager)
             made.module.to(exact)
             made.x = made.x.detach().to(exact).requires_grad_(made.x.requires_grad)
             return {**made.outputs(), **made.buffers()}
-        finally:
-            for s, value in zip(switches, before, strict=True):
-                s.allow_tf32 = value
 
     def errors(self, made: Candidate, truth: dict[str, Tensor]) -> dict[str, float]:
         outputs = made.outputs()
@@ -235,6 +234,18 @@ class Comparison:
             "problems": self.problems,
             "samples": samples,
         }
+
+
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """No TF32; and no autotuning, since this runs once."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = False, False, False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
 
 
 def _eager(module: nn.Module) -> Callable[[Tensor], Tensor]:

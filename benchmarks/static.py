@@ -211,7 +211,8 @@ def table(rows: list[Report]) -> str:
 
 def chosen(which: str) -> list[Shape]:
     if which == "tiny":
-        return [Shape("tiny", 0, 16, 14, 24, 24, 6, 3, 1), Shape("tiny", 0, 16, 14, 24, 40, 6, 5, 2)]
+        places = ((24, 24, 3, 1), (24, 40, 5, 2), (16, 24, 3, 2), (80, 112, 5, 1))  # in, out, kernel, stride
+        return [Shape("tiny", 0, 16, 14, inside, out, 6, kernel, stride) for inside, out, kernel, stride in places]
     return by_weight() if which == "all" else by_weight()[:FEW]
 
 

@@ -34,6 +34,14 @@ def host_ms(step: Step) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
+def queue_ms(step: Step) -> float:
+    """Milliseconds until the host has queued a step, whether or not the device is done."""
+    synchronize()
+    start = time.perf_counter()
+    step()
+    return (time.perf_counter() - start) * 1e3
+
+
 class DeviceTimer:
     """Device time of one step between two CUDA events.
 
@@ -66,7 +74,7 @@ def interleaved(
     names = list(steps)
     samples: dict[str, list[float]] = {name: [] for name in names}
     timer = DeviceTimer() if isolate and torch.cuda.is_available() else None
-    head_start = {name: 1.5 * host_ms(step) for name, step in steps.items()} if timer else {}
+    head_start = {name: 1.5 * queue_ms(step) + 0.2 for name, step in steps.items()} if timer else {}
     for round_ in range(rounds):
         turn = round_ % len(names)
         for name in names[turn:] + names[:turn]:
