@@ -6,11 +6,13 @@ activation and every normalised tensor is computed again where it is used. Deriv
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import function
 
 from fastmbconv import ops
 
@@ -32,6 +34,19 @@ class DepthwiseSetting(NamedTuple):
     pad_left: int
     out_height: int
     out_width: int
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's, for any gradient: its own sees no double backward where dy is a constant, and the penalty is lost."""
+    once = function.once_differentiable(backward)
+
+    @wraps(backward)
+    def checked(ctx: Any, dy: Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            dy = dy.detach().requires_grad_()
+        return once(ctx, dy)
+
+    return checked
 
 
 def channels_last(x: Tensor) -> Tensor:
