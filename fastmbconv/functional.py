@@ -77,8 +77,8 @@ def depthwise_bn_act(
         return reference.depthwise_bn_act(x, weight, bn, stride, padding, activation)
     from fastmbconv.autograd import DepthwiseBNActFunction
 
+    compute = _compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        compute = _compute_dtype(x)
         _count_batch(bn)
         return DepthwiseBNActFunction.apply(
             x.to(compute), weight, *_affine(bn), activation, _geometry(x, weight, stride, padding), _setting(bn),
