@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import re
 import subprocess
@@ -20,6 +19,7 @@ import sys
 import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,8 @@ class Specialised:
         return " ".join([*shown, f"warps={self.options.num_warps}", f"stages={self.options.num_stages}"])
 
 
-def launches(shape: Shape, dtype: torch.dtype, archs: list[int]) -> list[Specialised]:
-    """The distinct kernels of the block and of the single ops, in training and inference; nothing is computed."""
+def launches(shape: Shape, dtype: torch.dtype, archs: list[int], *, ops: bool = False) -> list[Specialised]:
+    """The distinct kernels of the block, and of the single ops, in training and inference; nothing is computed."""
     found: dict[str, Specialised] = {}
 
     def keep(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -111,7 +111,8 @@ def launches(shape: Shape, dtype: torch.dtype, archs: list[int]) -> list[Special
     reason, dispatch.device_reason = dispatch.device_reason, lambda x: None
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     try:
-        for subject in (subjects.mbconv(shape), subjects.depthwise(shape), subjects.squeeze_excite(shape)):
+        for make in (subjects.mbconv, subjects.depthwise, subjects.squeeze_excite)[: None if ops else 1]:
+            subject = make(shape)
             module = subject.make()
             x = torch.empty(subject.size, dtype=dtype, memory_format=torch.channels_last).requires_grad_()
             with observed(keep, run=False), fastmbconv.backend("triton"):
@@ -174,24 +175,33 @@ def compile_one(work: Specialised) -> Report:
     return report
 
 
-_work: list[Specialised] = []
-
-
-def _compile_at(index: int) -> Report:
-    return compile_one(_work[index])
-
-
-def reports(shapes: list[Shape], archs: list[int], dtype: torch.dtype, jobs: int) -> list[Report]:
-    """A report per distinct kernel, compiled in `jobs` processes."""
+def reports(shapes: list[Shape], archs: list[int], dtype: torch.dtype, part: int = 0, parts: int = 1) -> list[Report]:
+    """A report per distinct kernel, or every `parts`-th of them."""
     distinct: dict[str, Specialised] = {}
     for shape in shapes:
-        for one in launches(shape, dtype, archs):
+        for one in launches(shape, dtype, archs, ops=shape is shapes[0]):
             distinct.setdefault(one.key, one)
-    _work[:] = distinct.values()
-    if jobs == 1 or len(_work) < 2:
-        return [compile_one(one) for one in _work]
-    with multiprocessing.get_context("fork").Pool(jobs) as pool:  # a forked child has the kernels, which don't pickle
-        return pool.map(_compile_at, range(len(_work)), chunksize=1)
+    return [compile_one(one) for one in list(distinct.values())[part::parts]]
+
+
+def shared_out(args: argparse.Namespace) -> list[Report]:
+    """The same as `reports`, by one fresh process per job: a kernel that kills the compiler ends with its process."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{job}.json" for job in range(args.jobs)]
+        same = ["--shapes", args.shapes, "--dtype", args.dtype, "--arch", *map(str, args.arch)]
+        command = [sys.executable, "-m", "benchmarks.static", *same, "--jobs", "1"]
+        children = [
+            subprocess.Popen([*command, "--part", f"{job}/{args.jobs}", "--json", str(file)], stdout=subprocess.DEVNULL)
+            for job, file in enumerate(files)
+        ]
+        for child in children:
+            child.wait()
+        if not all(file.exists() for file in files):
+            raise SystemExit(
+                f"a compiling process ended early: {[child.returncode for child in children]} (try --jobs 1)"
+            )
+        shares = [[Report(**row) for row in json.loads(file.read_text())["rows"]] for file in files]
+    return [row for rows in zip_longest(*shares) for row in rows if row is not None]
 
 
 def table(rows: list[Report]) -> str:
@@ -211,8 +221,7 @@ def table(rows: list[Report]) -> str:
 
 def chosen(which: str) -> list[Shape]:
     if which == "tiny":
-        places = ((24, 24, 3, 1), (24, 40, 5, 2), (16, 24, 3, 2), (80, 112, 5, 1))  # in, out, kernel, stride
-        return [Shape("tiny", 0, 16, 14, inside, out, 6, kernel, stride) for inside, out, kernel, stride in places]
+        return [Shape("tiny", 0, 16, 14, 24, 24, 6, 3, 1), Shape("tiny", 0, 16, 14, 24, 40, 6, 5, 2)]
     return by_weight() if which == "all" else by_weight()[:FEW]
 
 
@@ -223,10 +232,15 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=[90], help="compute capabilities, 90 for Hopper")
     parser.add_argument("--shapes", choices=("few", "all", "tiny"), default="few", help="few: the four that cost most")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile side by side")
+    parser.add_argument("--part", default="0/1", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
     args = parser.parse_args()
-    rows = reports(chosen(args.shapes), args.arch, getattr(torch, args.dtype), args.jobs)
+    if args.jobs > 1:
+        rows = shared_out(args)
+    else:
+        part, parts = map(int, args.part.split("/"))
+        rows = reports(chosen(args.shapes), args.arch, getattr(torch, args.dtype), part, parts)
     if not rows:
         print("no kernel was launched: this tree has none, or the block runs eager", file=sys.stderr)
         return 2
