@@ -1,0 +1,199 @@
+"""Which path a call takes, and the reason that it gives."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from blocks import INTERPRETED, launches, make_block, normal
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import fastmbconv
+from fastmbconv import dispatch, functional
+from fastmbconv.mbconv import MBConv
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="about CPU tensors under the interpreter")
+
+
+@pytest.fixture
+def block(device):
+    return make_block(4, 4, expand_ratio=2, device=device)
+
+
+@pytest.fixture
+def x(device):
+    return normal(2, 4, 3, 3, dtype=torch.float32, device=device)
+
+
+class OnGPU:
+    """Stands for a CUDA tensor where there is none."""
+
+    def __init__(self, dtype):
+        self.dtype, self.device = dtype, torch.device("cuda")
+
+    def numel(self):
+        return 1
+
+
+@interpreted
+def test_auto_leaves_cpu_tensors_to_eager(block, x):
+    assert "CPU tensor" in dispatch.supports(block.describe(), x)
+    with launches() as seen:
+        block(x)
+    assert not seen
+
+
+def test_triton_takes_the_kernels(block, x, triton_backend):
+    assert dispatch.supports(block.describe(), x) is None
+    with launches() as seen, torch.no_grad():
+        functional.mbconv(x, block.describe())
+    assert seen
+
+
+def test_eager_never_takes_them(block, x):
+    with fastmbconv.backend("eager"), launches() as seen:
+        assert "eager" in dispatch.supports(block.describe(), x)
+        block(x)
+    assert not seen
+
+
+@pytest.mark.parametrize(
+    "dtype, reason",
+    [
+        pytest.param(torch.float64, "dtype torch.float64", id="float64"),
+        pytest.param(torch.float32, None, id="float32"),
+        pytest.param(torch.bfloat16, None, id="bfloat16"),
+    ],
+)
+def test_dtypes_on_a_gpu(dtype, reason, monkeypatch):
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    assert dispatch.device_reason(OnGPU(dtype)) == reason
+
+
+def test_reasons_of_the_device(x, monkeypatch):
+    if INTERPRETED:
+        assert "CPU tensors" in dispatch.device_reason(OnGPU(torch.float32))
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    assert dispatch.device_reason(x.cpu()) == "a cpu tensor"
+    assert dispatch.device_reason(x.to("meta")) == "a meta tensor"
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    assert dispatch.device_reason(OnGPU(torch.float32)) == "Triton is not installed"
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        pytest.param((3, 1, 1, "silu"), None, id="supported"),
+        pytest.param((5, 2, "same", "relu6"), None, id="same"),
+        pytest.param((5, 1, 4, "relu"), None, id="widest-padding"),
+        pytest.param((7, 1, 3, "silu"), "kernel size 7", id="kernel-size"),
+        pytest.param((3, 4, 1, "silu"), "stride 4", id="stride"),
+        pytest.param((3, 1, 3, "silu"), "padding 3", id="padding"),
+        pytest.param((3, 1, 1, "gelu"), "activation 'gelu'", id="activation"),
+    ],
+)
+def test_reasons_of_the_shape(arguments, reason):
+    given = dispatch.shape_reason(*arguments)
+    assert given is None if reason is None else given.startswith(reason)
+
+
+def test_reason_of_an_empty_batch(block, x):
+    assert dispatch.supports(block.describe(), x[:0]) == "an empty batch"
+
+
+HOOKS = {
+    "forward": lambda m: m.depthwise_bn.register_forward_hook(lambda *args: None),
+    "forward-pre": lambda m: m.project_conv.register_forward_pre_hook(lambda *args: None),
+    "backward": lambda m: m.se.expand.register_full_backward_hook(lambda *args: None),
+    "backward-pre": lambda m: m.expand_bn.register_full_backward_pre_hook(lambda *args: None),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+def test_a_hook_inside_is_a_reason_until_it_is_removed(hook, block):
+    handle = hook(block)
+    assert "a hook on" in block.eager_reason()
+    handle.remove()
+    assert block.eager_reason() is None
+
+
+def test_a_hook_on_the_block_itself_is_none(block, x, triton_backend):
+    """nn.Module runs it around forward, kernels or not."""
+    block.register_forward_hook(lambda module, args, y: y + 1)
+    assert block.eager_reason() is None
+
+
+def test_a_global_hook_is_a_reason(block):
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        assert block.eager_reason() == "a hook on every module"
+    finally:
+        handle.remove()
+
+
+def test_a_parametrization_is_a_reason(block, x, triton_backend):
+    parametrizations.weight_norm(block.project_conv)
+    assert block.eager_reason() is not None
+    with launches() as seen:
+        block(x)
+    assert not seen
+
+
+@pytest.mark.parametrize(
+    "name, part",
+    [
+        pytest.param("project_bn", nn.SyncBatchNorm(4), id="sync-batch-norm"),
+        pytest.param("expand_bn", nn.Identity(), id="folded-batch-norm"),
+        pytest.param("depthwise_conv", nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8), id="dilated-conv"),
+        pytest.param("se", nn.Identity(), id="other-attention"),
+    ],
+)
+def test_another_part_is_a_reason(name, part, block):
+    setattr(block, name, part)
+    assert name in block.eager_reason()
+
+
+def test_export_takes_eager(x):
+    """An exported program holds PyTorch's own operators, so it runs where fastmbconv is not installed."""
+    module = MBConv(4, 4, expand_ratio=2).to(x.device).eval()
+    program = torch.export.export(module, (x,))
+    assert not [node for node in program.graph.nodes if "fastmbconv" in str(node.target)]
+    torch.testing.assert_close(program.module()(x), module.forward_eager(x))
+
+
+def test_jit_trace_takes_eager(x):
+    module = MBConv(4, 4, expand_ratio=2).to(x.device).eval()
+    traced = torch.jit.trace(module, x)
+    assert "fastmbconv::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), module.forward_eager(x))
+
+
+def test_exporting_is_a_reason_before_any_device(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert dispatch.device_reason(OnGPU(torch.float32)) == "the model is being exported or traced"
+
+
+def test_backend_is_restored_after_an_error():
+    before = fastmbconv.get_backend()
+    with pytest.raises(KeyError), fastmbconv.backend("eager"):
+        raise KeyError
+    assert fastmbconv.get_backend() == before
+
+
+@pytest.mark.parametrize("choose", [fastmbconv.set_backend, lambda name: fastmbconv.backend(name).__enter__()])
+def test_an_unknown_backend_is_refused(choose):
+    before = fastmbconv.get_backend()
+    with pytest.raises(ValueError, match="backend is 'cuda': allowed are auto, triton, eager"):
+        choose("cuda")
+    assert fastmbconv.get_backend() == before
+
+
+@pytest.mark.parametrize("value, code", [pytest.param("fast", 1, id="unknown"), pytest.param("eager", 0, id="known")])
+def test_the_environment_variable(value, code):
+    script = "import fastmbconv; print(fastmbconv.get_backend())"
+    environment = {**os.environ, "FASTMBCONV_BACKEND": value}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stdout.strip() == "eager" if code == 0 else "FASTMBCONV_BACKEND is 'fast'" in done.stderr

@@ -1,0 +1,66 @@
+"""The scalar functions of the kernels, at the values where they could break."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from blocks import INTERPRETED
+
+from fastmbconv import reference
+from fastmbconv.kernels.math import activate, activate_grad, stored
+from fastmbconv.kernels.tuning import pow2
+
+pytestmark = pytest.mark.kernels
+
+
+@triton.jit
+def _activate_kernel(v_ptr, a_ptr, both_ptr, slope_ptr, ACT: tl.constexpr, FAST: tl.constexpr, B: tl.constexpr):
+    o = tl.arange(0, B)
+    v = tl.load(v_ptr + o)
+    both, slope = activate_grad(v, ACT, FAST)
+    tl.store(a_ptr + o, activate(v, ACT, FAST))
+    tl.store(both_ptr + o, both)
+    tl.store(slope_ptr + o, slope)
+
+
+@triton.jit
+def _stored_kernel(v_ptr, out_ptr, B: tl.constexpr):
+    o = tl.arange(0, B)
+    tl.store(out_ptr + o, stored(tl.load(v_ptr + o), out_ptr.dtype.element_ty))
+
+
+VALUES = [0.0, -0.0, 1.0, -1.0, 6.0, 5.9999995, 6.0000005, 1e-30, -1e-30, 20.0, -20.0, 88.0, -88.0, 200.0, -200.0, 3e38]
+
+
+@pytest.mark.parametrize("fast", [pytest.param(False, id="exact"), pytest.param(True, id="tanh")])
+@pytest.mark.parametrize("activation", ["silu", "relu", "relu6", "none"])
+def test_activation_and_its_derivative(activation, fast, device):
+    if fast and INTERPRETED:
+        pytest.skip("inline assembly needs a GPU")
+    v = torch.tensor(VALUES, device=device)
+    a, both, slope = (torch.empty_like(v) for _ in range(3))
+    _activate_kernel[(1,)](v, a, both, slope, ACT=activation, FAST=fast, B=len(VALUES))
+    leaf = v.double().requires_grad_()
+    expected = reference.ACTIVATIONS[activation](leaf)
+    (derivative,) = torch.autograd.grad(expected.sum(), leaf)
+    tolerance = dict(rtol=1e-3, atol=1e-3) if fast else dict(rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(a.double(), expected.detach(), **tolerance)
+    torch.testing.assert_close(both, a, **tolerance)
+    torch.testing.assert_close(slope.double(), derivative, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_stores_round_to_nearest_even(dtype, device):
+    """Ties, the largest values and fp16's subnormals, as torch's own cast rounds them."""
+    ties = [1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8), 1 + 2**-11, 1 + 3 * 2**-11, 65519.0, 65520.0, 3.3895e38]
+    v = torch.tensor([*ties, 1e-4, -1e-7, 0.1, -0.1, 0.0, -0.0, float("inf"), 1.0], device=device)
+    out = torch.empty(len(v), dtype=dtype, device=device)
+    _stored_kernel[(1,)](v, out, B=len(v))
+    assert torch.equal(out, v.to(dtype))
+
+
+@pytest.mark.parametrize(
+    "size, low, high, expected", [(1, 1, 8, 1), (3, 1, 8, 4), (9, 1, 8, 8), (1, 16, 64, 16), (64, 16, 64, 64)]
+)
+def test_powers_of_two(size, low, high, expected):
+    assert pow2(size, low, high) == expected
