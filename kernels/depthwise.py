@@ -1,8 +1,10 @@
 """Depthwise K x K convolution as a column walk, NHWC, with BatchNorm folded into both ends.
 
 Triton tensors can't be shifted, so the tile is [NB images, BC channels] and (row, column) are scalars of a loop: a tap
-is another register tile, the halo is a scalar `if`, and the sums of the next BatchNorm stay in their lanes to the end.
-A step takes STRIDE input columns and finishes one output column; R rows share their loads.
+is another register tile and the sums of the next BatchNorm stay in their lanes to the end. A step takes STRIDE input
+columns and finishes one output column; R rows share their loads. Loads go one step ahead, at clamped places, so that
+none waits in a branch; what lies outside becomes zero after the activation. The loop is unrolled over the columns in
+flight: a tile keeps its registers while its column moves.
 """
 
 import torch
@@ -11,8 +13,43 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm import load_norm, load_xhat, store_moments
-from .math import activate, activate_grad, stored
+from .math import activate_grad_halved, activate_halved, halved, stored
 from .tuning import accumulator, numeric, walk_tiles
+
+
+@triton.jit
+def load_taps(w_ptr, o_c, m_c, K: tl.constexpr, ACC: tl.constexpr):
+    """The K * K taps of a block of channels, each [1, BC]."""
+    taps = ()
+    for i in tl.static_range(K * K):
+        taps = taps + (tl.load(w_ptr + o_c * (K * K) + i, mask=m_c, other=0.0).to(ACC)[None, :],)
+    return taps
+
+
+@triton.jit
+def load_column(p, column, row, m, HEIGHT, WIDTH: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr):
+    """ROWS tiles of one column from `row` on, each from the nearest place inside the image."""
+    column = tl.minimum(tl.maximum(column, 0), WIDTH - 1)
+    tiles = ()
+    for i in tl.static_range(ROWS):
+        place = tl.minimum(tl.maximum(row + i, 0), HEIGHT - 1)
+        tiles = tiles + (tl.load(p + (place * WIDTH + column) * C, mask=m, other=0.0),)
+    return tiles
+
+
+@triton.constexpr_function
+def tap_slot(row, column, step, stride, top, left, columns):
+    """The window's slot of the output (row, column) input pixels, divisible by the stride, from a step's own."""
+    return (row // stride - top) * columns + (column // stride - left + step) % columns
+
+
+@triton.jit
+def tile_mask(o_n, o_c, N, C, EVEN: tl.constexpr, NB: tl.constexpr, BC: tl.constexpr):
+    """Images and channels that exist; constant where the tiles divide both."""
+    if EVEN:
+        return tl.full((NB, BC), True, tl.int1)
+    else:
+        return (o_n < N)[:, None] & (o_c < C)[None, :]
 
 
 @triton.jit
@@ -24,10 +61,10 @@ def _depthwise_fwd_kernel(
     partials_ptr,
     N,
     H,
-    W,
     HO,
-    WO,
     STRIPS,
+    W: tl.constexpr,
+    WO: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
     S: tl.constexpr,
@@ -36,6 +73,7 @@ def _depthwise_fwd_kernel(
     ACT: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_MOMENTS: tl.constexpr,
+    EVEN: tl.constexpr,
     ACC: tl.constexpr,
     FAST: tl.constexpr,
     NB: tl.constexpr,
@@ -43,65 +81,82 @@ def _depthwise_fwd_kernel(
     R: tl.constexpr,
 ):
     J: tl.constexpr = (K + S - 1) // S  # output columns in flight
+    ROWS: tl.constexpr = (R - 1) * S + K
     h0 = (tl.program_id(1) % STRIPS) * R
     n0 = (tl.program_id(1) // STRIPS) * NB
     o_n = n0 + tl.arange(0, NB)
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     m_c = o_c < C
-    m = (o_n < N)[:, None] & m_c[None, :]
-    p_x = x_ptr + o_n[:, None].to(tl.int64) * H * W * C + o_c[None, :]  # [NB, BC]
-    p_y = y_ptr + o_n[:, None].to(tl.int64) * HO * WO * C + o_c[None, :]
+    m = tile_mask(o_n, o_c, N, C, EVEN, NB, BC)
+    p_x = x_ptr + o_n[:, None].to(tl.int64) * H * (W * C) + o_c[None, :]  # [NB, BC]
+    p_y = y_ptr + o_n[:, None].to(tl.int64) * HO * (WO * C) + o_c[None, :]
     if HAS_NORM:
         b_scale, b_shift = load_norm(norm_ptr, o_c, m_c, C)
-    b_w = ()
-    for i in tl.static_range(K * K):
-        b_w = b_w + (tl.load(w_ptr + o_c * (K * K) + i, mask=m_c, other=0.0).to(ACC)[None, :],)
-    acc = ()  # slot r * J + j: output row h0 + r, output column t - j
+        b_scale, b_shift = halved(b_scale, ACT, FAST)[None, :], halved(b_shift, ACT, FAST)[None, :]
+    b_w = load_taps(w_ptr, o_c, m_c, K, ACC)
+    acc = ()  # slot r * J + t % J: output row h0 + r, the column that step t starts
     for _ in tl.static_range(R * J):
         acc = acc + (tl.zeros((NB, BC), ACC),)
-    pivot = tl.zeros((1, BC), ACC)
+    if HAS_MOMENTS:
+        # Sums about what a constant image of one pixel's value would give, so that no large mean cancels.
+        b_v = load_column(p_x, W // 2, h0 * S, m, H, W, C, 1)[0].to(ACC)
+        if HAS_NORM:
+            b_v = activate_halved(b_v * b_scale + b_shift, ACT, FAST)
+        total = b_w[0]
+        for i in tl.static_range(1, K * K):
+            total = total + b_w[i]
+        pivot = (tl.sum(tl.where(m, b_v, 0.0), 0) / tl.minimum(N - n0, NB))[None, :] * total
     s1 = tl.zeros((NB, BC), ACC)
     s2 = tl.zeros((NB, BC), ACC)
-    for t in range(0, WO + J - 1):
-        for s in tl.static_range(S):
-            wi = t * S + s - PL
-            for i in tl.static_range((R - 1) * S + K):
-                hi = h0 * S + i - PT
-                if (hi >= 0) & (hi < H) & (wi >= 0) & (wi < W):
-                    b_v = tl.load(p_x + (hi * W + wi) * C, mask=m, other=0.0).to(ACC)
+    ahead = ()
+    for s in tl.static_range(S):
+        ahead = ahead + load_column(p_x, s - PL, h0 * S - PT, m, H, W, C, ROWS)
+    for t0 in range(0, WO + J - 1, J):
+        for step in tl.static_range(J):
+            t = t0 + step
+            b_x = ahead
+            ahead = ()
+            for s in tl.static_range(S):
+                ahead = ahead + load_column(p_x, (t + 1) * S + s - PL, h0 * S - PT, m, H, W, C, ROWS)
+            for s in tl.static_range(S):
+                wi = t * S + s - PL
+                for i in tl.static_range(ROWS):
+                    hi = h0 * S + i - PT
+                    b_v = b_x[s * ROWS + i].to(ACC)
                     if HAS_NORM:
-                        b_v = activate(b_v * b_scale[None, :] + b_shift[None, :], ACT, FAST)
-                else:
-                    b_v = tl.zeros((NB, BC), ACC)  # the padding comes after BN and activation
-                updated = ()
-                for r in tl.static_range(R):
-                    for j in tl.static_range(J):
-                        if (i - r * S >= 0) and (i - r * S < K) and (j * S + s < K):
-                            updated = updated + (acc[r * J + j] + b_v * b_w[(i - r * S) * K + j * S + s],)
-                        else:
-                            updated = updated + (acc[r * J + j],)
-                acc = updated
-        wo = t - (J - 1)
-        slid = ()
-        for r in tl.static_range(R):
-            if (wo >= 0) & (h0 + r < HO):
-                b_y = acc[r * J + J - 1]
-                tl.store(p_y + ((h0 + r) * WO + wo) * C, stored(b_y, y_ptr.dtype.element_ty), mask=m)
-                if HAS_MOMENTS:
-                    # Sums about the program's first output, so that no large mean cancels.
-                    if (wo == 0) & (r == 0):
-                        pivot = (tl.sum(tl.where(m, b_y, 0.0), 0) / tl.minimum(N - n0, NB))[None, :]
-                    b_y = tl.where(m, b_y - pivot, 0.0)
-                    s1 += b_y
-                    s2 += b_y * b_y
-            slid = slid + (tl.zeros((NB, BC), ACC),)
-            for j in tl.static_range(J - 1):
-                slid = slid + (acc[r * J + j],)
-        acc = slid
+                        b_v = activate_halved(b_v * b_scale + b_shift, ACT, FAST)
+                    # The padding comes after BN and activation.
+                    b_v = tl.where((hi >= 0) & (hi < H) & (wi >= 0) & (wi < W), b_v, 0.0)
+                    updated = ()
+                    for r in tl.static_range(R):
+                        for slot in tl.static_range(J):
+                            # (step - slot + J) % J steps ago this slot's column began.
+                            if (i - r * S >= 0) and (i - r * S < K) and ((step - slot + J) % J * S + s < K):
+                                b_tap = b_w[(i - r * S) * K + (step - slot + J) % J * S + s]
+                                updated = updated + (acc[r * J + slot] + b_v * b_tap,)
+                            else:
+                                updated = updated + (acc[r * J + slot],)
+                    acc = updated
+            wo = t - (J - 1)
+            cleared = ()
+            for r in tl.static_range(R):
+                if (wo >= 0) & (wo < WO) & (h0 + r < HO):
+                    b_y = acc[r * J + (step + 1) % J]
+                    tl.store(p_y + ((h0 + r) * WO + wo) * C, stored(b_y, y_ptr.dtype.element_ty), mask=m)
+                    if HAS_MOMENTS:
+                        b_y = b_y - pivot
+                        s1 += b_y
+                        s2 += b_y * b_y
+                for slot in tl.static_range(J):
+                    if slot == (step + 1) % J:
+                        cleared = cleared + (tl.zeros((NB, BC), ACC),)
+                    else:
+                        cleared = cleared + (acc[r * J + slot],)
+            acc = cleared
     if HAS_MOMENTS:
         count = tl.zeros((BC,), ACC) + (tl.minimum(N - n0, NB) * tl.minimum(HO - h0, R) * WO)
-        delta = tl.sum(s1, 0) / count
-        m2 = tl.maximum(tl.sum(s2, 0) - delta * delta * count, 0.0)
+        delta = tl.sum(tl.where(m, s1, 0.0), 0) / count
+        m2 = tl.maximum(tl.sum(tl.where(m, s2, 0.0), 0) - delta * delta * count, 0.0)
         store_moments(partials_ptr, tl.program_id(1), count, tl.sum(pivot, 0) + delta, m2, o_c, m_c, C)
 
 
@@ -117,10 +172,10 @@ def _depthwise_bwd_kernel(
     sums_ptr,
     N,
     H,
-    W,
     HO,
-    WO,
     STRIPS,
+    W: tl.constexpr,
+    WO: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
     S: tl.constexpr,
@@ -133,6 +188,7 @@ def _depthwise_bwd_kernel(
     ACT: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    EVEN: tl.constexpr,
     ACC: tl.constexpr,
     FAST: tl.constexpr,
     NB: tl.constexpr,
@@ -140,69 +196,83 @@ def _depthwise_bwd_kernel(
     R: tl.constexpr,
 ):
     h0 = (tl.program_id(1) % STRIPS) * R
+    top = h0 // S + TOP
     o_n = (tl.program_id(1) // STRIPS) * NB + tl.arange(0, NB)
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     m_c = o_c < C
-    m = (o_n < N)[:, None] & m_c[None, :]
-    p_x = o_n[:, None].to(tl.int64) * H * W * C + o_c[None, :]  # [NB, BC]
-    p_y = dy_ptr + o_n[:, None].to(tl.int64) * HO * WO * C + o_c[None, :]
+    m = tile_mask(o_n, o_c, N, C, EVEN, NB, BC)
+    o_x = o_n[:, None].to(tl.int64) * H * (W * C) + o_c[None, :]  # [NB, BC]
+    p_y = dy_ptr + o_n[:, None].to(tl.int64) * HO * (WO * C) + o_c[None, :]
     if HAS_NORM:
         b_scale, b_shift = load_norm(norm_ptr, o_c, m_c, C)
+        b_scale, b_shift = halved(b_scale, ACT, FAST)[None, :], halved(b_shift, ACT, FAST)[None, :]
         b_rstd, b_nmr = load_xhat(norm_ptr, o_c, m_c, C)
-    b_w = ()
-    for i in tl.static_range(K * K):
-        b_w = b_w + (tl.load(w_ptr + o_c * (K * K) + i, mask=m_c, other=0.0).to(ACC)[None, :],)
+    b_w = load_taps(w_ptr, o_c, m_c, K, ACC)
     b_dw = ()
     for _ in tl.static_range(K * K):
         b_dw = b_dw + (tl.zeros((NB, BC), ACC),)
     b_db = tl.zeros((NB, BC), ACC)
     b_dg = tl.zeros((NB, BC), ACC)
-    # Window of dy: slot i * COLUMNS + j is row h0 / S + TOP + i, column t + LEFT + j.
+    # Window of dy: slot i * COLUMNS + (t + j) % COLUMNS is row top + i, column t + LEFT + j at step t.
     window = ()
-    for _ in tl.static_range(ROWS * COLUMNS):
-        window = window + (tl.zeros((NB, BC), ACC),)
-    for t in range(1 - COLUMNS, (W + S - 1) // S):
-        slid = ()
-        wo = t + LEFT + COLUMNS - 1
-        for i in tl.static_range(ROWS):
-            for j in tl.static_range(COLUMNS - 1):
-                slid = slid + (window[i * COLUMNS + j + 1],)
-            ho = h0 // S + TOP + i
-            if (ho >= 0) & (ho < HO) & (wo >= 0) & (wo < WO):
-                b_d = tl.load(p_y + (ho * WO + wo) * C, mask=m, other=0.0).to(ACC)
-            else:
-                b_d = tl.zeros((NB, BC), ACC)
-            slid = slid + (b_d,)
-        window = slid
-        for s in tl.static_range(S):
-            wi = t * S + s
-            for r in tl.static_range(R):
-                if (t >= 0) & (wi < W) & (h0 + r < H):
-                    o = p_x + ((h0 + r) * W + wi) * C
-                    b_u = tl.load(x_ptr + o, mask=m, other=0.0).to(ACC)
+    for i in tl.static_range(ROWS):
+        for j in tl.static_range(COLUMNS):
+            b_d = tl.zeros((NB, BC), ACC)
+            if j < COLUMNS - 1:
+                inside = (top + i >= 0) & (top + i < HO) & (LEFT + j >= 0) & (LEFT + j < WO)
+                b_d = tl.where(inside, load_column(p_y, LEFT + j, top + i, m, HO, WO, C, 1)[0].to(ACC), 0.0)
+            window = window + (b_d,)
+    d_ahead = load_column(p_y, LEFT + COLUMNS - 1, top, m, HO, WO, C, ROWS)
+    x_ahead = ()
+    for s in tl.static_range(S):
+        x_ahead = x_ahead + load_column(x_ptr + o_x, s, h0, m, H, W, C, R)
+    for t0 in range(0, (W + S - 1) // S, COLUMNS):
+        for step in tl.static_range(COLUMNS):
+            t = t0 + step
+            wo = t + LEFT + COLUMNS - 1
+            slid = ()
+            for i in tl.static_range(ROWS):
+                for slot in tl.static_range(COLUMNS):
+                    if slot == (step + COLUMNS - 1) % COLUMNS:
+                        inside = (top + i >= 0) & (top + i < HO) & (wo >= 0) & (wo < WO)
+                        slid = slid + (tl.where(inside, d_ahead[i].to(ACC), 0.0),)
+                    else:
+                        slid = slid + (window[i * COLUMNS + slot],)
+            window = slid
+            b_x = x_ahead
+            d_ahead = load_column(p_y, wo + 1, top, m, HO, WO, C, ROWS)
+            x_ahead = ()
+            for s in tl.static_range(S):
+                x_ahead = x_ahead + load_column(x_ptr + o_x, (t + 1) * S + s, h0, m, H, W, C, R)
+            for s in tl.static_range(S):
+                wi = t * S + s
+                for r in tl.static_range(R):
+                    b_u = b_x[s * R + r].to(ACC)
                     if HAS_NORM:
-                        b_a, b_g = activate_grad(b_u * b_scale[None, :] + b_shift[None, :], ACT, FAST)
+                        b_a, b_g = activate_grad_halved(b_u * b_scale + b_shift, ACT, FAST)
                     else:
                         b_a = b_u
-                    b_da = tl.zeros((NB, BC), ACC)
-                    taps = ()
-                    for i in tl.static_range(K):
-                        for j in tl.static_range(K):
-                            # Tap (i, j) links input (r, s) to output ((r + PT - i) / S, (s + PL - j) / S).
-                            if ((r + PT - i) % S == 0) and ((s + PL - j) % S == 0):
-                                b_d = window[((r + PT - i) // S - TOP) * COLUMNS + (s + PL - j) // S - LEFT]
-                                b_da += b_d * b_w[i * K + j]
-                                taps = taps + (b_dw[i * K + j] + b_d * b_a,)
-                            else:
-                                taps = taps + (b_dw[i * K + j],)
-                    b_dw = taps
-                    if HAS_NORM:
-                        b_da = b_da * b_g
-                        b_db += b_da
-                        b_dg += b_da * (b_u * b_rstd[None, :] + b_nmr[None, :])
-                    if HAS_RESIDUAL:
-                        b_da += tl.load(residual_ptr + o, mask=m, other=0.0).to(ACC)
-                    tl.store(dx_ptr + o, stored(b_da, dx_ptr.dtype.element_ty), mask=m)
+                    if (h0 + r < H) & (wi < W):
+                        b_da = tl.zeros((NB, BC), ACC)
+                        taps = ()
+                        for i in tl.static_range(K):
+                            for j in tl.static_range(K):
+                                # Tap (i, j) links input (r, s) to output ((r + PT - i) / S, (s + PL - j) / S).
+                                if ((r + PT - i) % S == 0) and ((s + PL - j) % S == 0):
+                                    b_d = window[tap_slot(r + PT - i, s + PL - j, step, S, TOP, LEFT, COLUMNS)]
+                                    b_da += b_d * b_w[i * K + j]
+                                    taps = taps + (b_dw[i * K + j] + b_d * b_a,)
+                                else:
+                                    taps = taps + (b_dw[i * K + j],)
+                        b_dw = taps
+                        if HAS_NORM:
+                            b_da = b_da * b_g
+                            b_db += b_da
+                            b_dg += b_da * (b_u * b_rstd[None, :] + b_nmr[None, :])
+                        o = o_x + ((h0 + r) * W + wi) * C
+                        if HAS_RESIDUAL:
+                            b_da += tl.load(residual_ptr + o, mask=m, other=0.0).to(ACC)
+                        tl.store(dx_ptr + o, stored(b_da, dx_ptr.dtype.element_ty), mask=m)
     p_dw = dw_ptr + tl.program_id(1).to(tl.int64) * C * (K * K) + o_c * (K * K)
     for i in tl.static_range(K * K):
         tl.store(p_dw + i, tl.sum(tl.where(m, b_dw[i], 0.0), 0), mask=m_c)
@@ -230,7 +300,7 @@ def depthwise_fwd(
     """
     n, h, w, c = x.shape
     u = torch.empty(n, out_height, out_width, c, dtype=x.dtype, device=x.device)
-    tiles = walk_tiles(n, out_height, c, weight.shape[-1], stride, backward=False)
+    tiles = walk_tiles(n, out_height, c, weight.shape[-1], stride, x.dtype, backward=False)
     strips = triton.cdiv(out_height, tiles["R"])
     programs = strips * triton.cdiv(n, tiles["NB"])
     partials = torch.empty(programs, 3, c, dtype=accumulator(x.dtype), device=x.device) if moments else None
@@ -242,10 +312,10 @@ def depthwise_fwd(
         partials_ptr=partials,
         N=n,
         H=h,
-        W=w,
         HO=out_height,
-        WO=out_width,
         STRIPS=strips,
+        W=w,
+        WO=out_width,
         C=c,
         K=weight.shape[-1],
         S=stride,
@@ -254,6 +324,7 @@ def depthwise_fwd(
         ACT=activation,
         HAS_NORM=norm is not None,
         HAS_MOMENTS=moments,
+        EVEN=n % tiles["NB"] == 0 and c % tiles["BC"] == 0,
         **numeric(x.dtype),
         **tiles,
     )
@@ -285,7 +356,7 @@ def depthwise_bwd(
     n, h, w, c = x.shape
     k = weight.shape[-1]
     dx = torch.empty_like(x)
-    tiles = walk_tiles(n, h, c, k, stride, backward=True)
+    tiles = walk_tiles(n, h, c, k, stride, x.dtype, backward=True)
     strips = triton.cdiv(h, tiles["R"])
     programs = strips * triton.cdiv(n, tiles["NB"])
     acc = accumulator(x.dtype)
@@ -304,10 +375,10 @@ def depthwise_bwd(
         sums_ptr=sums,
         N=n,
         H=h,
-        W=w,
         HO=dy.shape[1],
-        WO=dy.shape[2],
         STRIPS=strips,
+        W=w,
+        WO=dy.shape[2],
         C=c,
         K=k,
         S=stride,
@@ -320,6 +391,7 @@ def depthwise_bwd(
         ACT=activation,
         HAS_NORM=norm is not None,
         HAS_RESIDUAL=residual is not None,
+        EVEN=n % tiles["NB"] == 0 and c % tiles["BC"] == 0,
         **numeric(x.dtype),
         **tiles,
     )

@@ -8,6 +8,19 @@ from .math import INTERPRETED
 
 MIN_DOT = 16  # smallest tile side that tl.dot takes
 
+# (backward, kernel size, stride): elements of a register tile and most rows in flight, for 4 warps. Taps, accumulators
+# and the loads ahead must fit 255 registers without a spill; benchmarks/NOTES.md has the sweep behind each pair.
+WALK = {
+    (False, 3, 1): (512, 8),
+    (False, 3, 2): (512, 3),
+    (False, 5, 1): (256, 5),
+    (False, 5, 2): (256, 3),
+    (True, 3, 1): (256, 7),
+    (True, 3, 2): (512, 4),
+    (True, 5, 1): (256, 4),
+    (True, 5, 2): (256, 8),
+}
+
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Sums, statistics and vectors: fp32, and fp64 for fp64 (interpreter only)."""
@@ -46,15 +59,29 @@ def row_tiles(rows: int, channels: int) -> dict[str, int]:
     return dict(BM=32, BC=pow2(channels, 16, 64), num_warps=4)
 
 
+def channel_block(channels: int, limit: int) -> int:
+    """64 channels fill a 128-byte line in 16 bits; 32 where 64 would leave more than an eighth of the lanes idle."""
+    wide = triton.cdiv(channels, 64) * 64
+    return min(pow2(channels, MIN_DOT, limit), 64 if wide * 7 <= channels * 8 else 32)
+
+
 def walk_tiles(
-    images: int, height: int, channels: int, kernel_size: int, stride: int, backward: bool
+    images: int, height: int, channels: int, kernel_size: int, stride: int, dtype: torch.dtype, backward: bool
 ) -> dict[str, int]:
-    """[NB images, BC channels] per register tile and R rows per program; the tiles in flight must fit 255 registers."""
+    """[NB images, BC channels] per register tile and R rows per program (a multiple of the stride when going back)."""
     if INTERPRETED:
         return dict(NB=pow2(images, 1, 64), BC=pow2(channels, 1, 256), R=4 if height > 2 else 2)
-    tile = {(3, False): 512, (5, False): 512, (3, True): 256, (5, True): 256}[kernel_size, backward]
-    block = pow2(channels, 16, 64)
-    return dict(NB=pow2(images, 1, tile // block), BC=block, R=4 if height > 2 else 2, num_warps=4)
+    tile, most = WALK[backward, kernel_size, stride]
+    if dtype != torch.bfloat16:  # wider loads ahead, or an exact exponential: fewer registers for rows
+        most = min(most, 4 if kernel_size == 3 else 2)
+    step = stride if backward else 1
+    halo = (kernel_size - stride) * (0.1 if backward else 0.25)
+    rows = min(range(step, most + 1, step), key=lambda r: triton.cdiv(height, r) * (r + halo))
+    block = channel_block(channels, 64)
+    count = pow2(images, 1, tile // block)
+    return dict(
+        NB=count, BC=pow2(channels, MIN_DOT, tile // count) if count * block < tile else block, R=rows, num_warps=4
+    )
 
 
 def groups(tiles: int, columns: int, programs: int = 2048) -> int:
