@@ -129,7 +129,7 @@ def _fused_backward(s: Sizes) -> int:
         s.u2 + 2 * s.u1,  # depthwise: du2, u1 -> dv1
     ]
     if s.expand:
-        passes += [2 * s.u1 + s.x, 2 * s.u1 + s.x]  # data gradient: dv1, u1 -> dx; weight gradient: dv1, u1, x
+        passes += [s.u1 + 2 * s.x]  # expand: dv1, x -> dx, and dW through x's Gram matrix
     if s.residual:
         passes += [s.x]
     return sum(passes)

@@ -37,7 +37,7 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     parser.add_argument("--size", type=int, help="pixels (default: 224 on a GPU, 32 on a CPU)")
-    parser.add_argument("--batch", type=int, help="images (default: 8 on a GPU, 2 on a CPU)")
+    parser.add_argument("--batch", type=int, help="images (default: 8)")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds on a CPU; later blocks are left out")
     parser.set_defaults(run=run)
 
@@ -78,9 +78,9 @@ def run(options: argparse.Namespace) -> int:
     torch.manual_seed(0)
     device = torch.device("cuda" if gpu else "cpu")
     dtype = getattr(torch, options.dtype)
-    size, batch = options.size or (224 if gpu else 32), options.batch or (8 if gpu else 2)
+    size, batch = options.size or (224 if gpu else 32), options.batch or 8
     model = load(options.model).to(device).train()
-    still(model)
+    settle(model)
     x = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
     inputs = blocks.inputs_of(model, x)
     modules = blocks.blocks_of(model)
@@ -156,7 +156,7 @@ def tensors_of(module: nn.Module, x: Tensor, dtype: torch.dtype, backend: str) -
     if dtype == torch.float64:
         block = block.double()
     model = fastmbconv.fuse(torch.nn.Sequential(block))
-    x = x.to(dtype).requires_grad_()
+    x = x.to(dtype, copy=True).requires_grad_()
     half = dtype in (torch.float16, torch.bfloat16)
     with fastmbconv.backend(backend), torch.autocast(x.device.type, dtype=dtype if half else None, enabled=half):
         y = model(x)
@@ -169,11 +169,20 @@ def tensors_of(module: nn.Module, x: Tensor, dtype: torch.dtype, backend: str) -
     return {name: tensor.detach() for name, tensor in found.items() if tensor is not None}
 
 
-def still(model: nn.Module) -> None:
-    """Turn dropout and stochastic depth off: a mask drawn in another dtype is another mask."""
+def settle(model: nn.Module) -> None:
+    """Make a model with fresh weights comparable across dtypes.
+
+    Dropout and stochastic depth go off: a mask drawn in another dtype is another mask. BatchNorms get scales and shifts
+    as after training: with a fresh model's zero shifts the next batch mean is rounding error and nothing else.
+    """
+    import torch
+
     for module in model.modules():
         if type(module).__name__ in ("Dropout", "DropPath", "StochasticDepth"):
             module.eval()
+        if isinstance(module, torch.nn.BatchNorm2d) and module.affine:
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, std=0.3)
 
 
 def load(name: str) -> nn.Module:

@@ -36,9 +36,9 @@ def draw(
     require("matplotlib", "plot").use("Agg")
     from matplotlib import pyplot as plt
 
-    figure = plt.figure(figsize=(14, 9.6), dpi=110, facecolor="white")
+    figure = plt.figure(figsize=(14, 9), dpi=110, facecolor="white")
     grid = figure.add_gridspec(
-        2, 1, height_ratios=(0.8, 1), hspace=0.38, left=0.065, right=0.985, top=0.905, bottom=0.115
+        2, 1, height_ratios=(0.75, 1), hspace=0.46, left=0.055, right=0.985, top=0.92, bottom=0.145
     )
     top = grid[0].subgridspec(1, len(panels), wspace=0.08)
     for index, panel in enumerate(panels):
@@ -73,7 +73,7 @@ def _photo(axes: Any, panel: Panel) -> None:
     for row, line in enumerate(panel.lines):
         axes.text(
             0.5,
-            -0.05 - 0.115 * row,
+            -0.05 - 0.12 * row,
             line,
             transform=axes.transAxes,
             ha="center",
