@@ -112,7 +112,8 @@ def project_sweep(
     if INTERPRETED:
         tiles = dict(BM=pow2(h * w, MIN_DOT, 1024), BO=pow2(out, MIN_DOT, 256), BC=pow2(channels, MIN_DOT, 256))
     else:
-        tiles = dict(BM=32, BO=pow2(out, MIN_DOT, 64), BC=pow2(channels, MIN_DOT, 64), num_warps=4, num_stages=2)
+        tiles = dict(BM=32, BO=pow2(out, MIN_DOT, 64), BC=pow2(channels, MIN_DOT, 64), num_stages=2)
+        tiles["num_warps"] = 8 if tiles["BO"] * tiles["BC"] > 2048 else 4  # four accumulators of BO x BC
     columns, parts = triton.cdiv(channels, tiles["BC"]), triton.cdiv(out, tiles["BO"])
     images = groups(n, columns * parts, programs=1024)
     programs = triton.cdiv(n, images)

@@ -11,11 +11,11 @@ MIN_DOT = 16  # smallest tile side that tl.dot takes
 # (backward, kernel size, stride): elements of a register tile and most rows in flight, for 4 warps. Taps, accumulators
 # and the loads ahead must fit 255 registers without a spill; benchmarks/NOTES.md has the sweep behind each pair.
 WALK = {
-    (False, 3, 1): (512, 8),
+    (False, 3, 1): (512, 6),
     (False, 3, 2): (512, 3),
     (False, 5, 1): (256, 5),
     (False, 5, 2): (256, 3),
-    (True, 3, 1): (256, 7),
+    (True, 3, 1): (256, 6),
     (True, 3, 2): (512, 4),
     (True, 5, 1): (256, 4),
     (True, 5, 2): (256, 8),
@@ -73,7 +73,8 @@ def walk_tiles(
         return dict(NB=pow2(images, 1, 64), BC=pow2(channels, 1, 256), R=4 if height > 2 else 2)
     tile, most = WALK[backward, kernel_size, stride]
     if dtype != torch.bfloat16:  # wider loads ahead, or an exact exponential: fewer registers for rows
-        most = min(most, 4 if kernel_size == 3 else 2)
+        most = min(most, 4 if kernel_size == 3 and stride == 1 else 2)
+        tile = 256 if stride == 2 else tile
     step = stride if backward else 1
     halo = (kernel_size - stride) * (0.1 if backward else 0.25)
     rows = min(range(step, most + 1, step), key=lambda r: triton.cdiv(height, r) * (r + halo))
