@@ -98,13 +98,15 @@ def _depthwise_fwd_kernel(
     for _ in tl.static_range(R * J):
         acc = acc + (tl.zeros((NB, BC), ACC),)
     if HAS_MOMENTS:
-        # Sums about what a constant image of one pixel's value would give, so that no large mean cancels.
+        # Sums about the middle output of a constant image of one pixel's value, so that no large mean cancels.
         b_v = load_column(p_x, W // 2, h0 * S, m, H, W, C, 1)[0].to(ACC)
         if HAS_NORM:
             b_v = activate_halved(b_v * b_scale + b_shift, ACT, FAST)
-        total = b_w[0]
-        for i in tl.static_range(1, K * K):
-            total = total + b_w[i]
+        total = tl.zeros((1, BC), ACC)
+        for i in tl.static_range(K):
+            for j in tl.static_range(K):
+                hi, wi = h0 * S + i - PT, WO // 2 * S + j - PL
+                total += tl.where((hi >= 0) & (hi < H) & (wi >= 0) & (wi < W), b_w[i * K + j], 0.0)
         pivot = (tl.sum(tl.where(m, b_v, 0.0), 0) / tl.minimum(N - n0, NB))[None, :] * total
     s1 = tl.zeros((NB, BC), ACC)
     s2 = tl.zeros((NB, BC), ACC)
