@@ -141,6 +141,13 @@ def test_a_large_mean_does_not_cancel(dtype, device):
     assert_module_parity(*build(WIDE["residual"], dtype, device, mean=100.0))
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("image", [(16, 16, 1, 1), (16, 16, 1, 4)], ids=["one-pixel", "one-row"])
+def test_an_image_smaller_than_the_kernel(image, device):
+    """The last stage of small inputs: most taps fall outside, and the statistics still come from few, exact digits."""
+    assert_module_parity(*build(Row(block(16, 5), image), torch.float32, device))
+
+
 def test_tf32_follows_the_switch_that_cudnn_follows(device, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert_module_parity(*build(ROWS["residual"], torch.float32, device))
