@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import activate, activate_grad, stored
+from .traffic import state
 from .tuning import accumulator, groups, numeric, pow2, row_tiles
 
 
@@ -320,6 +321,10 @@ def bn_finalize(
         BP=64,
         BC=block,
     )
+    moved = (running_mean, running_var) if update else ()
+    read = (running_mean, running_var) if partials is None else moved
+    tracked = num_batches_tracked if update and momentum is None else None
+    state("bn_finalize", (partials, weight, bias, *read, tracked), (norm, *moved))
     return norm
 
 
@@ -342,6 +347,7 @@ def bn_bwd_finalize(sums: Tensor, norm: Tensor, count: int, batch_statistics: bo
         BP=64,
         BC=block,
     )
+    state("bn_bwd_finalize", (sums, norm), (grads, coef))
     return grads, coef
 
 
@@ -378,6 +384,7 @@ def bn_act_fwd(
         **numeric(u.dtype),
         **tiles,
     )
+    state("bn_act_fwd", (u, norm, gate, offset, keep, residual), (y,))
     return y
 
 
@@ -404,6 +411,7 @@ def bn_act_bwd_reduce(dy: Tensor, u: Tensor, norm: Tensor, keep: Tensor | None, 
         **numeric(u.dtype),
         **tiles,
     )
+    state("bn_act_bwd_reduce", (dy, u, norm, keep), (sums,))
     return sums
 
 
@@ -424,4 +432,5 @@ def bn_act_bwd(dy: Tensor, u: Tensor, norm: Tensor, coef: Tensor, activation: st
         **numeric(u.dtype),
         **tiles,
     )
+    state("bn_act_bwd", (dy, u, norm, coef), (du,))
     return du

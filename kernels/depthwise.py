@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .batch_norm import load_norm, load_xhat, store_moments
 from .math import activate_grad_halved, activate_halved, halved, stored
+from .traffic import state, summed
 from .tuning import accumulator, numeric, walk_tiles
 
 
@@ -330,6 +331,7 @@ def depthwise_fwd(
         **numeric(x.dtype),
         **tiles,
     )
+    state("depthwise_fwd", (x, weight, norm), (u, partials))
     return u, partials
 
 
@@ -397,4 +399,5 @@ def depthwise_bwd(
         **numeric(x.dtype),
         **tiles,
     )
-    return dx, dw.sum(0), sums
+    state("depthwise_bwd", (dy, x, weight, norm, residual), (dx, dw, sums))
+    return dx, summed(dw), sums

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .batch_norm import load_coef
 from .math import dot, stored
+from .traffic import state, summed
 from .tuning import INTERPRETED, MIN_DOT, numeric, pow2, precision
 
 SAMPLES = 256
@@ -249,6 +250,8 @@ def expand_bwd(
         BI=side,
         BW=wide,
     )
+    sampled = min(rows, SAMPLES) * channels * x.element_size() if batch_statistics else 0
+    state("expand_prepare", ((x, sampled), weight, coef), (pivot, mixed, bias))
     tiles, chunk = _tiles(rows, channels, expanded)
     chunks, per_chunk = triton.cdiv(rows, chunk), chunk // tiles["BM"]
     gram_blocks = triton.cdiv(channels, tiles["BE"]) if batch_statistics else 0
@@ -277,12 +280,14 @@ def expand_bwd(
         TILES=per_chunk,
         **tiles,
     )
-    dw = coef.new_empty(expanded, channels, 1, 1)
+    # dv and x once: a chunk's programs read them again while they are in L2.
+    state("expand_bwd", (dv, x, weight, coef, pivot, mixed, bias, residual), (dx, parts))
+    dw, sums = coef.new_empty(expanded, channels, 1, 1), summed(parts)
     _expand_finish_kernel[(triton.cdiv(expanded, side), triton.cdiv(channels, side))](
         w_ptr=weight,
         coef_ptr=coef,
         pivot_ptr=pivot,
-        sums_ptr=parts.sum(0),
+        sums_ptr=sums,
         dw_ptr=dw,
         CI=channels,
         CE=expanded,
@@ -291,4 +296,5 @@ def expand_bwd(
         BE=side,
         BI=side,
     )
+    state("expand_finish", (weight, coef, pivot, sums), (dw,))
     return dx, dw

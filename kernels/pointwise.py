@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .batch_norm import load_coef, load_norm, merge_moments, store_moments
 from .math import activate, activate_grad, dot, stored
+from .traffic import state
 from .tuning import accumulator, groups, matmul_tiles, numeric, precision
 
 
@@ -187,6 +188,7 @@ def pointwise_fwd(
         **numeric(x.dtype),
         **tiles,
     )
+    state("pointwise_fwd", (x, weight, norm, gate), (u, partials))
     return u, partials
 
 
@@ -234,4 +236,5 @@ def pointwise_dgrad(
         **numeric(dy.dtype),
         **tiles,
     )
+    state("pointwise_dgrad", (dy, u, coef, keep, weight, inputs, in_norm, gate, offset, in_coef), (du,))
     return du

@@ -13,6 +13,7 @@ from torch import Tensor
 from .batch_norm import load_norm, load_xhat
 from .math import INTERPRETED, activate_grad, dot
 from .pointwise import load_grad
+from .traffic import state, summed
 from .tuning import MIN_DOT, groups, numeric, pow2, precision
 
 
@@ -142,4 +143,5 @@ def project_sweep(
         **numeric(dy.dtype),
         **tiles,
     )
-    return sums, dw.sum(0).reshape(out, channels, 1, 1)
+    state("project_sweep", (dy, u3, coef, keep, weight, u2, norm, gate), (sums, dw))
+    return sums, summed(dw).reshape(out, channels, 1, 1)

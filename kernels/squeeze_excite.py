@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .batch_norm import load_norm
 from .math import activate, activate_grad, dot
+from .traffic import state
 from .tuning import INTERPRETED, MIN_DOT, numeric, pow2, row_tiles
 
 
@@ -220,6 +221,7 @@ def pool(u: Tensor, norm: Tensor | None, dy: Tensor | None, activation: str) -> 
         **acc,
         **tiles,
     )
+    state("pool", (u, norm, dy), (out,))
     return out
 
 
@@ -254,6 +256,7 @@ def excite_fwd(
         ACC=numeric(pooled.dtype)["ACC"],
         **_excite_tiles(c, reduced),
     )
+    state("excite_fwd", (pooled, reduce_weight, reduce_bias, expand_weight, expand_bias), (r, gate))
     return r, gate
 
 
@@ -299,6 +302,11 @@ def excite_bwd(
         ACC=acc,
         **tiles,
     )
+    state(
+        "excite_bwd",
+        (sums, gate, r, reduce_weight, expand_weight),
+        (dq, dr, offset, bn_sums if rows == 5 else None),
+    )
     d_reduce = torch.empty(reduced, c, dtype=gate.dtype, device=gate.device)
     d_expand = torch.empty(c, reduced, dtype=gate.dtype, device=gate.device)
     d_reduce_bias = torch.empty(reduced, dtype=gate.dtype, device=gate.device)
@@ -320,4 +328,5 @@ def excite_bwd(
         BN=MIN_DOT if not INTERPRETED else pow2(n, MIN_DOT, 256),
         **tiles,
     )
+    state("excite_wgrad", (pooled, r, dq, dr), (d_reduce, d_reduce_bias, d_expand, d_expand_bias))
     return offset, bn_sums, d_reduce, d_reduce_bias, d_expand, d_expand_bias
