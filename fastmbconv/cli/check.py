@@ -57,9 +57,9 @@ class Row:
         return self.fused <= self.limit  # False for NaN
 
     @property
-    def share(self) -> float:
-        """The error as a share of what is allowed."""
-        return self.fused / self.limit
+    def excess(self) -> float:
+        """By which factor the error is larger than what is allowed."""
+        return self.fused / self.limit if self.limit > 0 else self.fused
 
 
 def run(options: argparse.Namespace) -> int:
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
             continue
         found = compare(name, module, inputs[name], dtype)
         rows += found
-        worst = max(found, key=lambda row: (not row.passed, row.share))
+        worst = max(found, key=lambda row: (not row.passed, row.excess))
         verdict = "" if worst.passed else "  BROKEN"
         line = f"{name:<14} {worst.tensor:<26} {worst.fused:9.2e} {worst.eager:9.2e} {worst.limit:9.2e}{verdict}"
         print(line, flush=True)

@@ -1,0 +1,168 @@
+"""The command: what each part prints, its exit codes, and what it says when it can't run."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fastmbconv
+from fastmbconv import parity
+from fastmbconv.cli import blocks, check, demo, main
+from fastmbconv.cli.extras import CommandError, require, require_timm
+from fastmbconv.mbconv import MBConv
+
+GPU = torch.cuda.is_available()
+PHOTOS = ("tiger cat", "espresso", "missile", "moped", "palace")
+
+
+@pytest.fixture(autouse=True)
+def _backend_stays():
+    before = fastmbconv.get_backend()
+    yield
+    assert fastmbconv.get_backend() == before
+
+
+@pytest.fixture
+def small_model(monkeypatch):
+    def load(name):
+        # Wide enough that no gradient is a single number, whose rounding is luck in either path.
+        options = dict(expand_ratio=2, se_ratio=1.0)
+        return nn.Sequential(nn.Conv2d(3, 16, 1), MBConv(16, 16, **options), MBConv(16, 8, 5, 2, **options))
+
+    monkeypatch.setattr(check, "load", load)
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in ("demo", "check", "info"))
+
+
+def test_no_command_is_an_error(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(rf"^torch +{re.escape(torch.__version__)}$", printed, re.M)
+    assert re.search(rf"^fastmbconv +{re.escape(fastmbconv.__version__)}$", printed, re.M)
+    assert re.search(r"^cpu, float32 +eager: ", printed, re.M)
+
+
+def test_module_runs_as_a_command():
+    result = subprocess.run([sys.executable, "-m", "fastmbconv.cli", "--version"], capture_output=True, text=True)
+    assert result.stdout.strip() == f"fastmbconv {fastmbconv.__version__}"
+
+
+@pytest.mark.slow
+def test_demo_classifies_draws_and_counts_its_blocks(capsys, tmp_path):
+    picture = tmp_path / "demo.png"
+    assert main(["demo", "--size", "32", "--budget", "0.01", "--output", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in PHOTOS)
+    blocks_run = re.search(r"Path: Triton kernels .* for (\d+) of 16 blocks at 32 px", printed)
+    assert blocks_run and int(blocks_run[1]) == (16 if GPU else 1)
+    assert "the time budget was used up" in printed or GPU
+    difference = re.search(r"Largest difference .*: (\S+) in a logit, (\S+) in a probability", printed)
+    assert difference and float(difference[1]) < (0.1 if GPU else 1e-3)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(GPU, reason="a GPU has no time budget")
+def test_demo_says_so_when_no_block_ran_through_kernels(capsys, tmp_path):
+    assert main(["demo", "--size", "32", "--budget", "0", "--output", str(tmp_path / "demo.png")]) == 0
+    printed = capsys.readouterr().out
+    assert "Path: eager PyTorch for all 16 blocks (the time budget was used up)" in printed
+    assert "Largest difference from eager at 32 px: 0.00e+00" in printed
+
+
+def test_a_fused_run_leaves_the_model_as_it_was(device):
+    model = nn.Sequential(MBConv(4, 4), nn.Identity(), MBConv(4, 4)).to(device).eval()
+    x = torch.randn(2, 4, 3, 3, device=device)
+    result = blocks.run_fused(model, x, None)
+    assert list(result.seconds) == ["0", "2"] and result.total == 2 and result.reason is None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any(row.path == "fused" for row in fastmbconv.explain(model))
+    parity.assert_parity("output", result.output, model(x), model.double()(x.double()))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"), [("--size", "8", "32 and more"), ("--output", "/no/x.png", "folder")]
+)
+def test_demo_names_a_wrong_option(capsys, option, value, told):
+    assert main(["demo", option, value]) == 2
+    error = capsys.readouterr().err
+    assert option in error and value in error and told in error
+
+
+@pytest.mark.usefixtures("small_model")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_check_reports_every_block(capsys, dtype):
+    assert main(["check", "--size", "8", "--batch", "3", "--dtype", dtype]) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 2 blocks checked" in printed and ", 0 outside the rule" in printed
+    assert re.search(r"^1 +\S+", printed, re.M) and re.search(r"^2 +\S+", printed, re.M)
+
+
+@pytest.mark.usefixtures("small_model")
+def test_check_fails_where_the_rule_is_broken(capsys, monkeypatch):
+    monkeypatch.setattr(parity, "FACTOR", 0.0)
+    monkeypatch.setattr(parity, "ATOL", {torch.float32: 0.0})
+    assert main(["check", "--size", "8", "--batch", "3"]) == 1
+    assert "BROKEN 1 output" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("small_model")
+@pytest.mark.skipif(GPU, reason="a GPU has no time budget")
+def test_check_says_what_it_left_out(capsys):
+    assert main(["check", "--size", "8", "--batch", "3", "--budget", "0.001"]) == 0
+    assert "not checked, the time budget was used up: 2" in capsys.readouterr().out
+
+
+def test_check_compares_independent_gradients(device):
+    block, x = MBConv(4, 4, expand_ratio=2).to(device), torch.randn(3, 4, 4, 4, device=device)
+    rows = check.compare("block", block, x, torch.float32)
+    names = {row.tensor for row in rows}
+    assert {"output", "d input", "d se.reduce.bias", "project_bn.running_var"} <= names
+    assert all(row.eager < 1e-4 for row in rows if row.tensor.startswith(("d input", "output")))
+    assert all(parameter.grad is None for parameter in block.parameters())
+
+
+def test_check_names_a_wrong_model(capsys):
+    assert main(["check", "resnet50"]) == 2
+    error = capsys.readouterr().err
+    assert "'resnet50'" in error and "timm:NAME" in error and "efficientnet_b0" in error
+
+
+def test_check_refuses_a_model_without_blocks(capsys, monkeypatch):
+    monkeypatch.setattr(check, "load", lambda name: nn.Conv2d(3, 3, 1))
+    assert main(["check", "--size", "8"]) == 2
+    assert "no MBConv block" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("module", "extra"), [("rich", "cli"), ("matplotlib", "plot")])
+def test_a_missing_extra_is_named(capsys, monkeypatch, tmp_path, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["demo", "--output", str(tmp_path / "demo.png")]) == 2
+    error = capsys.readouterr().err
+    assert module in error and f"fastmbconv[{extra}]" in error
+
+
+def test_missing_photos_are_named(monkeypatch):
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    with pytest.raises(CommandError, match=r"fastmbconv\[demo\]"):
+        demo.load_photo("skimage", "data/chelsea.png")
+
+
+def test_timm_imports_here():
+    assert require_timm("demo").create_model is not None
+    assert require("json", "none").dumps([]) == "[]"

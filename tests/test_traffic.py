@@ -1,0 +1,42 @@
+"""The traffic count against the passes that the design derives, in units of the expanded tensor."""
+
+import pytest
+import torch
+
+from fastmbconv.mbconv import MBConv
+from fastmbconv.traffic import Sizes, count
+
+
+def passes(block, shape):
+    sizes = Sizes.of(block.describe(), shape)
+    traffic = count(sizes)
+    return [
+        getattr(traffic, name) / sizes.u1
+        for name in ("eager_inference", "eager_training", "fused_inference", "fused_training")
+    ]
+
+
+def test_a_block_with_residual_and_squeeze_excite():
+    found = passes(MBConv(24, 24, 3), (2, 24, 8, 8))
+    assert found == pytest.approx([16 + 1 / 6, 54 + 1 / 3, 5 + 5 / 6, 14 + 1 / 3])
+
+
+def test_sizes_follow_the_block():
+    for padding, stride, out in ((None, 2, 4), ("same", 2, 4), (None, 1, 7)):
+        block = MBConv(4, 6, 5, stride, padding=padding)
+        sizes = Sizes.of(block.describe(), (3, 4, 7, 7))
+        y = block.forward_eager(torch.zeros(3, 4, 7, 7))
+        assert y.shape[2] == out
+        assert (sizes.x, sizes.u1, sizes.u2, sizes.u3) == (3 * 4 * 49, 3 * 24 * 49, 3 * 24 * out**2, y.numel())
+
+
+def test_fused_moves_less_in_every_kind_of_block():
+    for block in (MBConv(8, 8), MBConv(8, 8, se_ratio=0), MBConv(8, 12, 5, 2), MBConv(8, 4, expand_ratio=1)):
+        traffic = count(Sizes.of(block.describe(), (1, 8, 14, 14)))
+        assert traffic.fused_inference < traffic.eager_inference
+        assert traffic.fused_training < traffic.eager_training
+
+
+def test_a_wrong_shape_is_named():
+    with pytest.raises(ValueError, match=r"shape is \(1, 3, 8, 8\): this block takes 8 channels"):
+        Sizes.of(MBConv(8, 8).describe(), (1, 3, 8, 8))
