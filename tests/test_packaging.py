@@ -92,9 +92,10 @@ def test_editable_install(checkout, tmp_path):
     site = tmp_path / "site"
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation")
     run(*pip, "--target", str(site), "--editable", str(checkout), cwd=tmp_path)
-    # `.pth` files count in site directories only: this folder is made one, and this interpreter's own, which may hold an
-    # editable install of this checkout, is made a plain folder.
-    start = f"import site, sys; sys.path.append({sysconfig.get_paths()['purelib']!r}); site.addsitedir({str(site)!r})\n"
+    # `.pth` files count in site directories only, so this folder is made one; this interpreter's own, which may hold an
+    # editable install of this checkout, is made a plain folder behind it.
+    libraries = sysconfig.get_paths()["purelib"]
+    start = f"import site, sys; site.addsitedir({str(site)!r}); sys.path.append({libraries!r})\n"
     where = run(sys.executable, "-S", "-c", start + USE, cwd=tmp_path).split()
     assert all(Path(path).is_relative_to(checkout) for path in where)
 
