@@ -10,6 +10,9 @@ from unittest import mock
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+import fastmbconv
+from fastmbconv import dispatch
+
 Seen = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 
 
@@ -27,6 +30,17 @@ def observed(seen: Seen, *, run: bool) -> Iterator[None]:
     with (
         mock.patch.object(JITFunction, "run", spy(JITFunction.run)),
         mock.patch.object(InterpretedFunction, "run", spy(InterpretedFunction.run)),
+    ):
+        yield
+
+
+@contextmanager
+def caught(seen: Seen) -> Iterator[None]:
+    """The kernels' path for CPU tensors inside the block: `seen` gets each launch, and nothing is computed."""
+    with (
+        mock.patch.object(dispatch, "device_reason", lambda x: None),
+        fastmbconv.backend("triton"),
+        observed(seen, run=False),
     ):
         yield
 

@@ -1,4 +1,4 @@
-"""The shapes that are benchmarked: every distinct MBConv block of B0 at 224 px and B4 at 380 px."""
+"""The shapes that are benchmarked: every distinct MBConv block of B0 at 224 px and B4 at 380 px; others to count."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Shape:
     kernel_size: int
     stride: int
     count: int = 1
+    se: bool = True
 
     @property
     def hidden(self) -> int:
@@ -46,29 +47,33 @@ class Shape:
 
     def tiny(self) -> Shape:
         """The same kind of block at a size that an interpreter can run."""
-        small = replace(self, batch=2, size=6, in_channels=8, out_channels=8 if self._residual else 16)
+        small = replace(self, batch=2, size=6, in_channels=8, out_channels=8 if self.residual else 16)
         return replace(small, expand_ratio=min(self.expand_ratio, 2))
 
     @property
-    def _residual(self) -> bool:
+    def residual(self) -> bool:
         return self.stride == 1 and self.in_channels == self.out_channels
 
     def block(self) -> nn.Module:
-        return MBConv(self.in_channels, self.out_channels, self.kernel_size, self.stride, self.expand_ratio)
+        squeeze = 0.25 if self.se else 0
+        return MBConv(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.expand_ratio, se_ratio=squeeze
+        )
 
 
 BATCHES = {"b0": 128, "b4": 64}
 
 
-def shapes(model: str) -> list[Shape]:
-    """The distinct blocks of "b0" or "b4", in the model's order."""
+def shapes(model: str, batch: int | None = None) -> list[Shape]:
+    """The distinct blocks of a model of `scaling.COEFFICIENTS`, in its order; `batch` is its own in `BATCHES`."""
+    lite, batch = scaling.COEFFICIENTS[model].lite, BATCHES[model] if batch is None else batch
     plan, size = scaling.plan(scaling.COEFFICIENTS[model]), -(-scaling.COEFFICIENTS[model].resolution // 2)
     channels, found = plan.stem, Counter[Shape]()
     for number, stage in enumerate(plan.stages, 1):
         for repeat in range(stage.repeats):
             stride = stage.stride if repeat == 0 else 1
-            place = (model, number, BATCHES[model], size, channels, stage.channels)
-            shape = Shape(*place, stage.expand_ratio, stage.kernel_size, stride)
+            place = (model, number, batch, size, channels, stage.channels)
+            shape = Shape(*place, stage.expand_ratio, stage.kernel_size, stride, se=not lite)
             found[shape] += 1
             size, channels = shape.out_size, stage.channels
     return [replace(shape, count=count) for shape, count in found.items()]

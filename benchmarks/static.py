@@ -32,11 +32,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-import fastmbconv
 from benchmarks import subjects
-from benchmarks.launches import observed
+from benchmarks.launches import caught
 from benchmarks.registry import Shape, by_weight
-from fastmbconv import dispatch
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", re.M)
@@ -108,21 +106,17 @@ def launches(shape: Shape, dtype: torch.dtype, archs: list[int], *, ops: bool = 
             one = Specialised.of(shape.name, kernel, args, kwargs, arch)
             found.setdefault(one.key, one)
 
-    reason, dispatch.device_reason = dispatch.device_reason, lambda x: None
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-    try:
-        for make in (subjects.mbconv, subjects.depthwise, subjects.squeeze_excite)[: None if ops else 1]:
-            subject = make(shape)
-            module = subject.make()
-            x = torch.empty(subject.size, dtype=dtype, memory_format=torch.channels_last).requires_grad_()
-            with observed(keep, run=False), fastmbconv.backend("triton"):
-                with autocast:
-                    y = module(x)
-                y.backward(torch.empty_like(y))
-                with autocast, torch.no_grad():
-                    module.eval()(x)
-    finally:
-        dispatch.device_reason = reason
+    for make in (subjects.mbconv, subjects.depthwise, subjects.squeeze_excite)[: None if ops else 1]:
+        subject = make(shape)
+        module = subject.make()
+        x = torch.empty(subject.size, dtype=dtype, memory_format=torch.channels_last).requires_grad_()
+        with caught(keep):
+            with autocast:
+                y = module(x)
+            y.backward(torch.empty_like(y))
+            with autocast, torch.no_grad():
+                module.eval()(x)
     return list(found.values())
 
 

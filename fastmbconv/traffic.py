@@ -53,6 +53,7 @@ class Traffic:
     """Elements read and written by one block; times the element's size, that is bytes."""
 
     eager_inference: int
+    eager_training_forward: int
     eager_training: int
     fused_inference: int
     fused_training: int
@@ -64,6 +65,7 @@ def count(sizes: Sizes) -> Traffic:
     fused_forward = _fused_forward(sizes)
     return Traffic(
         eager_inference=eager_forward,
+        eager_training_forward=eager_forward + batch_statistics,
         eager_training=eager_forward + batch_statistics + _eager_backward(sizes),
         fused_inference=fused_forward,
         fused_training=fused_forward + _fused_backward(sizes),
