@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep -E '^(torch|torchvision)==' constraints.txt)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
 INSTALL_APART := $(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 
 .PHONY: help demo test lint gpu clean
 
