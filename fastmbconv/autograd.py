@@ -78,7 +78,7 @@ class DepthwiseBNActFunction(torch.autograd.Function):
         *running: Tensor | None,
     ) -> Tensor:
         x = channels_last(x)
-        u, norm = ops.depthwise_bn(x, weight, None, "none", *depthwise, bn_weight, bn_bias, *running, *bn)
+        u, norm = ops.depthwise_bn(x, None, weight, None, "none", *depthwise, bn_weight, bn_bias, *running, *bn)
         ctx.save_for_backward(x, weight, bn_weight, bn_bias, u, norm)
         ctx.setting = (activation, depthwise, bn)
         return ops.bn_act(u, norm, None, None, None, activation).permute(0, 3, 1, 2)
@@ -91,7 +91,7 @@ class DepthwiseBNActFunction(torch.autograd.Function):
         dy = channels_last(dy)
         grads, coef = ops.bn_bwd(dy, u, norm, None, activation, bn.batch_statistics)
         du = ops.bn_act_bwd(dy, u, norm, coef, activation)
-        dx, d_weight, _, _ = ops.depthwise_bwd(du, x, weight, None, None, "none", *depthwise[:3], False)
+        dx, d_weight, _, _ = ops.depthwise_bwd(du, x, None, weight, None, None, "none", *depthwise[:3], False)
         return (
             dx.permute(0, 3, 1, 2), _cast(d_weight, weight), *_bn_grads(grads, bn_weight, bn_bias),
             *(None,) * 6,
@@ -131,7 +131,8 @@ class SqueezeExciteFunction(torch.autograd.Function):
 class MBConvFunction(torch.autograd.Function):
     """The whole block; the optional parts (expansion, SE, stochastic depth) are None where the block has none.
 
-    `running` is (running_mean, running_var, num_batches_tracked) of the three BatchNorms, moved in place.
+    `running` is (running_mean, running_var, num_batches_tracked) of the three BatchNorms, moved in place. `lean`
+    computes u1 inside the depthwise kernels, forward and backward, and never stores it.
     """
 
     @staticmethod
@@ -155,6 +156,7 @@ class MBConvFunction(torch.autograd.Function):
         activation: str,
         se_activation: str,
         residual: bool,
+        lean: bool,
         depthwise: DepthwiseSetting,
         bn1: BatchNormSetting | None,
         bn2: BatchNormSetting,
@@ -163,14 +165,14 @@ class MBConvFunction(torch.autograd.Function):
     ) -> Tensor:
         x = channels_last(x)
         u1, norm1 = x, None
-        if expand_weight is not None and bn1 is not None:
-            u1, norm1 = ops.pointwise_bn(
-                x, expand_weight, None, None, "none", bn1_weight, bn1_bias, *running[:3], *bn1
-            )  # fmt: skip
-        in_activation = "none" if norm1 is None else activation
+        if bn1 is not None and lean:
+            norm1 = ops.expand_norm(x, expand_weight, bn1_weight, bn1_bias, *running[:3], *bn1)
+        elif bn1 is not None:
+            u1, norm1 = ops.pointwise_bn(x, expand_weight, None, None, "none", bn1_weight, bn1_bias, *running[:3], *bn1)
         u2, norm2 = ops.depthwise_bn(
-            u1, depthwise_weight, norm1, in_activation, *depthwise, bn2_weight, bn2_bias, *running[3:6], *bn2
-        )
+            u1, expand_weight if lean else None, depthwise_weight, norm1, "none" if bn1 is None else activation,
+            *depthwise, bn2_weight, bn2_bias, *running[3:6], *bn2,
+        )  # fmt: skip
         pooled = r = gate = None
         if reduce_weight is not None:
             weights = (reduce_weight, reduce_bias, se_expand_weight, se_expand_bias)
@@ -180,11 +182,11 @@ class MBConvFunction(torch.autograd.Function):
         )
         y = ops.bn_act(u3, norm3, None, keep, x if residual else None, "none")
         ctx.save_for_backward(
-            x, None if norm1 is None else u1, u2, u3, norm1, norm2, norm3, pooled, r, gate, keep,
+            x, None if bn1 is None or lean else u1, u2, u3, norm1, norm2, norm3, pooled, r, gate, keep,
             expand_weight, bn1_weight, bn1_bias, depthwise_weight, bn2_weight, bn2_bias,
             reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, project_weight, bn3_weight, bn3_bias,
         )  # fmt: skip
-        ctx.setting = (activation, se_activation, residual, depthwise, bn1, bn2, bn3)
+        ctx.setting = (activation, se_activation, residual, lean, depthwise, bn1, bn2, bn3)
         return y.permute(0, 3, 1, 2)
 
     @staticmethod
@@ -195,7 +197,7 @@ class MBConvFunction(torch.autograd.Function):
             expand_weight, bn1_weight, bn1_bias, depthwise_weight, bn2_weight, bn2_bias,
             reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, project_weight, bn3_weight, bn3_bias,
         ) = ctx.saved_tensors  # fmt: skip
-        activation, se_activation, residual, depthwise, bn1, bn2, bn3 = ctx.setting
+        activation, se_activation, residual, lean, depthwise, bn1, bn2, bn3 = ctx.setting
         dy = channels_last(dy)
         shortcut = dy if residual else None
         grads3, coef3 = ops.bn_bwd(dy, u3, norm3, keep, "none", bn3.batch_statistics)
@@ -205,13 +207,14 @@ class MBConvFunction(torch.autograd.Function):
         )  # fmt: skip
         if bn1 is None:
             dx, d_depthwise, _, _ = ops.depthwise_bwd(
-                du2, x, depthwise_weight, None, shortcut, "none", *depthwise[:3], False
+                du2, x, None, depthwise_weight, None, shortcut, "none", *depthwise[:3], False
             )
             d_expand, d_bn1 = None, _bn_grads(coef3, None, None)
         else:
             dv1, d_depthwise, grads1, coef1 = ops.depthwise_bwd(
-                du2, u1, depthwise_weight, norm1, None, activation, *depthwise[:3], bn1.batch_statistics
-            )
+                du2, x if lean else u1, expand_weight if lean else None, depthwise_weight, norm1, None, activation,
+                *depthwise[:3], bn1.batch_statistics,
+            )  # fmt: skip
             dx, d_expand = ops.expand_bwd(dv1, x, expand_weight, coef1, shortcut, bn1.batch_statistics)
             d_expand, d_bn1 = _cast(d_expand, expand_weight), _bn_grads(grads1, bn1_weight, bn1_bias)
         excite_weights = (reduce_weight, reduce_bias, se_expand_weight, se_expand_bias)
@@ -220,5 +223,5 @@ class MBConvFunction(torch.autograd.Function):
             _cast(d_depthwise, depthwise_weight), *_bn_grads(grads2, bn2_weight, bn2_bias),
             *(_cast(g, w) for g, w in zip(d_excite, excite_weights, strict=True)),
             _cast(d_project, project_weight), *_bn_grads(grads3, bn3_weight, bn3_bias),
-            *(None,) * 17,
+            *(None,) * 18,
         )  # fmt: skip

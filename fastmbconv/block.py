@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 Activation = Literal["none", "silu", "relu", "relu6"]
 Padding = int | Literal["same"]
+Memory = Literal["fast", "lean"]
 
 
 @dataclass(frozen=True, slots=True)

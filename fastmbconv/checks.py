@@ -13,6 +13,12 @@ def output_size(size: int, padding: int, kernel_size: int, stride: int) -> int:
     return (size + padding - kernel_size) // stride + 1
 
 
+def check_memory(memory: str) -> None:
+    """ValueError unless `memory` is one of the two plans."""
+    if memory not in ("fast", "lean"):
+        raise ValueError(f"memory is {memory!r}: allowed are 'fast' and 'lean'")
+
+
 def check_block(x: Tensor, block: Block) -> None:
     """Everything `functional.mbconv` needs of its arguments; ValueError otherwise."""
     hidden = block.depthwise_weight.shape[0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmbconv import dispatch, functional
-from fastmbconv.block import Activation, BatchNorm, Block, Padding, SqueezeExcite, pads
+from fastmbconv.block import Activation, BatchNorm, Block, Memory, Padding, SqueezeExcite, pads
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "none": nn.Identity,
@@ -122,6 +122,7 @@ class MBConv(nn.Module):
     """
 
     fused: bool = True
+    memory: Memory = "fast"
 
     _TYPES = {
         "expand_conv": Conv2d,
@@ -210,4 +211,4 @@ class MBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.fused or self.eager_reason() is not None:
             return self.forward_eager(x)
-        return functional.mbconv(x, self.describe(), eager=self.forward_eager)
+        return functional.mbconv(x, self.describe(), eager=self.forward_eager, memory=self.memory)

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmbconv.kernels import batch_norm, depthwise, expand_backward, pointwise, project_sweep, squeeze_excite
+from fastmbconv.kernels import (
+    batch_norm,
+    depthwise,
+    expand_backward,
+    expand_statistics,
+    pointwise,
+    project_sweep,
+    squeeze_excite,
+)
 from fastmbconv.kernels.tuning import accumulator
 
 RUNNING = ("running_mean", "running_var")
@@ -63,8 +71,36 @@ def _(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 @_operator(mutates_args=RUNNING)
+def expand_norm(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    eps: float,
+    momentum: float | None,
+    batch_statistics: bool,
+    update: bool,
+) -> Tensor:
+    """norm: the BatchNorm of the 1x1 convolution of x, whose output is not computed."""
+    moments = expand_statistics.expand_statistics(x, weight) if batch_statistics else None
+    return batch_norm.bn_finalize(
+        moments, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, eps, momentum, update,
+        x.dtype, weight.shape[0],
+    )  # fmt: skip
+
+
+@expand_norm.register_fake
+def _(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    return _vectors(x, 4, weight.shape[0])
+
+
+@_operator(mutates_args=RUNNING)
 def depthwise_bn(
     x: Tensor,
+    expand_weight: Tensor | None,
     weight: Tensor,
     in_norm: Tensor | None,
     activation: str,
@@ -83,13 +119,26 @@ def depthwise_bn(
     batch_statistics: bool,
     update: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(u, norm): the depthwise convolution of act(in_norm(x)), and the BatchNorm of its output."""
+    """(u, norm): the depthwise convolution of act(in_norm(x)), and the BatchNorm of its output.
+
+    With `expand_weight` x is the block's input and its expansion stands in x's place.
+    """
     u, partials = depthwise.depthwise_fwd(
-        x, weight, in_norm, activation, stride, pad_top, pad_left, out_height, out_width, batch_statistics
+        x,
+        expand_weight,
+        weight,
+        in_norm,
+        activation,
+        stride,
+        pad_top,
+        pad_left,
+        out_height,
+        out_width,
+        batch_statistics,
     )
     norm = batch_norm.bn_finalize(
         partials, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, eps, momentum, update,
-        x.dtype, x.shape[3],
+        x.dtype, weight.shape[0],
     )  # fmt: skip
     return u, norm
 
@@ -97,6 +146,7 @@ def depthwise_bn(
 @depthwise_bn.register_fake
 def _(
     x: Tensor,
+    expand_weight: Tensor | None,
     weight: Tensor,
     in_norm: Tensor | None,
     activation: str,
@@ -107,7 +157,7 @@ def _(
     out_width: int,
     *args: Any,
 ) -> tuple[Tensor, Tensor]:
-    n, _, _, c = x.shape
+    n, c = x.shape[0], weight.shape[0]
     return x.new_empty(n, out_height, out_width, c), _vectors(x, 4, c)
 
 
@@ -241,6 +291,7 @@ def _(
 def depthwise_bwd(
     dy: Tensor,
     x: Tensor,
+    expand_weight: Tensor | None,
     weight: Tensor,
     in_norm: Tensor | None,
     residual: Tensor | None,
@@ -252,7 +303,7 @@ def depthwise_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dv, weight gradient, grads, coef) for the BatchNorm of x; without `in_norm` dv is dx (+ residual)."""
     dv, d_weight, sums = depthwise.depthwise_bwd(
-        dy, x, weight, in_norm, residual, activation, stride, pad_top, pad_left
+        dy, x, expand_weight, weight, in_norm, residual, activation, stride, pad_top, pad_left
     )
     if in_norm is None or sums is None:
         return dv, d_weight, d_weight.new_empty(0), d_weight.new_empty(0)
@@ -261,10 +312,13 @@ def depthwise_bwd(
 
 
 @depthwise_bwd.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, in_norm: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    c = x.shape[3]
+def _(
+    dy: Tensor, x: Tensor, expand_weight: Tensor | None, weight: Tensor, in_norm: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
+    n, h, w, _ = x.shape
+    c = weight.shape[0]
     grads = [_vectors(x, 0), _vectors(x, 0)] if in_norm is None else [_vectors(x, 2, c), _vectors(x, 3, c)]
-    return torch.empty_like(x), _vectors(x, *weight.shape), *grads
+    return x.new_empty(n, h, w, c), _vectors(x, *weight.shape), *grads
 
 
 @_operator()

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm import load_norm, load_xhat, store_moments
-from .math import activate_grad_halved, activate_halved, halved, stored
+from .math import activate_grad_halved, activate_halved, dot, halved, stored
 from .traffic import state, summed
-from .tuning import accumulator, numeric, walk_tiles
+from .tuning import accumulator, numeric, precision, walk_tiles
 
 
 @triton.jit
@@ -54,8 +54,27 @@ def tile_mask(o_n, o_c, N, C, EVEN: tl.constexpr, NB: tl.constexpr, BC: tl.const
 
 
 @triton.jit
+def load_expand(we_ptr, o_c, m_c, CI: tl.constexpr, BI: tl.constexpr):
+    """The expand convolution's weight for a block of channels, as [BI, BC]."""
+    o_i = tl.arange(0, BI)
+    return tl.load(we_ptr + o_c[None, :] * CI + o_i[:, None], mask=(o_i < CI)[:, None] & m_c[None, :], other=0.0)
+
+
+@triton.jit
+def expanded(
+    b_x, b_we, NB: tl.constexpr, BC: tl.constexpr, EXPAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
+):
+    """A tile of u1: the loaded one, or computed from the block's input x [NB, BI]."""
+    if EXPAND:
+        return dot(b_x, b_we, tl.zeros((NB, BC), ACC), b_x.dtype, PRECISION)
+    else:
+        return b_x.to(ACC)
+
+
+@triton.jit
 def _depthwise_fwd_kernel(
     x_ptr,
+    we_ptr,
     w_ptr,
     norm_ptr,
     y_ptr,
@@ -66,6 +85,7 @@ def _depthwise_fwd_kernel(
     STRIPS,
     W: tl.constexpr,
     WO: tl.constexpr,
+    CX: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
     S: tl.constexpr,
@@ -74,10 +94,13 @@ def _depthwise_fwd_kernel(
     ACT: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_MOMENTS: tl.constexpr,
+    EXPAND: tl.constexpr,
+    PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
     ACC: tl.constexpr,
     FAST: tl.constexpr,
     NB: tl.constexpr,
+    BX: tl.constexpr,
     BC: tl.constexpr,
     R: tl.constexpr,
 ):
@@ -89,7 +112,10 @@ def _depthwise_fwd_kernel(
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     m_c = o_c < C
     m = tile_mask(o_n, o_c, N, C, EVEN, NB, BC)
-    p_x = x_ptr + o_n[:, None].to(tl.int64) * H * (W * C) + o_c[None, :]  # [NB, BC]
+    o_x = tl.arange(0, BX) if EXPAND else o_c
+    m_x = (o_n < N)[:, None] & (o_x < CX)[None, :] if EXPAND else m
+    p_x = x_ptr + o_n[:, None].to(tl.int64) * H * (W * CX) + o_x[None, :]  # [NB, BX]
+    b_we = load_expand(we_ptr, o_c, m_c, CX, BX) if EXPAND else 0
     p_y = y_ptr + o_n[:, None].to(tl.int64) * HO * (WO * C) + o_c[None, :]
     if HAS_NORM:
         b_scale, b_shift = load_norm(norm_ptr, o_c, m_c, C)
@@ -100,7 +126,7 @@ def _depthwise_fwd_kernel(
         acc = acc + (tl.zeros((NB, BC), ACC),)
     if HAS_MOMENTS:
         # Sums about the middle output of a constant image of one pixel's value, so that no large mean cancels.
-        b_v = load_column(p_x, W // 2, h0 * S, m, H, W, C, 1)[0].to(ACC)
+        b_v = expanded(load_column(p_x, W // 2, h0 * S, m_x, H, W, CX, 1)[0], b_we, NB, BC, EXPAND, PRECISION, ACC)
         if HAS_NORM:
             b_v = activate_halved(b_v * b_scale + b_shift, ACT, FAST)
         total = tl.zeros((1, BC), ACC)
@@ -113,19 +139,19 @@ def _depthwise_fwd_kernel(
     s2 = tl.zeros((NB, BC), ACC)
     ahead = ()
     for s in tl.static_range(S):
-        ahead = ahead + load_column(p_x, s - PL, h0 * S - PT, m, H, W, C, ROWS)
+        ahead = ahead + load_column(p_x, s - PL, h0 * S - PT, m_x, H, W, CX, ROWS)
     for t0 in range(0, WO + J - 1, J):
         for step in tl.static_range(J):
             t = t0 + step
             b_x = ahead
             ahead = ()
             for s in tl.static_range(S):
-                ahead = ahead + load_column(p_x, (t + 1) * S + s - PL, h0 * S - PT, m, H, W, C, ROWS)
+                ahead = ahead + load_column(p_x, (t + 1) * S + s - PL, h0 * S - PT, m_x, H, W, CX, ROWS)
             for s in tl.static_range(S):
                 wi = t * S + s - PL
                 for i in tl.static_range(ROWS):
                     hi = h0 * S + i - PT
-                    b_v = b_x[s * ROWS + i].to(ACC)
+                    b_v = expanded(b_x[s * ROWS + i], b_we, NB, BC, EXPAND, PRECISION, ACC)
                     if HAS_NORM:
                         b_v = activate_halved(b_v * b_scale + b_shift, ACT, FAST)
                     # The padding comes after BN and activation.
@@ -167,6 +193,7 @@ def _depthwise_fwd_kernel(
 def _depthwise_bwd_kernel(
     dy_ptr,
     x_ptr,
+    we_ptr,
     w_ptr,
     norm_ptr,
     residual_ptr,
@@ -179,6 +206,7 @@ def _depthwise_bwd_kernel(
     STRIPS,
     W: tl.constexpr,
     WO: tl.constexpr,
+    CX: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
     S: tl.constexpr,
@@ -191,10 +219,13 @@ def _depthwise_bwd_kernel(
     ACT: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    EXPAND: tl.constexpr,
+    PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
     ACC: tl.constexpr,
     FAST: tl.constexpr,
     NB: tl.constexpr,
+    BX: tl.constexpr,
     BC: tl.constexpr,
     R: tl.constexpr,
 ):
@@ -204,7 +235,11 @@ def _depthwise_bwd_kernel(
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     m_c = o_c < C
     m = tile_mask(o_n, o_c, N, C, EVEN, NB, BC)
-    o_x = o_n[:, None].to(tl.int64) * H * (W * C) + o_c[None, :]  # [NB, BC]
+    o_u = o_n[:, None].to(tl.int64) * H * (W * C) + o_c[None, :]  # [NB, BC]
+    o_x = tl.arange(0, BX) if EXPAND else o_c
+    m_x = (o_n < N)[:, None] & (o_x < CX)[None, :] if EXPAND else m
+    p_x = x_ptr + o_n[:, None].to(tl.int64) * H * (W * CX) + o_x[None, :]  # [NB, BX]
+    b_we = load_expand(we_ptr, o_c, m_c, CX, BX) if EXPAND else 0
     p_y = dy_ptr + o_n[:, None].to(tl.int64) * HO * (WO * C) + o_c[None, :]
     if HAS_NORM:
         b_scale, b_shift = load_norm(norm_ptr, o_c, m_c, C)
@@ -228,7 +263,7 @@ def _depthwise_bwd_kernel(
     d_ahead = load_column(p_y, LEFT + COLUMNS - 1, top, m, HO, WO, C, ROWS)
     x_ahead = ()
     for s in tl.static_range(S):
-        x_ahead = x_ahead + load_column(x_ptr + o_x, s, h0, m, H, W, C, R)
+        x_ahead = x_ahead + load_column(p_x, s, h0, m_x, H, W, CX, R)
     for t0 in range(0, (W + S - 1) // S, COLUMNS):
         for step in tl.static_range(COLUMNS):
             t = t0 + step
@@ -246,11 +281,11 @@ def _depthwise_bwd_kernel(
             d_ahead = load_column(p_y, wo + 1, top, m, HO, WO, C, ROWS)
             x_ahead = ()
             for s in tl.static_range(S):
-                x_ahead = x_ahead + load_column(x_ptr + o_x, (t + 1) * S + s, h0, m, H, W, C, R)
+                x_ahead = x_ahead + load_column(p_x, (t + 1) * S + s, h0, m_x, H, W, CX, R)
             for s in tl.static_range(S):
                 wi = t * S + s
                 for r in tl.static_range(R):
-                    b_u = b_x[s * R + r].to(ACC)
+                    b_u = expanded(b_x[s * R + r], b_we, NB, BC, EXPAND, PRECISION, ACC)
                     if HAS_NORM:
                         b_a, b_g = activate_grad_halved(b_u * b_scale + b_shift, ACT, FAST)
                     else:
@@ -272,7 +307,7 @@ def _depthwise_bwd_kernel(
                             b_da = b_da * b_g
                             b_db += b_da
                             b_dg += b_da * (b_u * b_rstd[None, :] + b_nmr[None, :])
-                        o = o_x + ((h0 + r) * W + wi) * C
+                        o = o_u + ((h0 + r) * W + wi) * C
                         if HAS_RESIDUAL:
                             b_da += tl.load(residual_ptr + o, mask=m, other=0.0).to(ACC)
                         tl.store(dx_ptr + o, stored(b_da, dx_ptr.dtype.element_ty), mask=m)
@@ -285,8 +320,13 @@ def _depthwise_bwd_kernel(
         tl.store(p_sums + C, tl.sum(b_dg, 0), mask=m_c)
 
 
+def _inputs(x: Tensor, expand_weight: Tensor | None) -> int:
+    return 0 if expand_weight is None else x.shape[3]
+
+
 def depthwise_fwd(
     x: Tensor,
+    expand_weight: Tensor | None,
     weight: Tensor,
     norm: Tensor | None,
     activation: str,
@@ -299,16 +339,21 @@ def depthwise_fwd(
 ) -> tuple[Tensor, Tensor | None]:
     """(u [N, HO, WO, C], partial moments [P, 3, C] if asked) of act(scale * x + shift) convolved.
 
-    x is [N, H, W, C], weight [C, 1, K, K]; zeros around the activated image.
+    x is [N, H, W, C], weight [C, 1, K, K]; zeros around the activated image. With `expand_weight` [C, I, 1, 1] x is
+    [N, H, W, I], and its expansion is computed where it is used.
     """
-    n, h, w, c = x.shape
+    n, h, w, channels = x.shape
+    c = weight.shape[0]
     u = torch.empty(n, out_height, out_width, c, dtype=x.dtype, device=x.device)
-    tiles = walk_tiles(n, out_height, c, weight.shape[-1], stride, x.dtype, backward=False)
+    tiles = walk_tiles(
+        n, out_height, c, weight.shape[-1], stride, x.dtype, backward=False, expand=_inputs(x, expand_weight)
+    )
     strips = triton.cdiv(out_height, tiles["R"])
     programs = strips * triton.cdiv(n, tiles["NB"])
     partials = torch.empty(programs, 3, c, dtype=accumulator(x.dtype), device=x.device) if moments else None
     _depthwise_fwd_kernel[(triton.cdiv(c, tiles["BC"]), programs)](
         x_ptr=x,
+        we_ptr=expand_weight,
         w_ptr=weight,
         norm_ptr=norm,
         y_ptr=u,
@@ -319,6 +364,7 @@ def depthwise_fwd(
         STRIPS=strips,
         W=w,
         WO=out_width,
+        CX=channels,
         C=c,
         K=weight.shape[-1],
         S=stride,
@@ -327,11 +373,13 @@ def depthwise_fwd(
         ACT=activation,
         HAS_NORM=norm is not None,
         HAS_MOMENTS=moments,
+        EXPAND=expand_weight is not None,
+        PRECISION=precision(x.dtype),
         EVEN=n % tiles["NB"] == 0 and c % tiles["BC"] == 0,
         **numeric(x.dtype),
         **tiles,
     )
-    state("depthwise_fwd", (x, weight, norm), (u, partials))
+    state("depthwise_fwd", (x, expand_weight, weight, norm), (u, partials))
     return u, partials
 
 
@@ -344,6 +392,7 @@ def window(kernel_size: int, stride: int, pad: int, span: int) -> tuple[int, int
 def depthwise_bwd(
     dy: Tensor,
     x: Tensor,
+    expand_weight: Tensor | None,
     weight: Tensor,
     norm: Tensor | None,
     residual: Tensor | None,
@@ -355,12 +404,12 @@ def depthwise_bwd(
     """(dv [N, H, W, C], weight gradient [C, 1, K, K], partial sums [P, 2, C] of dv and dv * xhat).
 
     dy is [N, HO, WO, C]; dv is the gradient at scale * x + shift, or at x itself (+ residual) where `norm` is None;
-    then there are no sums.
+    then there are no sums. `expand_weight` as in `depthwise_fwd`; dv is [N, H, W, C] all the same.
     """
-    n, h, w, c = x.shape
-    k = weight.shape[-1]
-    dx = torch.empty_like(x)
-    tiles = walk_tiles(n, h, c, k, stride, x.dtype, backward=True)
+    n, h, w, channels = x.shape
+    c, k = weight.shape[0], weight.shape[-1]
+    dx = torch.empty(n, h, w, c, dtype=x.dtype, device=x.device)
+    tiles = walk_tiles(n, h, c, k, stride, x.dtype, backward=True, expand=_inputs(x, expand_weight))
     strips = triton.cdiv(h, tiles["R"])
     programs = strips * triton.cdiv(n, tiles["NB"])
     acc = accumulator(x.dtype)
@@ -371,6 +420,7 @@ def depthwise_bwd(
     _depthwise_bwd_kernel[(triton.cdiv(c, tiles["BC"]), programs)](
         dy_ptr=dy,
         x_ptr=x,
+        we_ptr=expand_weight,
         w_ptr=weight,
         norm_ptr=norm,
         residual_ptr=residual,
@@ -383,6 +433,7 @@ def depthwise_bwd(
         STRIPS=strips,
         W=w,
         WO=dy.shape[2],
+        CX=channels,
         C=c,
         K=k,
         S=stride,
@@ -395,9 +446,11 @@ def depthwise_bwd(
         ACT=activation,
         HAS_NORM=norm is not None,
         HAS_RESIDUAL=residual is not None,
+        EXPAND=expand_weight is not None,
+        PRECISION=precision(x.dtype),
         EVEN=n % tiles["NB"] == 0 and c % tiles["BC"] == 0,
         **numeric(x.dtype),
         **tiles,
     )
-    state("depthwise_bwd", (dy, x, weight, norm, residual), (dx, dw, sums))
+    state("depthwise_bwd", (dy, x, expand_weight, weight, norm, residual), (dx, dw, sums))
     return dx, summed(dw), sums

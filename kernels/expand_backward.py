@@ -14,11 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm import load_coef
+from .expand_statistics import SAMPLES, sampled_mean
 from .math import dot, stored
 from .traffic import state, summed
 from .tuning import INTERPRETED, MIN_DOT, numeric, pow2, precision
-
-SAMPLES = 256
 
 
 @triton.jit
@@ -47,12 +46,7 @@ def _expand_prepare_kernel(
     m_i, m_j, m_w = o_i < CI, o_j < CI, o_w < CI
     b_pivot = tl.zeros((BW,), ACC)
     if BATCH:
-        b_sum = tl.zeros((BS, BW), ACC)
-        for s in range(0, SAMPLES, BS):
-            o_m = (s + tl.arange(0, BS)) * STEP
-            m = (o_m < M)[:, None] & m_w[None, :]
-            b_sum += tl.load(x_ptr + o_m[:, None].to(tl.int64) * CI + o_w[None, :], mask=m, other=0.0).to(ACC)
-        b_pivot = tl.sum(b_sum, 0) / tl.minimum((M + STEP - 1) // STEP, SAMPLES)
+        b_pivot = sampled_mean(x_ptr, o_w, M, STEP, CI, ACC, SAMPLES, BS, BW)
     acc = tl.zeros((BI, BI), ACC)
     b_bias = tl.zeros((BI,), ACC)
     if BATCH:

@@ -66,23 +66,38 @@ def channel_block(channels: int, limit: int) -> int:
 
 
 def walk_tiles(
-    images: int, height: int, channels: int, kernel_size: int, stride: int, dtype: torch.dtype, backward: bool
+    images: int,
+    height: int,
+    channels: int,
+    kernel_size: int,
+    stride: int,
+    dtype: torch.dtype,
+    backward: bool,
+    expand: int = 0,
 ) -> dict[str, int]:
-    """[NB images, BC channels] per register tile and R rows per program (a multiple of the stride when going back)."""
+    """[NB images, BC channels] per register tile and R rows per program (a multiple of the stride when going back).
+
+    `expand` is the number of input channels where the walk computes the expansion itself; BX holds them.
+    """
     if INTERPRETED:
-        return dict(NB=pow2(images, 1, 64), BC=pow2(channels, 1, 256), R=4 if height > 2 else 2)
+        tiles = dict(NB=pow2(images, MIN_DOT if expand else 1, 64), BC=pow2(channels, MIN_DOT if expand else 1, 256))
+        return tiles | dict(BX=pow2(expand, MIN_DOT, 4096) if expand else tiles["BC"], R=4 if height > 2 else 2)
     tile, most = WALK[backward, kernel_size, stride]
     if dtype != torch.bfloat16:  # wider loads ahead, or an exact exponential: fewer registers for rows
         most = min(most, 4 if kernel_size == 3 and stride == 1 else 2)
         tile = 256 if stride == 2 else tile
+    if expand:  # a matrix product per tile: at least 16 images, and registers for its operands
+        most = min(most, 4 if kernel_size == 3 else 2)
     step = stride if backward else 1
     halo = (kernel_size - stride) * (0.1 if backward else 0.25)
     rows = min(range(step, most + 1, step), key=lambda r: triton.cdiv(height, r) * (r + halo))
+    if expand:
+        block = max(MIN_DOT, tile // MIN_DOT)
+        return dict(NB=MIN_DOT, BX=pow2(expand, MIN_DOT, 4096), BC=block, R=rows, num_warps=4)
     block = channel_block(channels, 64)
     count = pow2(images, 1, tile // block)
-    return dict(
-        NB=count, BC=pow2(channels, MIN_DOT, tile // count) if count * block < tile else block, R=rows, num_warps=4
-    )
+    block = pow2(channels, MIN_DOT, tile // count) if count * block < tile else block
+    return dict(NB=count, BX=block, BC=block, R=rows, num_warps=4)
 
 
 def groups(tiles: int, columns: int, programs: int = 2048) -> int:

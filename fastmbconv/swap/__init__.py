@@ -11,6 +11,8 @@ from typing import TypeVar
 
 from torch import nn
 
+from fastmbconv.block import Memory
+from fastmbconv.checks import check_memory
 from fastmbconv.swap.explain import Explanation, Row, rows
 from fastmbconv.swap.fused import fusible, swap_in, swap_out
 
@@ -19,26 +21,29 @@ __all__ = ["Explanation", "Row", "explain", "fuse", "unfuse"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def fuse(model: Model, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Model:
+def fuse(model: Model, filter_fn: Callable[[nn.Module, str], bool] | None = None, *, memory: Memory = "fast") -> Model:
     """Make a model's MBConv blocks run fused, in place, and return it.
 
     Blocks of fastmbconv, timm (InvertedResidual, DepthwiseSeparableConv) and torchvision (MBConv) are known; a block
-    that can't be fused stays as it is, and `explain` says why. Fusing twice is fusing once.
+    that can't be fused stays as it is, and `explain` says why. Fusing twice is fusing once, with the later `memory`.
 
     Args:
         model: any module; a block itself too.
         filter_fn: called as filter_fn(block, fully_qualified_name) for each block that can be fused; false leaves it.
+        memory: "lean" never stores a block's expanded tensor (see `functional.mbconv`): least memory, more arithmetic.
 
     Raises:
+        ValueError: for another `memory` than "fast" and "lean".
         TypeError: for a model that is no nn.Module, or a filter_fn that can't be called.
     """
     _check(model)
+    check_memory(memory)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn is a {type(filter_fn).__name__}: allowed is a function (module, name) -> bool")
     for name, module in list(model.named_modules()):
         block = fusible(module)
         if block is not None and not isinstance(block, str) and (filter_fn is None or filter_fn(module, name)):
-            swap_in(module)
+            swap_in(module, memory)
     return model
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fastmbconv import dispatch, functional
-from fastmbconv.block import Block
+from fastmbconv.block import Block, Memory
 from fastmbconv.mbconv import MBConv
 from fastmbconv.swap.registry import Adapter, adapter_of
 
@@ -24,6 +24,7 @@ class FusedBlock:
     is_swap: ClassVar[bool] = True
     adapter: ClassVar[Adapter]
     original: ClassVar[type[nn.Module]]
+    memory: ClassVar[Memory]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         original: Callable[..., Any] = super().forward  # type: ignore[misc]
@@ -32,10 +33,12 @@ class FusedBlock:
         block = read(self, type(self).adapter, *args[1:], **kwargs)  # type: ignore[arg-type]
         if isinstance(block, str):
             return original(*args, **kwargs)
-        return functional.mbconv(args[0], block, eager=lambda x: original(x, *args[1:], **kwargs))
+        return functional.mbconv(
+            args[0], block, eager=lambda x: original(x, *args[1:], **kwargs), memory=type(self).memory
+        )
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
-        return _rebuild, (type(self).original,), self.__getstate__()
+        return _rebuild, (type(self).original, type(self).memory), self.__getstate__()
 
     def __prepare_scriptable__(self) -> nn.Module:
         """TorchScript compiles the class's source, so it gets a block of the original class with the same submodules.
@@ -71,13 +74,13 @@ def is_fused(module: nn.Module) -> bool:
     return module.fused if isinstance(module, MBConv) else isinstance(module, FusedBlock)
 
 
-def swap_in(module: nn.Module) -> None:
+def swap_in(module: nn.Module, memory: Memory) -> None:
     """Make a fusible block a fused one."""
     if isinstance(module, MBConv):
-        module.fused = True
-    elif not isinstance(module, FusedBlock):
+        module.fused, module.memory = True, memory
+    else:
         cls: Any = type(module)
-        module.__class__ = fused_class(cls)
+        module.__class__ = fused_class(cls.original if isinstance(module, FusedBlock) else cls, memory)
 
 
 def swap_out(module: nn.Module) -> None:
@@ -92,18 +95,19 @@ def swap_out(module: nn.Module) -> None:
 
 
 @cache
-def fused_class(original: Any) -> Any:
+def fused_class(original: Any, memory: Memory) -> Any:
     """The fused subclass of a block's class, made once."""
     body = {
         "adapter": staticmethod(adapter_of(original)),  # type: ignore[arg-type]
         "original": original,
+        "memory": memory,
         "__module__": FusedBlock.__module__,
         "__doc__": original.__doc__,
     }
     return type(f"Fused{original.__name__}", (FusedBlock, original), body)
 
 
-def _rebuild(original: Any) -> nn.Module:
+def _rebuild(original: Any, memory: Memory = "fast") -> nn.Module:
     """An empty fused module, for copy and pickle to fill: stored models name this function."""
-    cls = fused_class(original)
+    cls = fused_class(original, memory)
     return cls.__new__(cls)
