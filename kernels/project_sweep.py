@@ -67,8 +67,7 @@ def _project_sweep_kernel(
                 o_p = m0 + tl.arange(0, BM)
                 m_p = o_p < HW
                 o_m = n * HW + o_p
-                m_m = m_p & (n < N)
-                b_du = load_grad(dy_ptr, u3_ptr, coef_ptr, keep_ptr, o_m, m_m, o_o, HW, CO, HAS_KEEP, ACC)
+                b_du = load_grad(dy_ptr, u3_ptr, coef_ptr, keep_ptr, o_m, m_p, o_o, HW, CO, HAS_KEEP, ACC)
                 b_du = tl.trans(tl.where(m_p[:, None], b_du, 0.0))  # [BO, BM]
                 m = m_p[:, None] & m_c[None, :]
                 b_u = tl.load(u2_ptr + o_m[:, None].to(tl.int64) * CI + o_c[None, :], mask=m, other=0.0).to(ACC)

@@ -94,11 +94,11 @@ def kernels(x, weight, norm, residual, dy, row):
     (top, _), (left, _) = (pads(s, k, row.stride, row.padding) for s in (h, w))
     in_norm, activation = (None, "none") if row.activation is None else (norm, row.activation)
     u, out_norm = ops.depthwise_bn(
-        nhwc(x), weight, in_norm, activation, row.stride, top, left, *dy.shape[2:], None, None, None, None, None,
+        nhwc(x), None, weight, in_norm, activation, row.stride, top, left, *dy.shape[2:], None, None, None, None, None,
         1e-3, 0.1, True, False,
     )  # fmt: skip
     dv, dw, grads, coef = ops.depthwise_bwd(
-        nhwc(dy), nhwc(x), weight, in_norm, None if residual is None else nhwc(residual), activation, row.stride,
+        nhwc(dy), nhwc(x), None, weight, in_norm, None if residual is None else nhwc(residual), activation, row.stride,
         top, left, True,
     )  # fmt: skip
     result = {"u": nchw(u), "dw": dw, "dv": nchw(dv), "mean": out_norm[0], "rstd": out_norm[1]}
@@ -153,7 +153,7 @@ def test_statistics_of_a_large_mean_do_not_cancel(device, monkeypatch):
     weight[:, :, 1, 1] = 1.0
     x = normal(3, 3, 5, 4, dtype=torch.float32, device=device, mean=1000.0)
     u, norm = ops.depthwise_bn(
-        nhwc(x), weight, None, "none", 1, 1, 1, 5, 4, None, None, None, None, None, 1e-9, 0.1, True, False
+        nhwc(x), None, weight, None, "none", 1, 1, 1, 5, 4, None, None, None, None, None, 1e-9, 0.1, True, False
     )
     assert torch.equal(nchw(u), x)
     truth = x.double()
@@ -168,7 +168,7 @@ def test_nan_stays_in_its_channel(device, monkeypatch):
     weight = normal(20, 1, 3, 3, dtype=torch.float32, device=device)
     x[2, 19, 3, 2] = float("nan")
     u, norm = ops.depthwise_bn(
-        nhwc(x), weight, None, "none", 1, 1, 1, 4, 3, None, None, None, None, None, 1e-3, 0.1, True, False
+        nhwc(x), None, weight, None, "none", 1, 1, 1, 4, 3, None, None, None, None, None, 1e-3, 0.1, True, False
     )
     assert torch.equal(nchw(u).isnan(), reference.depthwise(x, weight, 1, 1).isnan())
     assert norm[:, :19].isfinite().all() and norm[:, 19].isnan().all()

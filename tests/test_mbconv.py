@@ -148,6 +148,33 @@ def test_an_image_smaller_than_the_kernel(image, device):
     assert_module_parity(*build(Row(block(16, 5), image), torch.float32, device))
 
 
+LEAN = ["residual", "no-expansion", "k3-strided", "k5-same-even", "lite", "one-image", "drop-path", "eval",
+        "first-bn-frozen", "cumulative-statistics", "no-affine", "untracked"]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", [pytest.param(ROWS[name], id=name) for name in LEAN])
+def test_lean_parity(row, device):
+    """The expanded tensor computed inside the depthwise kernels, its statistics from x's Gram matrix."""
+    module, x, dy = build(row, PRECISE, device)
+    module.memory = "lean"
+    assert_module_parity(module, x, dy)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="fp32"), *HALVES])
+@pytest.mark.parametrize("mean", [0.0, 100.0], ids=["centred", "large-mean"])
+def test_lean_parity_of_narrow_types(dtype, mean, device):
+    module, x, dy = build(WIDE["residual"], dtype, device, mean=mean)
+    module.memory = "lean"
+    assert_module_parity(module, x, dy)
+
+
+def test_lean_across_tiles(device, monkeypatch):
+    shrink(monkeypatch, 2, BM=16, BK=16, BO=16, BC=16, NB=16, R=2)
+    module, x, dy = build(Row(block(20, expand_ratio=2), (18, 20, 3, 5)), PRECISE, device)
+    module.memory = "lean"
+    assert_module_parity(module, x, dy)
+
+
 def test_tf32_follows_the_switch_that_cudnn_follows(device, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert_module_parity(*build(ROWS["residual"], torch.float32, device))

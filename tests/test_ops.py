@@ -47,8 +47,13 @@ def arguments(device, dtype=torch.float32):
             (image(e), project, norm(e), None, "relu6", *bare(o)),
         ],
         "depthwise_bn": [
-            (image(e), taps, norm(e), "silu", 1, 1, 1, h, w, *batch_norm(e, True)),
-            (image(e), taps, None, "none", 2, 1, 1, 2, 1, *bare(e)),
+            (image(e), None, taps, norm(e), "silu", 1, 1, 1, h, w, *batch_norm(e, True)),
+            (image(e), None, taps, None, "none", 2, 1, 1, 2, 1, *bare(e)),
+            (image(c), expand, taps, norm(e), "silu", 1, 1, 1, h, w, *bare(e)),
+        ],
+        "expand_norm": [
+            (image(c), expand, *batch_norm(e, True)),
+            (image(c), expand, *batch_norm(e, False)),
         ],
         "pool_excite": [
             (image(e), norm(e), *excite, "silu", "silu"),
@@ -69,8 +74,9 @@ def arguments(device, dtype=torch.float32):
             (image(o), image(o), vectors(3, o), None, project, image(e), norm(e), *(None,) * 5, "silu", "none", False),
         ],
         "depthwise_bwd": [
-            (image(e), image(e), taps, norm(e), None, "silu", 1, 1, 1, True),
-            (image(e), image(e), taps, None, image(e), "none", 1, 1, 1, False),
+            (image(e), image(e), None, taps, norm(e), None, "silu", 1, 1, 1, True),
+            (image(e), image(e), None, taps, None, image(e), "none", 1, 1, 1, False),
+            (image(e), image(c), expand, taps, norm(e), None, "silu", 1, 1, 1, True),
         ],
         "expand_bwd": [
             (image(e), image(c), expand, vectors(3, e), image(c), True),

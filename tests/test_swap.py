@@ -58,7 +58,7 @@ def calls(monkeypatch):
     """Counts the calls that reach functional.mbconv, which runs the description there."""
     seen = []
 
-    def mbconv(x, block, eager):
+    def mbconv(x, block, eager, memory):
         seen.append(block)
         return reference.mbconv(x, block)
 
@@ -118,6 +118,17 @@ def test_fuse_twice_and_unfuse_twice():
     assert type(fuse(model)[1]) is cls and type(fuse(chain())[1]) is cls
     assert type(unfuse(unfuse(model))[1]) is Bottleneck
     assert type(unfuse(chain())[1]) is Bottleneck
+
+
+def test_memory_is_the_later_choice():
+    model = fuse(fuse(nn.Sequential(Bottleneck(), MBConv(8, 8)), memory="lean"))
+    assert [block.memory for block in model] == ["fast", "fast"]
+    fuse(model, lambda module, name: name == "1", memory="lean")
+    fuse(model[0], memory="lean")
+    assert [block.memory for block in copy.deepcopy(model)] == ["lean", "lean"]
+    with pytest.raises(ValueError, match="memory is 'small': allowed are 'fast' and 'lean'"):
+        fuse(model, memory="small")
+    assert type(unfuse(model)[0]) is Bottleneck
 
 
 def test_root_block_and_shared_block(calls, x):
