@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import function
 
 from fastmbconv import ops
+from fastmbconv.kernels.tuning import walks_expansion
 
 
 class BatchNormSetting(NamedTuple):
@@ -132,7 +133,8 @@ class MBConvFunction(torch.autograd.Function):
     """The whole block; the optional parts (expansion, SE, stochastic depth) are None where the block has none.
 
     `running` is (running_mean, running_var, num_batches_tracked) of the three BatchNorms, moved in place. `lean`
-    computes u1 inside the depthwise kernels, forward and backward, and never stores it.
+    keeps no u1: where registers allow, the depthwise kernels compute it as they go, forward and backward; elsewhere the
+    backward computes it once more.
     """
 
     @staticmethod
@@ -165,12 +167,13 @@ class MBConvFunction(torch.autograd.Function):
     ) -> Tensor:
         x = channels_last(x)
         u1, norm1 = x, None
-        if bn1 is not None and lean:
+        walked = lean and walks_expansion(depthwise_weight.shape[-1], x.shape[3], x.dtype)
+        if bn1 is not None and walked:
             norm1 = ops.expand_norm(x, expand_weight, bn1_weight, bn1_bias, *running[:3], *bn1)
         elif bn1 is not None:
             u1, norm1 = ops.pointwise_bn(x, expand_weight, None, None, "none", bn1_weight, bn1_bias, *running[:3], *bn1)
         u2, norm2 = ops.depthwise_bn(
-            u1, expand_weight if lean else None, depthwise_weight, norm1, "none" if bn1 is None else activation,
+            u1, expand_weight if walked else None, depthwise_weight, norm1, "none" if bn1 is None else activation,
             *depthwise, bn2_weight, bn2_bias, *running[3:6], *bn2,
         )  # fmt: skip
         pooled = r = gate = None
@@ -186,7 +189,7 @@ class MBConvFunction(torch.autograd.Function):
             expand_weight, bn1_weight, bn1_bias, depthwise_weight, bn2_weight, bn2_bias,
             reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, project_weight, bn3_weight, bn3_bias,
         )  # fmt: skip
-        ctx.setting = (activation, se_activation, residual, lean, depthwise, bn1, bn2, bn3)
+        ctx.setting = (activation, se_activation, residual, walked, depthwise, bn1, bn2, bn3)
         return y.permute(0, 3, 1, 2)
 
     @staticmethod
@@ -197,7 +200,7 @@ class MBConvFunction(torch.autograd.Function):
             expand_weight, bn1_weight, bn1_bias, depthwise_weight, bn2_weight, bn2_bias,
             reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, project_weight, bn3_weight, bn3_bias,
         ) = ctx.saved_tensors  # fmt: skip
-        activation, se_activation, residual, lean, depthwise, bn1, bn2, bn3 = ctx.setting
+        activation, se_activation, residual, walked, depthwise, bn1, bn2, bn3 = ctx.setting
         dy = channels_last(dy)
         shortcut = dy if residual else None
         grads3, coef3 = ops.bn_bwd(dy, u3, norm3, keep, "none", bn3.batch_statistics)
@@ -211,8 +214,10 @@ class MBConvFunction(torch.autograd.Function):
             )
             d_expand, d_bn1 = None, _bn_grads(coef3, None, None)
         else:
+            if u1 is None:
+                u1 = x if walked else ops.pointwise(x, expand_weight)
             dv1, d_depthwise, grads1, coef1 = ops.depthwise_bwd(
-                du2, x if lean else u1, expand_weight if lean else None, depthwise_weight, norm1, None, activation,
+                du2, u1, expand_weight if walked else None, depthwise_weight, norm1, None, activation,
                 *depthwise[:3], bn1.batch_statistics,
             )  # fmt: skip
             dx, d_expand = ops.expand_bwd(dv1, x, expand_weight, coef1, shortcut, bn1.batch_statistics)

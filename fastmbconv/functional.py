@@ -33,8 +33,8 @@ def mbconv(
         x: [N, C_in, H, W], fp32, fp16 or bf16, in any memory format.
         block: the weights and settings; BatchNorms that are training move their running statistics in place.
         eager: what to run instead where no kernel does; default `reference.mbconv`.
-        memory: "lean" never stores the expanded tensor: it is computed again inside the depthwise kernels, which keeps
-            1.33 instead of 2.33 expanded tensors for the backward. "fast" stores it.
+        memory: "lean" keeps no expanded tensor for the backward, which computes it again: 1.33 instead of 2.33 of them.
+            "fast" keeps it.
 
     Returns:
         [N, C_out, H', W'], channels_last where the kernels ran.

@@ -18,10 +18,10 @@ from fastmbconv.kernels import (
     depthwise,
     expand_backward,
     expand_statistics,
-    pointwise,
     project_sweep,
     squeeze_excite,
 )
+from fastmbconv.kernels import pointwise as pointwise_kernels
 from fastmbconv.kernels.tuning import accumulator
 
 RUNNING = ("running_mean", "running_var")
@@ -56,7 +56,7 @@ def pointwise_bn(
     update: bool,
 ) -> tuple[Tensor, Tensor]:
     """(u, norm): the 1x1 convolution of act(in_norm(x)) * gate, and the BatchNorm of its output."""
-    u, partials = pointwise.pointwise_fwd(x, weight, in_norm, gate, activation, batch_statistics)
+    u, partials = pointwise_kernels.pointwise_fwd(x, weight, in_norm, gate, activation, batch_statistics)
     norm = batch_norm.bn_finalize(
         partials, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, eps, momentum, update,
         x.dtype, weight.shape[0],
@@ -68,6 +68,18 @@ def pointwise_bn(
 def _(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     n, h, w, _ = x.shape
     return x.new_empty(n, h, w, weight.shape[0]), _vectors(x, 4, weight.shape[0])
+
+
+@_operator()
+def pointwise(x: Tensor, weight: Tensor) -> Tensor:
+    """The 1x1 convolution of x alone: the expanded tensor once more, for a backward that did not keep it."""
+    return pointwise_kernels.pointwise_fwd(x, weight, None, None, "none", False)[0]
+
+
+@pointwise.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    n, h, w, _ = x.shape
+    return x.new_empty(n, h, w, weight.shape[0])
 
 
 @_operator(mutates_args=RUNNING)
@@ -262,7 +274,7 @@ def project_bwd(
     else:
         bn_sums = sums.flatten(0, 1)
     bn_grads, bn_coef = batch_norm.bn_bwd_finalize(bn_sums, norm, n * h * w, batch_statistics)
-    du2 = pointwise.pointwise_dgrad(dy, u3, coef, keep, weight, u2, norm, gate, offset, bn_coef, activation)
+    du2 = pointwise_kernels.pointwise_dgrad(dy, u3, coef, keep, weight, u2, norm, gate, offset, bn_coef, activation)
     return du2, d_weight, bn_grads, *excite_grads
 
 

@@ -65,6 +65,11 @@ def channel_block(channels: int, limit: int) -> int:
     return min(pow2(channels, MIN_DOT, limit), 64 if wide * 7 <= channels * 8 else 32)
 
 
+def walks_expansion(kernel_size: int, channels: int, dtype: torch.dtype) -> bool:
+    """Whether the walk computes the expansion of so many input channels itself without running out of registers."""
+    return kernel_size == 3 and (bool(INTERPRETED) or (channels <= 64 and dtype in (torch.float16, torch.bfloat16)))
+
+
 def walk_tiles(
     images: int,
     height: int,
@@ -87,13 +92,12 @@ def walk_tiles(
         most = min(most, 4 if kernel_size == 3 and stride == 1 else 2)
         tile = 256 if stride == 2 else tile
     if expand:  # a matrix product per tile: at least 16 images, and registers for its operands
-        most = min(most, 4 if kernel_size == 3 else 2)
+        most = 2 if backward or stride == 2 else 4
     step = stride if backward else 1
     halo = (kernel_size - stride) * (0.1 if backward else 0.25)
     rows = min(range(step, most + 1, step), key=lambda r: triton.cdiv(height, r) * (r + halo))
     if expand:
-        block = max(MIN_DOT, tile // MIN_DOT)
-        return dict(NB=MIN_DOT, BX=pow2(expand, MIN_DOT, 4096), BC=block, R=rows, num_warps=4)
+        return dict(NB=MIN_DOT, BX=pow2(expand, MIN_DOT, 4096), BC=32, R=rows, num_warps=4)
     block = channel_block(channels, 64)
     count = pow2(images, 1, tile // block)
     block = pow2(channels, MIN_DOT, tile // count) if count * block < tile else block

@@ -231,6 +231,19 @@ def test_saved_are_x_and_the_three_convolutions(se, device):
     assert y.shape == x.shape
 
 
+@pytest.mark.parametrize("kernel_size", [3, 5])
+def test_saved_lean(kernel_size, device):
+    """1.33 E: x and the outputs of the last two convolutions."""
+    module = make_block(4, 4, kernel_size, expand_ratio=6, device=device)
+    module.memory = "lean"
+    x = normal(4, 4, 12, 4, dtype=torch.float32, device=device).contiguous(memory_format=torch.channels_last)
+    expanded = x.numel() * 6 * x.element_size()
+    parameters = sum(p.numel() * p.element_size() for p in module.parameters())
+    with fastmbconv.backend("triton"):
+        ours, _ = saved_bytes(module, x.requires_grad_())
+    assert ours <= 1.4 * expanded + 2 * parameters
+
+
 def test_activations_are_freed_with_the_graph(device):
     """Saved through save_for_backward and nowhere else: hooks that offload or checkpoint see all of them."""
     module, x, dy = small_block(torch.float32, device)

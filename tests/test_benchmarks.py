@@ -14,7 +14,9 @@ FIGURES = ("blocks", "models", "ops")
 
 
 def _python(*args, **environment):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"} | environment
+    # pytest-benchmark goes silent where it takes itself for a worker of pytest-xdist.
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
+    env = inherited | {"OMP_NUM_THREADS": "1"} | environment
     return subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 

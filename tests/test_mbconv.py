@@ -154,7 +154,7 @@ LEAN = ["residual", "no-expansion", "k3-strided", "k5-same-even", "lite", "one-i
 
 @pytest.mark.parametrize("row", [pytest.param(ROWS[name], id=name) for name in LEAN])
 def test_lean_parity(row, device):
-    """The expanded tensor computed inside the depthwise kernels, its statistics from x's Gram matrix."""
+    """k3: the expanded tensor computed inside the depthwise kernels, statistics from x's Gram matrix; k5: once more."""
     module, x, dy = build(row, PRECISE, device)
     module.memory = "lean"
     assert_module_parity(module, x, dy)

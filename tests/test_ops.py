@@ -51,6 +51,7 @@ def arguments(device, dtype=torch.float32):
             (image(e), None, taps, None, "none", 2, 1, 1, 2, 1, *bare(e)),
             (image(c), expand, taps, norm(e), "silu", 1, 1, 1, h, w, *bare(e)),
         ],
+        "pointwise": [(image(c), expand)],
         "expand_norm": [
             (image(c), expand, *batch_norm(e, True)),
             (image(c), expand, *batch_norm(e, False)),

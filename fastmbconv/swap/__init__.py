@@ -30,7 +30,7 @@ def fuse(model: Model, filter_fn: Callable[[nn.Module, str], bool] | None = None
     Args:
         model: any module; a block itself too.
         filter_fn: called as filter_fn(block, fully_qualified_name) for each block that can be fused; false leaves it.
-        memory: "lean" never stores a block's expanded tensor (see `functional.mbconv`): least memory, more arithmetic.
+        memory: "lean" keeps no expanded tensor for the backward, which computes it again: less memory, more work.
 
     Raises:
         ValueError: for another `memory` than "fast" and "lean".
