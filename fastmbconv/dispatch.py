@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -32,6 +31,8 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
+HAS_TRITON = find_spec("triton") is not None
+_interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _backend = _checked(os.environ.get("FASTMBCONV_BACKEND", "auto"), "FASTMBCONV_BACKEND")
 
 
@@ -57,20 +58,21 @@ def backend(name: str) -> Iterator[None]:
         set_backend(before)
 
 
-@cache
-def has_triton() -> bool:
-    return find_spec("triton") is not None
+def interpret() -> None:
+    """Let kernels run in Triton's interpreter in this process, on CPU tensors and slowly; before Triton is imported."""
+    global _interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
+    _interpreted = True
 
 
-@cache
 def interpreted() -> bool:
-    """True where kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors and slowly."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    """True where kernels run in Triton's interpreter: started with TRITON_INTERPRET=1, or `interpret` was called."""
+    return _interpreted
 
 
 def device_reason(x: Tensor) -> str | None:
     """Why no kernel can run on this tensor's device and dtype, or None."""
-    if not has_triton():
+    if not HAS_TRITON:
         return "Triton is not installed"
     if torch.compiler.is_exporting() or torch.jit.is_scripting() or torch.jit.is_tracing():
         return "the model is being exported or traced"

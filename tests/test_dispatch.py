@@ -78,7 +78,7 @@ def test_reasons_of_the_device(x, monkeypatch):
     monkeypatch.setattr(dispatch, "interpreted", lambda: False)
     assert dispatch.device_reason(x.cpu()) == "a cpu tensor"
     assert dispatch.device_reason(x.to("meta")) == "a meta tensor"
-    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
     assert dispatch.device_reason(OnGPU(torch.float32)) == "Triton is not installed"
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
-import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -69,9 +68,11 @@ def run(options: argparse.Namespace) -> int:
             raise CommandError(f"--{name} is {value}: allowed are {low} and more")
     import torch
 
+    from fastmbconv import dispatch
+
     gpu = torch.cuda.is_available()
     if not gpu:
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+        dispatch.interpret()
     from fastmbconv import parity
     from fastmbconv.cli import blocks
 

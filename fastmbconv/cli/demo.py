@@ -8,7 +8,6 @@ smaller photos and as many blocks as fit into a time budget; eager is compared a
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -66,9 +65,11 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError(f"--output is {options.output}: {options.output.parent} is not a folder")
     import torch
 
+    from fastmbconv import dispatch
+
     gpu = torch.cuda.is_available()
     if not gpu:
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+        dispatch.interpret()
     from fastmbconv.cli import blocks
 
     for module, extra in (("rich", "cli"), ("matplotlib", "plot"), ("PIL", "plot")):
