@@ -32,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+import fastmbconv
 from benchmarks import subjects
 from benchmarks.launches import caught
 from benchmarks.registry import Shape, by_weight
@@ -111,12 +112,14 @@ def launches(shape: Shape, dtype: torch.dtype, archs: list[int], *, ops: bool = 
         subject = make(shape)
         module = subject.make()
         x = torch.empty(subject.size, dtype=dtype, memory_format=torch.channels_last).requires_grad_()
-        with caught(keep):
-            with autocast:
-                y = module(x)
-            y.backward(torch.empty_like(y))
-            with autocast, torch.no_grad():
-                module.eval()(x)
+        for memory in ("fast", "lean"):
+            fastmbconv.fuse(module, memory=memory)
+            with caught(keep):
+                with autocast:
+                    y = module(x)
+                y.backward(torch.empty_like(y))
+        with caught(keep), autocast, torch.no_grad():
+            module.eval()(x)
     return list(found.values())
 
 

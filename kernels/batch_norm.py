@@ -39,15 +39,6 @@ def load_coef(coef_ptr, o_c, m_c, C):
 
 
 @triton.jit
-def merge_moments(count, mean, m2, b_count, b_mean, b_m2):
-    """Moments of two disjoint sets as one (Chan et al., 1983)."""
-    total = count + b_count
-    share = b_count / tl.maximum(total, 1.0)
-    delta = b_mean - mean
-    return total, mean + delta * share, m2 + b_m2 + delta * delta * count * share
-
-
-@triton.jit
 def store_moments(partials_ptr, row, count, mean, m2, o_c, m_c, C):
     p_out = partials_ptr + row.to(tl.int64) * 3 * C + o_c
     tl.store(p_out, count, mask=m_c)

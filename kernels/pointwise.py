@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm import load_coef, load_norm, merge_moments, store_moments
+from .batch_norm import load_coef, load_norm, store_moments
 from .math import activate, activate_grad, dot, stored
 from .traffic import state
 from .tuning import accumulator, groups, matmul_tiles, numeric, precision
@@ -75,9 +75,9 @@ def _pointwise_fwd_kernel(
     o_o = tl.program_id(0) * BO + tl.arange(0, BO)
     m_o = o_o < CO
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    count = tl.zeros((BO,), ACC)
-    mean = tl.zeros((BO,), ACC)
-    m2 = tl.zeros((BO,), ACC)
+    pivot = tl.zeros((1, BO), ACC)
+    s1 = tl.zeros((BM, BO), ACC)
+    s2 = tl.zeros((BM, BO), ACC)
     for tile in range(0, TILES):
         o_m = (tl.program_id(1) * TILES + tile) * BM + tl.arange(0, BM)
         m_m = o_m < M
@@ -92,16 +92,19 @@ def _pointwise_fwd_kernel(
         b_u = stored(acc, DTYPE)
         tl.store(u_ptr + o_m[:, None].to(tl.int64) * CO + o_o[None, :], b_u, mask=m)
         if HAS_MOMENTS:
-            acc = b_u.to(ACC)  # the moments of what is normalised: its rounding may have a mean
-            # Two passes over the tile in registers, then a merge: no difference of large sums.
-            b_count = tl.sum(tl.where(m, 1.0, 0.0).to(ACC), 0)
-            b_mean = tl.sum(tl.where(m, acc, 0.0), 0) / tl.maximum(b_count, 1.0)
-            if DTYPE.primitive_bitwidth > 16:  # the sum's own rounding matters here, beside a large mean
-                b_mean += tl.sum(tl.where(m, acc - b_mean[None, :], 0.0), 0) / tl.maximum(b_count, 1.0)
-            b_delta = tl.where(m, acc - b_mean[None, :], 0.0)
-            count, mean, m2 = merge_moments(count, mean, m2, b_count, b_mean, tl.sum(b_delta * b_delta, 0))
+            # Sums about the first tile's mean stay in their lanes to the end; of what is normalised, rounded as stored.
+            b_u = b_u.to(ACC)
+            if tile == 0:
+                b_rows = tl.sum(tl.where(m_m, 1.0, 0.0).to(ACC), 0)
+                pivot = (tl.sum(tl.where(m, b_u, 0.0), 0) / b_rows)[None, :]
+            b_u = tl.where(m, b_u - pivot, 0.0)
+            s1 += b_u
+            s2 += b_u * b_u
     if HAS_MOMENTS:
-        store_moments(partials_ptr, tl.program_id(1), count, mean, m2, o_o, m_o, CO)
+        count = tl.zeros((BO,), ACC) + tl.minimum(M - tl.program_id(1) * TILES * BM, TILES * BM)
+        delta = tl.sum(s1, 0) / count
+        m2 = tl.maximum(tl.sum(s2, 0) - delta * delta * count, 0.0)
+        store_moments(partials_ptr, tl.program_id(1), count, tl.sum(pivot, 0) + delta, m2, o_o, m_o, CO)
 
 
 @triton.jit

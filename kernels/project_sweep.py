@@ -115,7 +115,7 @@ def project_sweep(
         tiles = dict(BM=32, BO=pow2(out, MIN_DOT, 64), BC=pow2(channels, MIN_DOT, 64), num_stages=2)
         tiles["num_warps"] = 8 if tiles["BO"] * tiles["BC"] > 2048 else 4  # four accumulators of BO x BC
     columns, parts = triton.cdiv(channels, tiles["BC"]), triton.cdiv(out, tiles["BO"])
-    images = groups(n, columns * parts, programs=1024)
+    images = groups(n, columns * parts, programs=256)
     programs = triton.cdiv(n, images)
     sums = torch.empty(parts, n, 2 if gate is None else 5, channels, dtype=norm.dtype, device=dy.device)
     dw = torch.empty(programs, out, channels, dtype=norm.dtype, device=dy.device)

@@ -24,7 +24,7 @@ layers = pytest.importorskip("timm.layers", reason="timm has no layers")
 def calls(monkeypatch):
     seen = []
 
-    def mbconv(x, block, eager):
+    def mbconv(x, block, eager, memory):
         seen.append(block)
         return reference.mbconv(x, block)
 

@@ -21,7 +21,7 @@ efficientnet = pytest.importorskip("torchvision.models.efficientnet", reason="to
 def calls(monkeypatch):
     seen = []
 
-    def mbconv(x, block, eager):
+    def mbconv(x, block, eager, memory):
         seen.append(block)
         return reference.mbconv(x, block)
 
