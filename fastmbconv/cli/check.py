@@ -56,6 +56,13 @@ class Row:
         return self.fused <= self.limit  # False for NaN
 
     @property
+    def ratio(self) -> float:
+        """The kernels' error over eager's; 1 where neither has any."""
+        if self.eager > 0:
+            return self.fused / self.eager
+        return float("inf") if self.fused > 0 else 1.0
+
+    @property
     def excess(self) -> float:
         """By which factor the error is larger than what is allowed."""
         return self.fused / self.limit if self.limit > 0 else self.fused
@@ -90,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
 
     print(f"{options.model}, {len(modules)} blocks, {batch} images of {size} px, {options.dtype}, on {where(device)}")
     print(f"error against float64 (relative L2); allowed: {parity.FACTOR:g} x eager's + {parity.ATOL[dtype]:g}")
-    print(f"\n{'block':<14} {'worst tensor':<26} {'fused':>9} {'eager':>9} {'allowed':>9}")
+    print(f"\n{'block':<14} {'worst tensor':<26} {'fused':>9} {'eager':>9} {'ratio':>6} {'allowed':>9}")
     rows: list[Row] = []
     skipped: dict[str, str] = {}
     started = time.monotonic()
@@ -107,8 +114,8 @@ def run(options: argparse.Namespace) -> int:
         rows += found
         worst = max(found, key=lambda row: (not row.passed, row.excess))
         verdict = "" if worst.passed else "  BROKEN"
-        line = f"{name:<14} {worst.tensor:<26} {worst.fused:9.2e} {worst.eager:9.2e} {worst.limit:9.2e}{verdict}"
-        print(line, flush=True)
+        figures = f"{worst.fused:9.2e} {worst.eager:9.2e} {worst.ratio:6.2f} {worst.limit:9.2e}"
+        print(f"{name:<14} {worst.tensor:<26} {figures}{verdict}", flush=True)
     return summary(rows, skipped, len(modules))
 
 
@@ -124,6 +131,8 @@ def summary(rows: list[Row], skipped: dict[str, str], total: int) -> int:
         print(f"BROKEN {row.block} {row.tensor}: {row.fused:.2e}, allowed {row.limit:.2e}")
     closer = sum(row.fused <= row.eager for row in rows)
     if rows:
+        ratios = sorted(row.ratio for row in rows)
+        print(f"ratio of the errors, fused to eager: median {ratios[len(ratios) // 2]:.2f}, largest {ratios[-1]:.2f}")
         print(f"fused is at least as close to float64 as eager in {closer} of {len(rows)} tensors")
     if not checked:
         raise CommandError("no block could be checked")
