@@ -48,7 +48,7 @@ GPUS = {
 WALK_FORWARD = {(3, 1): 25, (5, 1): 49, (3, 2): 48, (5, 2): 86}
 WALK_BACKWARD = {(3, 1): 45, (5, 1): 87, (3, 2): 21, (5, 2): 34}
 POOL, OUTPUT, REDUCE, SWEEP = 9, 10, 8.5, 40  # per element read; the sweep per element of u2 and tile of C_out
-LOAD_PLAIN, LOAD_ACTIVATED, STORE_PLAIN, STORE_MOMENTS = 6, 17, 8, 29  # 1x1 convolution: per input and tile, per output
+LOAD_PLAIN, LOAD_ACTIVATED, STORE_PLAIN, STORE_MOMENTS = 6, 17, 8, 20  # 1x1 convolution: per input and tile, per output
 DGRAD_LOAD, DGRAD_STORE = 14, 34
 EXPAND = 25  # estimated: per element of dv1 and tile of C_in, both of its readings together
 
