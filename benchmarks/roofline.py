@@ -47,7 +47,8 @@ GPUS = {
 # Depthwise by (kernel size, stride): forward per output, backward per input.
 WALK_FORWARD = {(3, 1): 25, (5, 1): 49, (3, 2): 48, (5, 2): 86}
 WALK_BACKWARD = {(3, 1): 45, (5, 1): 87, (3, 2): 21, (5, 2): 34}
-POOL, OUTPUT, REDUCE, SWEEP = 9, 10, 8.5, 40  # per element read; the sweep per element of u2 and tile of C_out
+POOL, OUTPUT, REDUCE = 9, 10, 8.5  # per element read
+SWEEP, SWEEP_SMALL = 22, 46  # per element of u2 and tile of 32 outputs, or of 64 on images below 100 pixels
 LOAD_PLAIN, LOAD_ACTIVATED, STORE_PLAIN, STORE_MOMENTS = 6, 17, 8, 20  # 1x1 convolution: per input and tile, per output
 DGRAD_LOAD, DGRAD_STORE = 14, 34
 EXPAND = 25  # estimated: per element of dv1 and tile of C_in, both of its readings together
@@ -85,7 +86,9 @@ def work(launch: Launch) -> Work:
         return Work(size, 2 * first * out[3], first * load * _tiles(out[3]) + prod(out) * store)
     if launch.kernel == "project_sweep":
         inputs = max(shapes, key=prod)  # u2
-        return Work(size, 3 * 2 * first * inputs[3], prod(inputs) * SWEEP * _tiles(shapes[0][3]))
+        out = shapes[0][3]
+        tiled = SWEEP * -(-out // 32) if inputs[1] * inputs[2] >= 100 else SWEEP_SMALL * _tiles(out)
+        return Work(size, 3 * 2 * first * inputs[3], prod(inputs) * tiled)
     if launch.kernel == "pointwise_dgrad":
         return Work(size, 2 * first * out[3], first * DGRAD_LOAD * _tiles(out[3]) + prod(out) * DGRAD_STORE)
     if launch.kernel == "expand_bwd":

@@ -54,7 +54,7 @@ def _project_sweep_kernel(
     m_w = m_o[:, None] & m_c[None, :]
     b_w = tl.load(w_ptr + o_o[:, None] * CI + o_c[None, :], mask=m_w, other=0.0).to(ACC)  # [BO, BC]
     b_dw = tl.zeros((BO, BC), ACC)
-    ones = tl.full((16, BM), 1.0, ACC)
+    o_one = tl.zeros((16, 1), tl.int32)
     for i in range(0, IMAGES):
         n = tl.program_id(2) * IMAGES + i
         if n < N:
@@ -77,8 +77,9 @@ def _project_sweep_kernel(
                 t_der = dot(b_du, b_g, t_der, DTYPE, PRECISION)
                 t_hat = dot(b_du, b_h, t_hat, DTYPE, PRECISION)
                 if HAS_GATE and tl.program_id(1) == 0:
-                    s_der = dot(ones, tl.where(m, b_g, 0.0), s_der, DTYPE, PRECISION)
-                    s_hat = dot(ones, tl.where(m, b_h, 0.0), s_hat, DTYPE, PRECISION)
+                    b_one = tl.where(o_p[None, :] + o_one < HW, 1.0, 0.0).to(ACC)  # [16, BM], equal rows
+                    s_der = dot(b_one, b_g, s_der, DTYPE, PRECISION)
+                    s_hat = dot(b_one, b_h, s_hat, DTYPE, PRECISION)
             p_out = sums_ptr + (tl.program_id(1) * N + n).to(tl.int64) * ROWS * CI + o_c
             tl.store(p_out, tl.sum(t_der * b_w, 0), mask=m_c)
             tl.store(p_out + CI, tl.sum(t_hat * b_w, 0), mask=m_c)
@@ -90,6 +91,19 @@ def _project_sweep_kernel(
             b_dw += t_act
     o = (tl.program_id(2) * CO + o_o[:, None]) * CI + o_c[None, :]
     tl.store(dw_ptr + o, b_dw, mask=m_w)
+
+
+def sweep_tiles(pixels: int, out: int, channels: int) -> dict[str, int]:
+    """[BO outputs x BC channels] accumulators over tiles of BM pixels.
+
+    32 outputs a program, 64 where images are so small that the sums of each part weigh more than instructions.
+    """
+    if INTERPRETED:
+        return dict(BM=pow2(pixels, MIN_DOT, 1024), BO=pow2(out, MIN_DOT, 256), BC=pow2(channels, MIN_DOT, 256))
+    rows = pow2(out, MIN_DOT, 32 if pixels >= 100 else 64)
+    wide = triton.cdiv(channels, 128) * 128 <= triton.cdiv(channels, 64) * 70
+    block = pow2(channels, MIN_DOT, 128 if wide and rows <= 32 else 64)
+    return dict(BM=32, BO=rows, BC=block, num_warps=8 if rows * block > 2048 else 4, num_stages=2)
 
 
 def project_sweep(
@@ -109,11 +123,7 @@ def project_sweep(
     """
     n, h, w, out = dy.shape
     channels = u2.shape[3]
-    if INTERPRETED:
-        tiles = dict(BM=pow2(h * w, MIN_DOT, 1024), BO=pow2(out, MIN_DOT, 256), BC=pow2(channels, MIN_DOT, 256))
-    else:
-        tiles = dict(BM=32, BO=pow2(out, MIN_DOT, 64), BC=pow2(channels, MIN_DOT, 64), num_stages=2)
-        tiles["num_warps"] = 8 if tiles["BO"] * tiles["BC"] > 2048 else 4  # four accumulators of BO x BC
+    tiles = sweep_tiles(h * w, out, channels)
     columns, parts = triton.cdiv(channels, tiles["BC"]), triton.cdiv(out, tiles["BO"])
     images = groups(n, columns * parts, programs=256)
     programs = triton.cdiv(n, images)
