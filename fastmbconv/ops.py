@@ -7,6 +7,7 @@ Images are [N, H, W, C] contiguous. A BatchNorm that follows a convolution is fi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,12 @@ def _vectors(like: Tensor, *shape: int) -> Tensor:
 
 def _operator(mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
     def register(function: Callable[..., Any]) -> Any:
-        return torch.library.custom_op(f"fastmbconv::{function.__name__}", function, mutates_args=mutates_args)
+        @functools.wraps(function)
+        def on_its_device(*args: Any) -> Any:
+            with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+                return function(*args)
+
+        return torch.library.custom_op(f"fastmbconv::{function.__name__}", on_its_device, mutates_args=mutates_args)
 
     return register
 

@@ -72,14 +72,17 @@ def _pointwise_fwd_kernel(
     BK: tl.constexpr,
     BO: tl.constexpr,
 ):
-    o_o = tl.program_id(0) * BO + tl.arange(0, BO)
+    # One axis, columns first: the second would end at 65535 rows of tiles, and neighbours share their pixels in L2.
+    columns = (CO + BO - 1) // BO
+    group = tl.program_id(0) // columns
+    o_o = tl.program_id(0) % columns * BO + tl.arange(0, BO)
     m_o = o_o < CO
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     pivot = tl.zeros((1, BO), ACC)
     s1 = tl.zeros((BM, BO), ACC)
     s2 = tl.zeros((BM, BO), ACC)
     for tile in range(0, TILES):
-        o_m = (tl.program_id(1) * TILES + tile) * BM + tl.arange(0, BM)
+        o_m = (group * TILES + tile) * BM + tl.arange(0, BM)
         m_m = o_m < M
         acc = tl.zeros((BM, BO), ACC)
         for k in range(0, CI, BK):
@@ -101,10 +104,10 @@ def _pointwise_fwd_kernel(
             s1 += b_u
             s2 += b_u * b_u
     if HAS_MOMENTS:
-        count = tl.zeros((BO,), ACC) + tl.minimum(M - tl.program_id(1) * TILES * BM, TILES * BM)
+        count = tl.zeros((BO,), ACC) + tl.minimum(M - group * TILES * BM, TILES * BM)
         delta = tl.sum(s1, 0) / count
         m2 = tl.maximum(tl.sum(s2, 0) - delta * delta * count, 0.0)
-        store_moments(partials_ptr, tl.program_id(1), count, tl.sum(pivot, 0) + delta, m2, o_o, m_o, CO)
+        store_moments(partials_ptr, group, count, tl.sum(pivot, 0) + delta, m2, o_o, m_o, CO)
 
 
 @triton.jit
@@ -134,9 +137,10 @@ def _pointwise_dgrad_kernel(
     BK: tl.constexpr,
     BO: tl.constexpr,
 ):
-    o_i = tl.program_id(0) * BO + tl.arange(0, BO)
+    columns = (CI + BO - 1) // BO
+    o_i = tl.program_id(0) % columns * BO + tl.arange(0, BO)
     m_i = o_i < CI
-    o_m = tl.program_id(1) * BM + tl.arange(0, BM)
+    o_m = tl.program_id(0) // columns * BM + tl.arange(0, BM)
     m_m = o_m < M
     DTYPE: tl.constexpr = du_ptr.dtype.element_ty
     acc = tl.zeros((BM, BO), ACC)
@@ -171,7 +175,7 @@ def pointwise_fwd(
     per_program = groups(triton.cdiv(rows, tiles["BM"]), columns) if moments else 1
     programs = triton.cdiv(rows, tiles["BM"] * per_program)
     partials = torch.empty(programs, 3, out, dtype=accumulator(x.dtype), device=x.device) if moments else None
-    _pointwise_fwd_kernel[(columns, programs)](
+    _pointwise_fwd_kernel[(columns * programs,)](
         x_ptr=x,
         w_ptr=weight,
         norm_ptr=norm,
@@ -216,7 +220,7 @@ def pointwise_dgrad(
     channels, rows = weight.shape[1], n * h * w
     du = torch.empty_like(inputs)
     tiles = matmul_tiles(rows, out, channels)
-    _pointwise_dgrad_kernel[(triton.cdiv(channels, tiles["BO"]), triton.cdiv(rows, tiles["BM"]))](
+    _pointwise_dgrad_kernel[(triton.cdiv(channels, tiles["BO"]) * triton.cdiv(rows, tiles["BM"]),)](
         dy_ptr=dy,
         u_ptr=u,
         coef_ptr=coef,

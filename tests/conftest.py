@@ -12,7 +12,7 @@ if not GPU:
 import pytest  # noqa: E402
 
 import fastmbconv  # noqa: E402
-from fastmbconv import dispatch  # noqa: E402
+from fastmbconv import dispatch, functional, reference  # noqa: E402
 
 # `with torch.device(...)` remembers torch's factories at its first use: that must come before `poison` replaces them.
 with torch.device("meta"):
@@ -56,6 +56,19 @@ def triton_backend():
     """Kernels or an error: nothing falls back silently."""
     with fastmbconv.backend("triton"):
         yield
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Collects the blocks that reach functional.mbconv, which runs their description there."""
+    seen = []
+
+    def mbconv(x, block, eager, memory):
+        seen.append(block)
+        return reference.mbconv(x, block)
+
+    monkeypatch.setattr(functional, "mbconv", mbconv)
+    return seen
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -19,6 +19,7 @@ from blocks import (  # noqa: F401
 from parity import assert_parity
 
 from fastmbconv import ops, reference
+from fastmbconv.kernels import pointwise
 
 SMALL = dict(BM=16, BK=16, BO=16)
 
@@ -130,3 +131,25 @@ def test_running_statistics_move_as_batch_norm_moves_them(device):
     bn(F.conv2d(x, weight))
     torch.testing.assert_close(mean, bn.running_mean)
     torch.testing.assert_close(var, bn.running_var)
+
+
+def test_grids_of_the_largest_images_are_launchable(monkeypatch):
+    """B7's first stages at 600 px, batch 256: CUDA ends every axis but the first at 65535."""
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda **kwargs: None
+
+    for name in ("_pointwise_fwd_kernel", "_pointwise_dgrad_kernel"):
+        monkeypatch.setattr(pointwise, name, Kernel())
+    monkeypatch.setattr(pointwise, "matmul_tiles", lambda rows, reduce, out: dict(BM=64, BK=32, BO=32))
+    small, large = (torch.empty(256, 300, 300, c, dtype=torch.bfloat16, device="meta") for c in (32, 192))
+    weight = torch.empty(32, 192, 1, 1, device="meta")
+    pointwise.pointwise_fwd(large, weight, None, None, "none", False)
+    pointwise.pointwise_fwd(large, weight, None, None, "none", True)
+    vectors = torch.empty(4, 32, device="meta")
+    pointwise.pointwise_dgrad(small, small, vectors, None, weight, large, vectors, None, None, vectors, "silu")
+    assert len(grids) == 3
+    assert all(size <= 65535 for grid in grids for size in grid[1:])

@@ -12,7 +12,7 @@ from agreement import assert_described, assert_same, outcome, randomised
 from torch import nn
 
 import fastmbconv
-from fastmbconv import explain, functional, fuse, reference, unfuse
+from fastmbconv import explain, fuse, unfuse
 from fastmbconv.mbconv import MBConv
 from fastmbconv.swap import registry
 from fastmbconv.swap.fused import FusedBlock
@@ -51,19 +51,6 @@ def describe(module, scale=1.0):
 @pytest.fixture(autouse=True)
 def adapter(monkeypatch):
     monkeypatch.setitem(registry.ADAPTERS, f"{__name__}.Bottleneck", describe)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Counts the calls that reach functional.mbconv, which runs the description there."""
-    seen = []
-
-    def mbconv(x, block, eager, memory):
-        seen.append(block)
-        return reference.mbconv(x, block)
-
-    monkeypatch.setattr(functional, "mbconv", mbconv)
-    return seen
 
 
 @pytest.fixture

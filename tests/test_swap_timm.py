@@ -10,7 +10,7 @@ from agreement import assert_described, assert_kernels_agree, assert_same, asser
 from libraries import library
 from torch import nn
 
-from fastmbconv import explain, functional, fuse, reference, unfuse
+from fastmbconv import explain, fuse, unfuse
 from fastmbconv.block import Block
 from fastmbconv.swap.fused import FusedBlock, fusible
 
@@ -18,18 +18,6 @@ timm = library("timm")
 blocks = pytest.importorskip("timm.models._efficientnet_blocks", reason="timm has no _efficientnet_blocks")
 builder = pytest.importorskip("timm.models._efficientnet_builder", reason="timm has no _efficientnet_builder")
 layers = pytest.importorskip("timm.layers", reason="timm has no layers")
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    seen = []
-
-    def mbconv(x, block, eager, memory):
-        seen.append(block)
-        return reference.mbconv(x, block)
-
-    monkeypatch.setattr(functional, "mbconv", mbconv)
-    return seen
 
 
 def inverted(in_chs=8, out_chs=8, exp_ratio=4, act_layer=nn.SiLU, se=True, **options):

@@ -10,23 +10,11 @@ from agreement import assert_described, assert_kernels_agree, assert_same, asser
 from libraries import library
 from torch import nn
 
-from fastmbconv import explain, functional, fuse, reference, unfuse
+from fastmbconv import explain, fuse, unfuse
 from fastmbconv.swap.fused import FusedBlock, fusible
 
 torchvision = library("torchvision")
 efficientnet = pytest.importorskip("torchvision.models.efficientnet", reason="torchvision has no efficientnet")
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    seen = []
-
-    def mbconv(x, block, eager, memory):
-        seen.append(block)
-        return reference.mbconv(x, block)
-
-    monkeypatch.setattr(functional, "mbconv", mbconv)
-    return seen
 
 
 def mbconv(expand=4.0, kernel=3, stride=1, out_channels=8, rate=0.0, mode="row", norm_layer=nn.BatchNorm2d):
