@@ -57,12 +57,9 @@ def _expand_prepare_kernel(
             m = m_e[:, None] & m_w[None, :]
             b_all = tl.load(w_ptr + o_e[:, None] * CI + o_w[None, :], mask=m, other=0.0).to(ACC)  # [BE, BW]
             b_shift = b_q * tl.sum(b_all * b_pivot[None, :], 1) + b_r
-            b_wi = tl.load(w_ptr + o_e[:, None] * CI + o_i[None, :], mask=m_e[:, None] & m_i[None, :], other=0.0).to(
-                ACC
-            )
-            b_wj = tl.load(w_ptr + o_e[:, None] * CI + o_j[None, :], mask=m_e[:, None] & m_j[None, :], other=0.0).to(
-                ACC
-            )
+            p_w = w_ptr + o_e[:, None] * CI
+            b_wi = tl.load(p_w + o_i[None, :], mask=m_e[:, None] & m_i[None, :], other=0.0).to(ACC)  # [BE, BI]
+            b_wj = tl.load(p_w + o_j[None, :], mask=m_e[:, None] & m_j[None, :], other=0.0).to(ACC)
             acc = dot(tl.trans(b_wi * b_q[:, None]), b_wj, acc, ACC, "ieee")
             b_bias += tl.sum(b_wj * b_shift[:, None], 0)
     tl.store(mixed_ptr + o_i[:, None] * CI + o_j[None, :], acc, mask=m_i[:, None] & m_j[None, :])

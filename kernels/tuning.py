@@ -59,10 +59,10 @@ def row_tiles(rows: int, channels: int) -> dict[str, int]:
     return dict(BM=32, BC=pow2(channels, 16, 64), num_warps=4)
 
 
-def channel_block(channels: int, limit: int) -> int:
+def channel_block(channels: int) -> int:
     """64 channels fill a 128-byte line in 16 bits; 32 where 64 would leave more than an eighth of the lanes idle."""
     wide = triton.cdiv(channels, 64) * 64
-    return min(pow2(channels, MIN_DOT, limit), 64 if wide * 7 <= channels * 8 else 32)
+    return pow2(channels, MIN_DOT, 64 if wide * 7 <= channels * 8 else 32)
 
 
 def walks_expansion(kernel_size: int, channels: int, dtype: torch.dtype) -> bool:
@@ -98,7 +98,7 @@ def walk_tiles(
     rows = min(range(step, most + 1, step), key=lambda r: triton.cdiv(height, r) * (r + halo))
     if expand:
         return dict(NB=MIN_DOT, BX=pow2(expand, MIN_DOT, 4096), BC=32, R=rows, num_warps=4)
-    block = channel_block(channels, 64)
+    block = channel_block(channels)
     count = pow2(images, 1, tile // block)
     block = pow2(channels, MIN_DOT, tile // count) if count * block < tile else block
     return dict(NB=count, BX=block, BC=block, R=rows, num_warps=4)
