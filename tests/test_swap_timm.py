@@ -32,6 +32,12 @@ def separable(in_chs=8, out_chs=8, act_layer=nn.SiLU, se=True, **options):
     return blocks.DepthwiseSeparableConv(in_chs, out_chs, act_layer=act_layer, se_layer=se_layer, **options)
 
 
+def _with(change):
+    module = inverted()
+    change(module)
+    return module
+
+
 DESCRIBED = {
     "expand": inverted,
     "k5-stride2": lambda: inverted(dw_kernel_size=5, stride=2, out_chs=12),
@@ -41,6 +47,7 @@ DESCRIBED = {
     "relu": lambda: inverted(act_layer=nn.ReLU),
     "no-skip": lambda: inverted(noskip=True),
     "drop-path": lambda: inverted(drop_path_rate=0.5),
+    "drop-path-unscaled": lambda: _with(lambda m: setattr(m, "drop_path", layers.DropPath(0.5, scale_by_keep=False))),
     "separable": separable,
     "separable-same": lambda: separable(pad_type="same", stride=2, dw_kernel_size=5, out_chs=12),
     "separable-drop-path": lambda: separable(drop_path_rate=0.5, se=False),
@@ -67,12 +74,6 @@ def test_frozen_norm_is_described():
     module.bn2.eval()
     block = assert_described(module, torch.randn(4, 8, 9, 7, dtype=torch.float64))
     assert block.bn1.training and not block.bn2.training and block.bn3.training
-
-
-def _with(change):
-    module = inverted()
-    change(module)
-    return module
 
 
 UNFUSIBLE = {
@@ -130,14 +131,24 @@ MODELS = {
     "mobilenetv2_050": (17, 17, {}),
     "efficientnet_b0_gn": (0, 16, {}),
     "efficientnet_cc_b0_4e": (8, 16, {}),
-    "tf_efficientnetv2_b0": (16, 21, {}),
+    "tf_efficientnet_b7": (55, 55, {}),
+    "efficientnet_lite4": (30, 30, {}),
+    "mnasnet_100": (17, 17, {}),
+    "semnasnet_100": (16, 16, {}),
+    "efficientnetv2_rw_t": (29, 39, {}),
+    "tf_efficientnetv2_s": (30, 40, {}),
+    "gc_efficientnetv2_rw_t": (0, 39, {}),
+    "mobilenetv3_large_100": (3, 16, {}),
+    "mixnet_s": (1, 16, {}),
+    "efficientnet_blur_b0": (12, 16, {}),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_are_fused(name):
     fused, total, options = MODELS[name]
-    model = timm.create_model(name, num_classes=3, **options)
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=3, **options)
     state, parameters = list(model.state_dict()), list(model.parameters())
     explanation = explain(fuse(model))
     assert (explanation.fused, len(explanation)) == (fused, total)

@@ -15,6 +15,9 @@ from fastmbconv.swap.fused import FusedBlock, fusible
 
 torchvision = library("torchvision")
 efficientnet = pytest.importorskip("torchvision.models.efficientnet", reason="torchvision has no efficientnet")
+mobilenetv2 = pytest.importorskip("torchvision.models.mobilenetv2", reason="torchvision has no mobilenetv2")
+mobilenetv3 = pytest.importorskip("torchvision.models.mobilenetv3", reason="torchvision has no mobilenetv3")
+mnasnet = pytest.importorskip("torchvision.models.mnasnet", reason="torchvision has no mnasnet")
 
 
 def mbconv(expand=4.0, kernel=3, stride=1, out_channels=8, rate=0.0, mode="row", norm_layer=nn.BatchNorm2d):
@@ -24,8 +27,17 @@ def mbconv(expand=4.0, kernel=3, stride=1, out_channels=8, rate=0.0, mode="row",
     return module
 
 
-def _with(change):
-    module = mbconv()
+def mobile_v2(out_channels=8, stride=1, expand=4, **options):
+    return mobilenetv2.InvertedResidual(8, out_channels, stride, expand, **options)
+
+
+def mobile_v3(expanded=24, se=False, activation="RE", stride=1, dilation=1):
+    config = mobilenetv3.InvertedResidualConfig(8, 5, expanded, 8, se, activation, stride, dilation, 1.0)
+    return mobilenetv3.InvertedResidual(config, nn.BatchNorm2d)
+
+
+def _with(change, make=mbconv):
+    module = make()
     change(module)
     return module
 
@@ -39,6 +51,13 @@ DESCRIBED = {
     "no-expand-row": lambda: mbconv(expand=1.0, rate=0.5),
     "eps": lambda: mbconv(norm_layer=partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)),
     "no-se": lambda: _with(lambda m: m.block.__setitem__(2, nn.Identity())),
+    "mobile-v2": mobile_v2,
+    "mobile-v2-stride2": lambda: mobile_v2(12, stride=2),
+    "mobile-v2-no-expand": lambda: mobile_v2(expand=1),
+    "mobile-v3": mobile_v3,
+    "mobile-v3-no-expand": lambda: mobile_v3(expanded=8),
+    "mnasnet": lambda: mnasnet._InvertedResidual(8, 8, 3, 1, 3, bn_momentum=0.01),
+    "mnasnet-stride2": lambda: mnasnet._InvertedResidual(8, 12, 5, 2, 3),
 }
 
 
@@ -85,6 +104,24 @@ UNFUSIBLE = {
         lambda: efficientnet.FusedMBConv(efficientnet.FusedMBConvConfig(4, 3, 1, 8, 8, 1), 0.0, nn.BatchNorm2d),
         "Fused-MBConv",
     ),
+    "mobile-v2-norm": (lambda: mobile_v2(norm_layer=torchvision.ops.FrozenBatchNorm2d), "is a FrozenBatchNorm2d"),
+    "mobile-v2-late-act": (lambda: _with(lambda m: m.conv.append(nn.ReLU6()), mobile_v2), "the projection is ReLU6"),
+    "mobile-v2-longer": (
+        lambda: _with(lambda m: m.conv.extend((nn.ReLU6(), nn.Dropout())), mobile_v2),
+        "a Dropout where a convolution is expected",
+    ),
+    "mobile-v2-wrapped": (
+        lambda: _with(lambda m: m.conv.__setitem__(2, nn.ModuleDict({"base": m.conv[2]})), mobile_v2),
+        "a ModuleDict where a convolution is expected",
+    ),
+    "mobile-v2-norm-lost": (lambda: _with(lambda m: m.conv.pop(3), mobile_v2), "a convolution without a norm"),
+    "mobile-v3-hard-swish": (lambda: mobile_v3(activation="HS"), "is Hardswish"),
+    "mobile-v3-hard-sigmoid": (lambda: mobile_v3(se=True), "gate is Hardsigmoid"),
+    "mobile-v3-dilation": (lambda: mobile_v3(stride=2, dilation=2), "dilation 2"),
+    "mnasnet-new-child": (
+        lambda: _with(lambda m: m.add_module("gamma", nn.Identity()), lambda: mnasnet._InvertedResidual(8, 8, 3, 1, 3)),
+        "an unknown submodule gamma",
+    ),
 }
 
 
@@ -96,21 +133,33 @@ def test_unfusible_says_why(make, reason):
     assert row.path == "eager" and reason in row.reason
 
 
-@pytest.mark.parametrize("name, fused, total", [("efficientnet_b0", 16, 16), ("efficientnet_v2_s", 30, 40)])
-def test_models_are_fused(name, fused, total):
-    model = torchvision.models.get_model(name, num_classes=3)
+MODELS = {
+    "efficientnet_b0": (16, 16),
+    "efficientnet_b7": (55, 55),
+    "efficientnet_v2_s": (30, 40),
+    "mobilenet_v2": (17, 17),
+    "mobilenet_v3_large": (3, 15),
+    "mnasnet1_0": (16, 16),
+}
+
+
+@pytest.mark.parametrize("name, counts", MODELS.items(), ids=MODELS)
+def test_models_are_fused(name, counts):
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, num_classes=3)
     state, parameters = list(model.state_dict()), list(model.parameters())
     explanation = explain(fuse(model))
-    assert (explanation.fused, len(explanation)) == (fused, total)
+    assert (explanation.fused, len(explanation)) == counts
     assert list(model.state_dict()) == state
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert not any(isinstance(m, FusedBlock) for m in unfuse(model).modules())
 
 
-def test_blocks_without_an_adapter_get_a_row():
-    rows = explain(fuse(torchvision.models.mobilenet_v2(width_mult=0.25))).rows
+def test_quantisable_blocks_get_a_row_and_stay_eager():
+    rows = explain(fuse(torchvision.models.quantization.mobilenet_v2(width_mult=0.25))).rows
     assert len(rows) == 17
-    assert {row.reason for row in rows} == {"no adapter for torchvision.models.mobilenetv2.InvertedResidual"}
+    module = "torchvision.models.quantization.mobilenetv2"
+    assert {row.reason for row in rows} == {f"no adapter for {module}.QuantizableInvertedResidual"}
 
 
 def small_model():
@@ -153,8 +202,8 @@ def test_feature_extraction_by_fx(calls):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     "make",
-    [mbconv, lambda: mbconv(expand=1.0, kernel=5, stride=2, out_channels=12)],
-    ids=["residual", "stride-2"],
+    [mbconv, lambda: mbconv(expand=1.0, kernel=5, stride=2, out_channels=12), mobile_v2],
+    ids=["residual", "stride-2", "mobile-v2"],
 )
 def test_through_the_kernels(make, training, device):
     module = randomised(make()).train(training).to(device)

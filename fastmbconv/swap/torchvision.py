@@ -1,6 +1,8 @@
-"""torchvision's MBConv (EfficientNet, EfficientNetV2)."""
+"""torchvision's blocks: MBConv (EfficientNet, EfficientNetV2) and the inverted residuals of its mobile nets."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -14,12 +16,36 @@ SQUEEZE_EXCITE = "torchvision.ops.misc.SqueezeExcitation"
 
 def mbconv(module: Module) -> Block | str:
     """`MBConv`: block = [expansion,] depthwise, [squeeze-excite,] projection; stochastic_depth if use_res_connect."""
-    unknown = set(module._modules) - {"block", "stochastic_depth"}
-    if unknown:
-        return f"an unknown submodule {min(unknown)}"
-    if type(module.block) is not nn.Sequential or len(module.block) < 2:
-        return f"its block is a {name(module.block)}, not a Sequential of stages"
-    *layers, last = module.block._modules.values()
+    return _unknown_child(module, {"block", "stochastic_depth"}) or _sequence(
+        module.block, module.use_res_connect, module.stochastic_depth
+    )
+
+
+def mobilenet_v3(module: Module) -> Block | str:
+    """MobileNetV3's `InvertedResidual`: as MBConv, without stochastic depth."""
+    return _unknown_child(module, {"block"}) or _sequence(module.block, module.use_res_connect, None)
+
+
+def mobilenet_v2(module: Module) -> Block | str:
+    """MobileNetV2's `InvertedResidual`: conv = [expansion,] depthwise, convolution, norm."""
+    return _unknown_child(module, {"conv"}) or _flat(module.conv, module.use_res_connect)
+
+
+def mnasnet(module: Module) -> Block | str:
+    """MNASNet's `_InvertedResidual`: layers = convolution, norm, activation, twice, and convolution, norm."""
+    return _unknown_child(module, {"layers"}) or _flat(module.layers, module.apply_residual)
+
+
+def _unknown_child(module: Module, known: set[str]) -> str | None:
+    unknown = set(module._modules) - known
+    return f"an unknown submodule {min(unknown)}" if unknown else None
+
+
+def _sequence(block: Module, residual: bool, drop: Module | None) -> Block | str:
+    """Stages in a Sequential, with a squeeze-excite before the last."""
+    if type(block) is not nn.Sequential or len(block) < 2:
+        return f"its block is a {name(block)}, not a Sequential of stages"
+    *layers, last = block._modules.values()
     gate = None
     if kind(layers[-1]) not in SEQUENTIALS:
         found = _gate(layers.pop())
@@ -32,6 +58,32 @@ def mbconv(module: Module) -> Block | str:
         if isinstance(stage, str):
             return stage
         stages.append(stage)
+    return _assemble(stages, gate, residual, drop)
+
+
+def _flat(layers: Module, residual: bool) -> Block | str:
+    """Stages in a Sequential whose parts may be Sequentials themselves: each convolution starts one."""
+    stages: list[list[Module]] = []
+    for leaf in _leaves(layers):
+        if isinstance(leaf, nn.Conv2d):
+            stages.append([])
+        elif not stages or len(stages[-1]) == 3:
+            return f"a {name(leaf)} where a convolution is expected"
+        stages[-1].append(leaf)
+    if any(len(stage) == 1 for stage in stages):
+        return "a convolution without a norm"
+    return _assemble([Stage(*stage[:2], stage[2] if stage[2:] else None) for stage in stages], None, residual, None)
+
+
+def _leaves(layer: Module) -> Iterator[Module]:
+    if kind(layer) not in SEQUENTIALS:
+        yield layer
+        return
+    for child in layer._modules.values():
+        yield from _leaves(child)
+
+
+def _assemble(stages: list[Stage], gate: Gate | None, residual: bool, drop: Module | None) -> Block | str:
     if len(stages) not in (2, 3):
         return f"{len(stages)} convolutions (supported: 2, or 3 with an expansion)"
     *expand, depthwise, project = stages
@@ -41,9 +93,9 @@ def mbconv(module: Module) -> Block | str:
             depthwise=depthwise,
             se=gate,
             project=project,
-            residual=module.use_res_connect,
-            drop=module.stochastic_depth,
-            drop_rate=getattr(module.stochastic_depth, "p", 0.0),
+            residual=residual,
+            drop=drop,
+            drop_rate=getattr(drop, "p", 0.0),
         ),
         KINDS,
     )
@@ -73,4 +125,7 @@ def fused_mbconv(module: Module) -> str:
 BLOCKS = {
     "torchvision.models.efficientnet.MBConv": mbconv,
     "torchvision.models.efficientnet.FusedMBConv": fused_mbconv,
+    "torchvision.models.mobilenetv2.InvertedResidual": mobilenet_v2,
+    "torchvision.models.mobilenetv3.InvertedResidual": mobilenet_v3,
+    "torchvision.models.mnasnet._InvertedResidual": mnasnet,
 }
