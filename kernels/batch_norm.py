@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import activate, activate_grad, stored
+from .tables import tiles as chosen
 from .traffic import state
 from .tuning import accumulator, groups, numeric, pow2, row_tiles
 
@@ -354,7 +355,9 @@ def bn_act_fwd(
     """(act(scale * u + shift) * gate[n, c] + offset[n, c]) * keep[n] + residual, each part optional; [N, H, W, C]."""
     n, h, w, c = u.shape
     y = torch.empty_like(u)
-    tiles = row_tiles(n * h * w, c)
+    parts = dict(norm=norm, gate=gate, offset=offset, keep=keep, residual=residual)
+    traits = {name: part is not None for name, part in parts.items()}
+    tiles = chosen("bn_act_fwd", u, row_tiles, (n * h * w, c), activation=activation, **traits)
     _bn_act_fwd_kernel[(triton.cdiv(n * h * w, tiles["BM"]), triton.cdiv(c, tiles["BC"]))](
         u_ptr=u,
         norm_ptr=norm,
@@ -382,7 +385,7 @@ def bn_act_fwd(
 def bn_act_bwd_reduce(dy: Tensor, u: Tensor, norm: Tensor, keep: Tensor | None, activation: str) -> Tensor:
     """Partial sums [P, 2, C] of dv and dv * xhat, dv = dy * keep[n] * act'(scale * u + shift)."""
     n, h, w, c = u.shape
-    tiles = row_tiles(n * h * w, c)
+    tiles = chosen("bn_act_bwd_reduce", u, row_tiles, (n * h * w, c), activation=activation, keep=keep is not None)
     rows, columns = triton.cdiv(n * h * w, tiles["BM"]), triton.cdiv(c, tiles["BC"])
     per_program = groups(rows, columns)
     programs = triton.cdiv(rows, per_program)
@@ -410,7 +413,7 @@ def bn_act_bwd(dy: Tensor, u: Tensor, norm: Tensor, coef: Tensor, activation: st
     """du = p * dy * act'(scale * u + shift) + q * u + r."""
     n, h, w, c = u.shape
     du = torch.empty_like(u)
-    tiles = row_tiles(n * h * w, c)
+    tiles = chosen("bn_act_bwd", u, row_tiles, (n * h * w, c), activation=activation)
     _bn_act_bwd_kernel[(triton.cdiv(n * h * w, tiles["BM"]), triton.cdiv(c, tiles["BC"]))](
         dy_ptr=dy,
         u_ptr=u,

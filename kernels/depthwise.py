@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .batch_norm import load_norm, load_xhat, store_moments
 from .math import activate_grad_halved, activate_halved, dot, halved, stored
+from .tables import tiles as chosen
 from .traffic import state, summed
 from .tuning import accumulator, numeric, precision, walk_tiles
 
@@ -345,9 +346,9 @@ def depthwise_fwd(
     n, h, w, channels = x.shape
     c = weight.shape[0]
     u = torch.empty(n, out_height, out_width, c, dtype=x.dtype, device=x.device)
-    tiles = walk_tiles(
-        n, out_height, c, weight.shape[-1], stride, x.dtype, backward=False, expand=_inputs(x, expand_weight)
-    )
+    shape = (n, out_height, c, weight.shape[-1], stride, x.dtype, False, _inputs(x, expand_weight))
+    traits = dict(width=w, activation=activation, norm=norm is not None, moments=moments)
+    tiles = chosen("depthwise_fwd", x, walk_tiles, shape, **traits)
     strips = triton.cdiv(out_height, tiles["R"])
     programs = strips * triton.cdiv(n, tiles["NB"])
     partials = torch.empty(programs, 3, c, dtype=accumulator(x.dtype), device=x.device) if moments else None
@@ -409,7 +410,9 @@ def depthwise_bwd(
     n, h, w, channels = x.shape
     c, k = weight.shape[0], weight.shape[-1]
     dx = torch.empty(n, h, w, c, dtype=x.dtype, device=x.device)
-    tiles = walk_tiles(n, h, c, k, stride, x.dtype, backward=True, expand=_inputs(x, expand_weight))
+    shape = (n, h, c, k, stride, x.dtype, True, _inputs(x, expand_weight))
+    traits = dict(width=w, activation=activation, norm=norm is not None, residual=residual is not None)
+    tiles = chosen("depthwise_bwd", x, walk_tiles, shape, **traits)
     strips = triton.cdiv(h, tiles["R"])
     programs = strips * triton.cdiv(n, tiles["NB"])
     acc = accumulator(x.dtype)

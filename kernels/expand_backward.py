@@ -16,6 +16,7 @@ from torch import Tensor
 from .batch_norm import load_coef
 from .expand_statistics import SAMPLES, sampled_mean
 from .math import dot, stored
+from .tables import tiles as chosen
 from .traffic import state, summed
 from .tuning import INTERPRETED, MIN_DOT, numeric, pow2, precision
 
@@ -203,13 +204,18 @@ def _expand_finish_kernel(
     tl.store(dw_ptr + o_e[:, None] * CI + o_i[None, :], b_dw, mask=m)
 
 
-def _tiles(rows: int, channels: int, expanded: int) -> tuple[dict[str, int], int]:
-    """(BM, BE, BI; pixels of a chunk: few enough for L2, enough that the parts of dWe are small beside dv1)."""
+def expand_tiles(rows: int, channels: int, expanded: int) -> dict[str, int]:
+    """Tiles of BM pixels; [BE expanded channels, BI input channels] of the weight's gradient."""
     if INTERPRETED:
-        block = pow2(rows, MIN_DOT, 256)
-        return dict(BM=block, BE=pow2(expanded, MIN_DOT, 256), BI=pow2(channels, MIN_DOT, 256)), 2 * block
-    tiles = dict(BM=64, BE=pow2(expanded, MIN_DOT, 64), BI=pow2(channels, MIN_DOT, 64), num_warps=4, num_stages=2)
-    return tiles, 64 * triton.cdiv(max(40 * channels, triton.cdiv(rows, 128)), 64)
+        sides = dict(BE=pow2(expanded, MIN_DOT, 256), BI=pow2(channels, MIN_DOT, 256))
+        return dict(BM=pow2(rows, MIN_DOT, 256), **sides)
+    return dict(BM=64, BE=pow2(expanded, MIN_DOT, 64), BI=pow2(channels, MIN_DOT, 64), num_warps=4, num_stages=2)
+
+
+def chunk_pixels(rows: int, channels: int, tile: int) -> int:
+    """Pixels of a chunk, whole tiles: few enough for L2, enough that the parts of dWe are small beside dv1."""
+    pixels = 2 * tile if INTERPRETED else max(40 * channels, triton.cdiv(rows, 128))
+    return tile * triton.cdiv(pixels, tile)
 
 
 def expand_bwd(
@@ -243,7 +249,9 @@ def expand_bwd(
     )
     sampled = min(rows, SAMPLES) * channels * x.element_size() if batch_statistics else 0
     state("expand_prepare", ((x, sampled), weight, coef), (pivot, mixed, bias))
-    tiles, chunk = _tiles(rows, channels, expanded)
+    traits = dict(batch=batch_statistics, residual=residual is not None)
+    tiles = chosen("expand_bwd", x, expand_tiles, (rows, channels, expanded), **traits)
+    chunk = chunk_pixels(rows, channels, tiles["BM"])
     chunks, per_chunk = triton.cdiv(rows, chunk), chunk // tiles["BM"]
     gram_blocks = triton.cdiv(channels, tiles["BE"]) if batch_statistics else 0
     slots = per_chunk + triton.cdiv(expanded, tiles["BE"]) + gram_blocks

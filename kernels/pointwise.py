@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .batch_norm import load_coef, load_norm, store_moments
 from .math import activate, activate_grad, dot, stored
+from .tables import tiles as chosen
 from .traffic import state
 from .tuning import accumulator, groups, matmul_tiles, numeric, precision
 
@@ -170,7 +171,8 @@ def pointwise_fwd(
     n, h, w, channels = x.shape
     out, rows = weight.shape[0], n * h * w
     u = torch.empty(n, h, w, out, dtype=x.dtype, device=x.device)
-    tiles = matmul_tiles(rows, channels, out)
+    traits = dict(activation=activation, norm=norm is not None, gate=gate is not None, moments=moments)
+    tiles = chosen("pointwise_fwd", x, matmul_tiles, (rows, channels, out), **traits)
     columns = triton.cdiv(out, tiles["BO"])
     per_program = groups(triton.cdiv(rows, tiles["BM"]), columns) if moments else 1
     programs = triton.cdiv(rows, tiles["BM"] * per_program)
@@ -219,7 +221,8 @@ def pointwise_dgrad(
     n, h, w, out = dy.shape
     channels, rows = weight.shape[1], n * h * w
     du = torch.empty_like(inputs)
-    tiles = matmul_tiles(rows, out, channels)
+    traits = dict(activation=activation, keep=keep is not None, gate=gate is not None)
+    tiles = chosen("pointwise_dgrad", dy, matmul_tiles, (rows, out, channels), **traits)
     _pointwise_dgrad_kernel[(triton.cdiv(channels, tiles["BO"]) * triton.cdiv(rows, tiles["BM"]),)](
         dy_ptr=dy,
         u_ptr=u,

@@ -13,6 +13,7 @@ from torch import Tensor
 from .batch_norm import load_norm, load_xhat
 from .math import INTERPRETED, activate_grad, dot
 from .pointwise import load_grad
+from .tables import tiles as chosen
 from .traffic import state, summed
 from .tuning import MIN_DOT, groups, numeric, pow2, precision
 
@@ -123,7 +124,8 @@ def project_sweep(
     """
     n, h, w, out = dy.shape
     channels = u2.shape[3]
-    tiles = sweep_tiles(h * w, out, channels)
+    traits = dict(images=n, activation=activation, keep=keep is not None, gate=gate is not None)
+    tiles = chosen("project_sweep", dy, sweep_tiles, (h * w, out, channels), **traits)
     columns, parts = triton.cdiv(channels, tiles["BC"]), triton.cdiv(out, tiles["BO"])
     images = groups(n, columns * parts, programs=256)
     programs = triton.cdiv(n, images)

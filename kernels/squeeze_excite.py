@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .batch_norm import load_norm
 from .math import activate, activate_grad, dot
+from .tables import tiles as chosen
 from .traffic import state
 from .tuning import INTERPRETED, MIN_DOT, numeric, pow2, row_tiles
 
@@ -206,7 +207,8 @@ def pool(u: Tensor, norm: Tensor | None, dy: Tensor | None, activation: str) -> 
     n, h, w, c = u.shape
     acc = numeric(u.dtype)
     out = torch.empty(n, c, dtype=torch.float64 if u.dtype == torch.float64 else torch.float32, device=u.device)
-    tiles = row_tiles(h * w, c)
+    traits = dict(images=n, activation=activation, norm=norm is not None, dy=dy is not None)
+    tiles = chosen("pool", u, row_tiles, (h * w, c), **traits)
     _pool_kernel[(n, triton.cdiv(c, tiles["BC"]))](
         u_ptr=u,
         norm_ptr=norm,

@@ -1,4 +1,9 @@
-"""Launch settings: accumulator types, and tile sizes by shape (larger where the interpreter pays per operation)."""
+"""Launch settings: accumulator types, tile sizes by shape, and which others a table (tables.py) may hold instead.
+
+The interpreter gets larger tiles: it pays per operation.
+"""
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -19,6 +24,58 @@ WALK = {
     (True, 3, 2): (512, 4),
     (True, 5, 1): (256, 4),
     (True, 5, 2): (256, 6),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Values that one tile size may have; none beyond what holds the formula's parameter `bound` is worth a try."""
+
+    values: tuple[int, ...]
+    bound: str | None = None
+
+
+_WARPS = Choice((1, 2, 4, 8))
+_STAGES = Choice((1, 2, 3, 4))
+_POINTWISE = dict(
+    BM=Choice((16, 32, 64, 128, 256), "rows"),
+    BO=Choice((16, 32, 64, 128, 256), "out"),
+    BK=Choice((16, 32, 64, 128), "reduce"),
+    num_warps=_WARPS,
+    num_stages=_STAGES,
+)
+_WALK = dict(
+    R=Choice((1, 2, 3, 4, 5, 6, 7, 8), "height"),
+    NB=Choice((1, 2, 4, 8, 16), "images"),
+    BC=Choice((16, 32, 64, 128), "channels"),
+    num_warps=_WARPS,
+)
+_ROWS = dict(BM=Choice((8, 16, 32, 64, 128), "rows"), BC=Choice((16, 32, 64, 128), "channels"), num_warps=_WARPS)
+
+# By kernel, in the order of how much each is likely to matter.
+SPACE: dict[str, dict[str, Choice]] = {
+    "depthwise_bwd": _WALK,
+    "depthwise_fwd": _WALK,
+    "pointwise_fwd": _POINTWISE,
+    "pointwise_dgrad": _POINTWISE,
+    "project_sweep": dict(
+        BO=Choice((16, 32, 64), "out"),
+        BC=Choice((16, 32, 64, 128), "channels"),
+        BM=Choice((16, 32, 64, 128), "pixels"),
+        num_warps=_WARPS,
+        num_stages=_STAGES,
+    ),
+    "expand_bwd": dict(
+        BM=Choice((16, 32, 64, 128), "rows"),
+        BE=Choice((16, 32, 64), "expanded"),
+        BI=Choice((16, 32, 64), "channels"),
+        num_warps=_WARPS,
+        num_stages=_STAGES,
+    ),
+    "pool": _ROWS,
+    "bn_act_fwd": _ROWS,
+    "bn_act_bwd": _ROWS,
+    "bn_act_bwd_reduce": _ROWS,
 }
 
 
