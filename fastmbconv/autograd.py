@@ -2,6 +2,7 @@
 
 The block saves x, u1, u2, u3 (the outputs of its three convolutions, before their BatchNorms) and vectors; every
 activation and every normalised tensor is computed again where it is used. Derivation of the backward: CONTRIBUTING.md.
+Images go in as [N, C, H, W] and come out as [N, H, W, C]: a Function's output that is a view can't be changed in place.
 """
 
 from __future__ import annotations
@@ -82,14 +83,14 @@ class DepthwiseBNActFunction(torch.autograd.Function):
         u, norm = ops.depthwise_bn(x, None, weight, None, "none", *depthwise, bn_weight, bn_bias, *running, *bn)
         ctx.save_for_backward(x, weight, bn_weight, bn_bias, u, norm)
         ctx.setting = (activation, depthwise, bn)
-        return ops.bn_act(u, norm, None, None, None, activation).permute(0, 3, 1, 2)
+        return ops.bn_act(u, norm, None, None, None, activation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bn_weight, bn_bias, u, norm = ctx.saved_tensors
         activation, depthwise, bn = ctx.setting
-        dy = channels_last(dy)
+        dy = dy.contiguous()
         grads, coef = ops.bn_bwd(dy, u, norm, None, activation, bn.batch_statistics)
         du = ops.bn_act_bwd(dy, u, norm, coef, activation)
         dx, d_weight, _, _ = ops.depthwise_bwd(du, x, None, weight, None, None, "none", *depthwise[:3], False)
@@ -117,15 +118,13 @@ class SqueezeExciteFunction(torch.autograd.Function):
         pooled, r, gate = ops.pool_excite(x, None, *weights, "none", activation)
         ctx.save_for_backward(x, pooled, r, gate, *weights)
         ctx.activation = activation
-        return ops.bn_act(x, None, gate, None, None, "none").permute(0, 3, 1, 2)
+        return ops.bn_act(x, None, gate, None, None, "none")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, pooled, r, gate, *weights = ctx.saved_tensors
-        dx, *grads = ops.squeeze_excite_bwd(
-            channels_last(dy), x, pooled, r, gate, weights[0], weights[2], ctx.activation
-        )
+        dx, *grads = ops.squeeze_excite_bwd(dy.contiguous(), x, pooled, r, gate, weights[0], weights[2], ctx.activation)
         return dx.permute(0, 3, 1, 2), *(_cast(g, w) for g, w in zip(grads, weights, strict=True)), None
 
 
@@ -190,7 +189,7 @@ class MBConvFunction(torch.autograd.Function):
             reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, project_weight, bn3_weight, bn3_bias,
         )  # fmt: skip
         ctx.setting = (activation, se_activation, residual, walked, depthwise, bn1, bn2, bn3)
-        return y.permute(0, 3, 1, 2)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -201,7 +200,7 @@ class MBConvFunction(torch.autograd.Function):
             reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, project_weight, bn3_weight, bn3_bias,
         ) = ctx.saved_tensors  # fmt: skip
         activation, se_activation, residual, walked, depthwise, bn1, bn2, bn3 = ctx.setting
-        dy = channels_last(dy)
+        dy = dy.contiguous()
         shortcut = dy if residual else None
         grads3, coef3 = ops.bn_bwd(dy, u3, norm3, keep, "none", bn3.batch_statistics)
         du2, d_project, grads2, *d_excite = ops.project_bwd(

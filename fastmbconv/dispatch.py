@@ -129,7 +129,7 @@ def supports(block: Block, x: Tensor) -> str | None:
 
 
 def module_reason(module: nn.Module) -> str | None:
-    """Why a module must run its own submodules, or None: somebody hooked one of them, or parametrised one."""
+    """Why a module must run its own submodules, or None: somebody hooked, parametrised or patched one of them."""
     if torch.nn.modules.module._has_any_global_hook():
         return "a hook on every module"
     return _inner_reason(module, "")
@@ -143,6 +143,8 @@ def _inner_reason(module: nn.Module, prefix: str) -> str | None:
             return f"a parametrization on {prefix.removesuffix('.') or 'the block'}"
         if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
             return f"a hook on {prefix}{name}"
+        if "forward" in child.__dict__:
+            return f"a forward replaced on {prefix}{name}"
         if child._modules:
             reason = _inner_reason(child, f"{prefix}{name}.")
             if reason is not None:

@@ -70,7 +70,7 @@ def mbconv(
             _geometry(x, block.depthwise_weight, block.stride, block.padding),
             *(None if bn is None else _setting(bn) for bn in bns),
             *(tensor for bn in bns for tensor in _running(bn)),
-        )  # fmt: skip
+        ).permute(0, 3, 1, 2)  # fmt: skip
         return x + y if wide else y
 
 
@@ -93,7 +93,7 @@ def depthwise_bn_act(
         return DepthwiseBNActFunction.apply(
             x.to(compute), weight, *_affine(bn), activation, _geometry(x, weight, stride, padding), _setting(bn),
             *_running(bn),
-        )  # fmt: skip
+        ).permute(0, 3, 1, 2)  # fmt: skip
 
 
 def squeeze_excite(x: Tensor, se: SqueezeExcite) -> Tensor:
@@ -110,7 +110,7 @@ def squeeze_excite(x: Tensor, se: SqueezeExcite) -> Tensor:
     weights = (se.reduce_weight, se.reduce_bias, se.expand_weight, se.expand_bias)
     with torch.autocast(x.device.type, enabled=False):
         # Eager's product keeps x's own dtype under autocast: only the gate's convolutions are narrowed.
-        return SqueezeExciteFunction.apply(x, *weights, se.activation)
+        return SqueezeExciteFunction.apply(x, *weights, se.activation).permute(0, 3, 1, 2)
 
 
 def _use_kernels(reason: str | None, x: Tensor) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastmbconv.block import Activation, BatchNorm, Block, Padding, SqueezeExcite
 
@@ -71,7 +72,9 @@ def kind(module: Module) -> str:
 
 
 def name(module: Module) -> str:
-    return type(module).__name__
+    """The class's name for a reader: in full where torch.nn has another class of that name."""
+    cls = type(module)
+    return kind(module) if getattr(nn, cls.__name__, cls) is not cls else cls.__name__
 
 
 def assemble(parts: Parts, kinds: Kinds) -> Block | str:
@@ -159,6 +162,8 @@ def _conv_reason(role: str, conv: Module, kinds: Kinds) -> str | None:
         return f"the {role} has a bias"
     if conv.padding_mode != "zeros":
         return f"the {role} pads with {conv.padding_mode!r}"
+    if is_traceable_wrapper_subclass(conv.weight):
+        return f"the {role}'s weight is a {type(conv.weight).__name__}"
     return None
 
 

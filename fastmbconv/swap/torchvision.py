@@ -72,7 +72,7 @@ def _flat(layers: Module, residual: bool) -> Block | str:
         stages[-1].append(leaf)
     if any(len(stage) == 1 for stage in stages):
         return "a convolution without a norm"
-    return _assemble([Stage(*stage[:2], stage[2] if stage[2:] else None) for stage in stages], None, residual, None)
+    return _assemble([Stage(conv, norm, *act or [None]) for conv, norm, *act in stages], None, residual, None)
 
 
 def _leaves(layer: Module) -> Iterator[Module]:
@@ -105,7 +105,7 @@ def _stage(layer: Module) -> Stage | str:
     if kind(layer) not in SEQUENTIALS or len(layer) not in (2, 3):
         return f"a stage is a {name(layer)}, not convolution, norm and activation"
     conv, norm, *act = layer._modules.values()
-    return Stage(conv, norm, act[0] if act else None)
+    return Stage(conv, norm, *act or [None])
 
 
 def _gate(layer: Module) -> Gate | None | str:
