@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 Activation = Literal["none", "silu", "relu", "relu6"]
-Padding = int | Literal["same"]
+Padding = int | tuple[int, int] | Literal["same"]
 Memory = Literal["fast", "lean"]
 
 
@@ -78,9 +78,11 @@ class Block:
         expand_weight: [C, C_in, 1, 1], or None for a block without expansion (then `bn1` is None too).
         depthwise_weight: [C, 1, K, K].
         project_weight: [C_out, C, 1, 1].
-        padding: symmetric padding in pixels, or "same" for TensorFlow's SAME (at any resolution).
+        padding: pixels on every side, or a pair (top and left, bottom and right), or "same" for TensorFlow's SAME (at
+            any resolution).
         residual: add the block's input to its output (stride 1, C_in == C_out).
-        drop: stochastic depth: each sample's factor from a tensor [N, 1, 1, 1] of ones; None if inactive.
+        drop: stochastic depth: each sample's factor, in its dtype or a wider one, from a tensor [N, 1, 1, 1] of ones;
+            None if inactive.
     """
 
     expand_weight: Tensor | None
@@ -107,6 +109,8 @@ class Block:
 
 def pads(size: int, kernel_size: int, stride: int, padding: Padding) -> tuple[int, int]:
     """Padding (before, after) of one spatial axis; "same" follows TensorFlow: the odd pixel goes after."""
+    if isinstance(padding, tuple):
+        return padding
     if padding != "same":
         return padding, padding
     total = max((-(-size // stride) - 1) * stride + kernel_size - size, 0)

@@ -84,12 +84,16 @@ def _check_geometry(name: str, x: Tensor, weight: Tensor, channels: int, stride:
     _check_weight(name, weight, (channels, 1, k, k), x)
     if not isinstance(stride, int) or stride < 1:
         raise ValueError(f"stride is {stride!r}: expected an integer >= 1")
-    if padding != "same" and (not isinstance(padding, int) or padding < 0):
-        raise ValueError(f"padding is {padding!r}: expected an integer >= 0 or 'same'")
+    if padding != "same" and not all(isinstance(side, int) and side >= 0 for side in _sides(padding)):
+        raise ValueError(f"padding is {padding!r}: expected an integer >= 0, a pair of them or 'same'")
     height, width = (output_size(s, sum(pads(s, k, stride, padding)), k, stride) for s in x.shape[2:])
     if height < 1 or width < 1:
         raise ValueError(f"x is {x.shape[2]} x {x.shape[3]} pixels: too small for kernel size {k}, padding {padding!r}")
     return height * width
+
+
+def _sides(padding: Padding) -> tuple[object, ...]:
+    return padding if isinstance(padding, tuple) and len(padding) == 2 else (padding,)
 
 
 def _check_batch_norm(name: str, bn: BatchNorm, channels: int, x: Tensor, values: int) -> None:

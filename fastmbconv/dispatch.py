@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from fastmbconv.block import Block
+from fastmbconv.block import Block, Padding
 
 BACKENDS = ("auto", "triton", "eager")
 KERNEL_SIZES = (3, 5)
@@ -93,7 +93,7 @@ def activation_reason(activation: str) -> str | None:
     return None if supported else f"activation {activation!r} (supported: {', '.join(ACTIVATIONS)})"
 
 
-def shape_reason(kernel_size: int, stride: int, padding: int | str, activation: str) -> str | None:
+def shape_reason(kernel_size: int, stride: int, padding: Padding, activation: str) -> str | None:
     """Why no kernel exists for this convolution and activation, or None."""
     if kernel_size not in KERNEL_SIZES:
         return f"kernel size {kernel_size} (supported: 3, 5)"
@@ -101,7 +101,8 @@ def shape_reason(kernel_size: int, stride: int, padding: int | str, activation: 
         return f"stride {stride} (supported: 1, 2)"
     if (reason := activation_reason(activation)) is not None:
         return reason
-    if padding != "same" and not 0 <= int(padding) < kernel_size:
+    sides = (0,) if padding == "same" else padding if isinstance(padding, tuple) else (padding,)
+    if not all(0 <= side < kernel_size for side in sides):
         return f"padding {padding} (supported: 0 to kernel size - 1, or 'same')"
     return None
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from fastmbconv.block import Activation, Padding
+from fastmbconv.block import Activation
 from fastmbconv.mbconv import ACTIVATIONS, Conv2d, MBConv
 from fastmbconv.scaling import ALPHA, BETA, COEFFICIENTS, GAMMA, SE_RATIO, Coefficients, compound, plan
 
@@ -77,7 +77,7 @@ class ConvBNAct(nn.Module):
         out_channels: int,
         kernel_size: int,
         stride: int,
-        padding: Padding,
+        padding: int | Literal["same"],
         activation: Activation,
         eps: float,
         momentum: float,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmbconv import dispatch, functional
-from fastmbconv.block import Activation, BatchNorm, Block, Memory, Padding, SqueezeExcite, pads
+from fastmbconv.block import Activation, BatchNorm, Block, Memory, SqueezeExcite, pads
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "none": nn.Identity,
@@ -53,7 +53,7 @@ class Conv2d(nn.Conv2d):
         out_channels: int,
         kernel_size: int,
         stride: int = 1,
-        padding: Padding = 0,
+        padding: int | Literal["same"] = 0,
         groups: int = 1,
         bias: bool = False,
     ) -> None:
@@ -151,7 +151,7 @@ class MBConv(nn.Module):
     ) -> None:
         super().__init__()
         hidden = round(in_channels * expand_ratio)
-        pad: Padding = kernel_size // 2 if padding is None else padding
+        pad: int | Literal["same"] = kernel_size // 2 if padding is None else padding
         self.stride, self.padding, self.activation = stride, pad, activation
         self.residual = stride == 1 and in_channels == out_channels
         self.expand_conv: Conv2d | None = None

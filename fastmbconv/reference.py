@@ -63,5 +63,5 @@ def mbconv(x: Tensor, block: Block) -> Tensor:
         h = squeeze_excite(h, block.se)
     h = batch_norm(F.conv2d(h, block.project_weight), block.bn3)
     if block.residual and block.drop is not None:
-        h = h * block.drop(h.new_ones(h.shape[0], 1, 1, 1))
+        h = (h * block.drop(h.new_ones(h.shape[0], 1, 1, 1))).to(h.dtype)
     return h + x if block.residual else h

@@ -68,12 +68,12 @@ def assert_kernels_agree(module: nn.Module, x: torch.Tensor) -> None:
             assert_parity(name, ours[name], theirs[name], value)
 
 
-def assert_same_masks(module: nn.Module, x: torch.Tensor) -> None:
+def assert_same_masks(module: nn.Module, x: torch.Tensor, *args: float) -> None:
     """A residual block in training drops the same samples through the kernels as by itself, from the same seed."""
     kept = []
     for make in (unfuse, fuse):
         block = make(copy.deepcopy(module))
         torch.manual_seed(5)
         with backend("triton"):
-            kept.append((block(x) != x).flatten(1).any(1))
+            kept.append((block(x, *args) != x).flatten(1).any(1))
     assert torch.equal(*kept) and 0 < kept[0].sum() < len(x)

@@ -10,7 +10,7 @@ _declared = []
 
 def library(name):
     """The imported library, or a skip that names it."""
-    if name in ("timm", "torchvision"):
+    if name in ("timm", "torchvision", "transformers", "segmentation_models_pytorch"):
         _declare_vision_ops()
     return pytest.importorskip(name, reason=f"{name} is not installed")
 

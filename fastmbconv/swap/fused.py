@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cache
+from inspect import signature
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from fastmbconv import dispatch, functional
 from fastmbconv.block import Block, Memory
 from fastmbconv.mbconv import MBConv
-from fastmbconv.swap.registry import Adapter, adapter_of
+from fastmbconv.swap.parts import NotNow
+from fastmbconv.swap.registry import Adapter, adapter_of, forward_owner
 
 
 class FusedBlock:
@@ -25,9 +27,12 @@ class FusedBlock:
     adapter: ClassVar[Adapter]
     original: ClassVar[type[nn.Module]]
     memory: ClassVar[Memory]
+    image: ClassVar[str]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         original: Callable[..., Any] = super().forward  # type: ignore[misc]
+        if not args and type(self).image in kwargs:
+            args = (kwargs.pop(type(self).image),)
         if not args or not isinstance(args[0], Tensor):
             return original(*args, **kwargs)
         block = read(self, type(self).adapter, *args[1:], **kwargs)  # type: ignore[arg-type]
@@ -52,20 +57,25 @@ class FusedBlock:
 
 def read(module: nn.Module, adapter: Adapter, *args: Any, **kwargs: Any) -> Block | str:
     """The block as data at this call, or why the module must run its own submodules."""
-    return dispatch.module_reason(module) or adapter(module, *args, **kwargs)
+    reason = dispatch.module_reason(module)
+    if reason is not None:
+        return reason
+    block = adapter(module, *args, **kwargs)
+    return block.reason if isinstance(block, NotNow) else block
 
 
 def fusible(module: nn.Module) -> Block | str | None:
     """What `fuse` goes by: the block as data, the reason why it can't be fused, or None for what is no known block.
 
-    Hooks and parametrizations don't count: they come and go, and each call looks for them.
+    Hooks, parametrizations and an adapter's NotNow don't count: they come and go, and each call looks for them.
     """
     adapter = adapter_of(type(module))
     if adapter is None:
         return None
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
-    block = adapter(module)
+    found = adapter(module)
+    block = found.block if isinstance(found, NotNow) else found
     return block if isinstance(block, str) else dispatch.block_reason(block) or block
 
 
@@ -101,6 +111,7 @@ def fused_class(original: Any, memory: Memory) -> Any:
         "adapter": staticmethod(adapter_of(original)),  # type: ignore[arg-type]
         "original": original,
         "memory": memory,
+        "image": list(signature(vars(forward_owner(original))["forward"]).parameters)[1],
         "__module__": FusedBlock.__module__,
         "__doc__": original.__doc__,
     }

@@ -5,8 +5,8 @@ Leaves are recognised by their exact type: a subclass may compute something else
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,34 +28,44 @@ ACTIVATIONS: dict[type[nn.Module], Activation] = {
 class Kinds:
     """Exact leaf types, as `kind` spells them, that mean in one library's blocks what torch's own leaves mean."""
 
+    convs: frozenset[str] = frozenset()
     same_convs: frozenset[str] = frozenset()
     norms: frozenset[str] = frozenset()
     gates: frozenset[str] = frozenset()
     drops: frozenset[str] = frozenset()
+    activations: Mapping[str, Activation] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A convolution, the norm behind it, and the activation behind that (None: no activation)."""
+    """A convolution, the norm behind it, and the activation behind that (None: no activation).
+
+    `padding` counts what is padded outside the convolution too; None: only the convolution pads.
+    """
 
     conv: Module
     norm: Module
     act: Module | None
+    padding: Padding | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """The leaves of a squeeze-and-excitation path."""
+    """The leaves of a squeeze-and-excitation path; gate None: the block's forward calls sigmoid itself."""
 
     reduce: Module
     act: Module
     expand: Module
-    gate: Module
+    gate: Module | None
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The pieces of one block; `drop_rate` is the rate of `drop`, which counts only in a block with a residual."""
+    """The pieces of one block.
+
+    `drop_rate` is the rate of `drop`, which counts only in a block with a residual; `drop_function` is what
+    `Block.drop` says, for this call, in a block without such a module.
+    """
 
     expand: Stage | None
     depthwise: Stage
@@ -64,6 +74,15 @@ class Parts:
     residual: bool
     drop: Module | None
     drop_rate: float
+    drop_function: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NotNow:
+    """A block that can be fused, but not at this call, and why: a later one may differ."""
+
+    block: Block
+    reason: str
 
 
 def kind(module: Module) -> str:
@@ -77,6 +96,16 @@ def name(module: Module) -> str:
     return kind(module) if getattr(nn, cls.__name__, cls) is not cls else cls.__name__
 
 
+def children_reason(module: Module, required: set[str], optional: frozenset[str] = frozenset()) -> str | None:
+    """Why a module with these children is not the block that its adapter knows, or None."""
+    children = set(module._modules)
+    for missing in sorted(required - children):
+        return f"no submodule {missing}"
+    for unknown in sorted(children - required - optional):
+        return f"an unknown submodule {unknown}"
+    return None
+
+
 def assemble(parts: Parts, kinds: Kinds) -> Block | str:
     """The block as data, with its live parameters; or the reason why it is none."""
     stages = [("depthwise convolution", parts.depthwise), ("projection", parts.project)]
@@ -85,18 +114,18 @@ def assemble(parts: Parts, kinds: Kinds) -> Block | str:
     for role, stage in stages:
         reason = _conv_reason(role, stage.conv, kinds) or _norm_reason(role, stage.norm, kinds)
         if reason is None and stage is not parts.depthwise:
-            reason = _pointwise_reason(role, stage.conv)
+            reason = _pointwise_reason(role, stage)
         if reason is not None:
             return reason
     reason = _depthwise_reason(parts.depthwise.conv) or _gate_reason(parts.se, kinds) or _drop_reason(parts, kinds)
     if reason is not None:
         return reason
-    activation = _activation(parts.depthwise.act)
+    activation = _activation(parts.depthwise.act, kinds)
     if activation is None:
         return _unknown_activation("depthwise convolution", parts.depthwise.act)
-    if parts.expand is not None and _activation(parts.expand.act) != activation:
+    if parts.expand is not None and _activation(parts.expand.act, kinds) != activation:
         return _unknown_activation("expansion", parts.expand.act, f"the depthwise stage has {activation}")
-    if _activation(parts.project.act) != "none":
+    if _activation(parts.project.act, kinds) != "none":
         return _unknown_activation("projection", parts.project.act, "allowed is none")
     return _block(parts, kinds, activation)
 
@@ -110,11 +139,11 @@ def _block(parts: Parts, kinds: Kinds, activation: Activation) -> Block | str:
         bn1=None if expand is None else BatchNorm.of(expand.norm),
         depthwise_weight=conv.weight,
         bn2=BatchNorm.of(parts.depthwise.norm),
-        se=None if parts.se is None else _squeeze_excite(parts.se),
+        se=None if parts.se is None else _squeeze_excite(parts.se, kinds),
         project_weight=project.conv.weight,
         bn3=BatchNorm.of(project.norm),
         stride=stride,
-        padding=_padding(conv, kinds),
+        padding=_padding(parts.depthwise, kinds),
         activation=activation,
         residual=parts.residual,
         drop=_drop(parts),
@@ -126,28 +155,33 @@ def _block(parts: Parts, kinds: Kinds, activation: Activation) -> Block | str:
 
 def _drop(parts: Parts) -> Callable[[Tensor], Tensor] | None:
     drop = parts.drop
+    if parts.residual and parts.drop_function is not None:
+        return parts.drop_function
     return drop if parts.residual and drop is not None and drop.training and parts.drop_rate > 0 else None
 
 
-def _squeeze_excite(gate: Gate) -> SqueezeExcite:
+def _squeeze_excite(gate: Gate, kinds: Kinds) -> SqueezeExcite:
     return SqueezeExcite(
         gate.reduce.weight,
         gate.reduce.bias,
         gate.expand.weight,
         gate.expand.bias,
-        activation=ACTIVATIONS[type(gate.act)],
+        activation=_activation(gate.act, kinds) or "none",
     )
 
 
-def _activation(act: Module | None) -> Activation | None:
-    return "none" if act is None else ACTIVATIONS.get(type(act))
+def _activation(act: Module | None, kinds: Kinds) -> Activation | None:
+    return "none" if act is None else ACTIVATIONS.get(type(act)) or kinds.activations.get(kind(act))
 
 
 def _unknown_activation(role: str, act: Module | None, allowed: str = "supported: SiLU, ReLU, ReLU6") -> str:
     return f"the activation after the {role} is {'none' if act is None else name(act)} ({allowed})"
 
 
-def _padding(conv: Module, kinds: Kinds) -> Padding:
+def _padding(stage: Stage, kinds: Kinds) -> Padding:
+    if stage.padding is not None:
+        return stage.padding
+    conv = stage.conv
     if kind(conv) in kinds.same_convs:
         return "same"
     if isinstance(conv.padding, str):
@@ -156,7 +190,7 @@ def _padding(conv: Module, kinds: Kinds) -> Padding:
 
 
 def _conv_reason(role: str, conv: Module, kinds: Kinds) -> str | None:
-    if type(conv) is not nn.Conv2d and kind(conv) not in kinds.same_convs:
+    if type(conv) is not nn.Conv2d and kind(conv) not in kinds.same_convs | kinds.convs:
         return f"the {role} is a {name(conv)}"
     if conv.bias is not None:
         return f"the {role} has a bias"
@@ -167,12 +201,15 @@ def _conv_reason(role: str, conv: Module, kinds: Kinds) -> str | None:
     return None
 
 
-def _pointwise_reason(role: str, conv: Module) -> str | None:
+def _pointwise_reason(role: str, stage: Stage) -> str | None:
+    conv = stage.conv
     if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.groups != 1:
         height, width = conv.kernel_size
         return f"the {role} is {height}x{width}, stride {conv.stride[0]}, groups {conv.groups}, not 1x1"
     if not isinstance(conv.padding, str) and conv.padding != (0, 0):
         return f"the {role} has padding {conv.padding[0]}"
+    if stage.padding not in (None, 0, "same"):
+        return f"the {role} has padding {stage.padding}"
     return None
 
 
@@ -205,15 +242,15 @@ def _gate_reason(gate: Gate | None, kinds: Kinds) -> str | None:
     if gate is None:
         return None
     for conv in (gate.reduce, gate.expand):
-        if type(conv) is not nn.Conv2d:
+        if type(conv) is not nn.Conv2d and kind(conv) not in kinds.same_convs | kinds.convs:
             return f"a squeeze-excite convolution is a {name(conv)}"
         if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding not in ((0, 0), "same", "valid"):
             return "a squeeze-excite convolution is not 1x1"
         if conv.groups != 1 or conv.bias is None:
             return "a squeeze-excite convolution has groups or lacks a bias"
-    if type(gate.gate) is not nn.Sigmoid and kind(gate.gate) not in kinds.gates:
+    if gate.gate is not None and type(gate.gate) is not nn.Sigmoid and kind(gate.gate) not in kinds.gates:
         return f"the squeeze-excite gate is {name(gate.gate)} (supported: Sigmoid)"
-    if ACTIVATIONS.get(type(gate.act), "none") == "none":
+    if _activation(gate.act, kinds) in (None, "none"):
         return f"the squeeze-excite activation is {name(gate.act)} (supported: SiLU, ReLU, ReLU6)"
     return None
 

@@ -1,9 +1,10 @@
 """Which adapter reads which class.
 
-An adapter is a function `(module, *args, **kwargs) -> Block | str`: the block as data with its live parameters, or the
-reason why it is none. It gets what a call passes besides the image. It is registered under the qualified name of the
-class whose `forward` it knows, so no library is imported, a subclass with a forward of its own is another block, and a
-further library is one file with a `BLOCKS` dictionary and one entry here.
+An adapter is a function `(module, *args, **kwargs) -> Block | NotNow | str`: the block as data with its live
+parameters, or the reason why this call can't have it, or why there is none. It gets what a call passes besides the
+image. It is registered under the qualified name of the class whose `forward` it knows, so no library is imported, a
+subclass with a forward of its own is another block, and a further library is one file with a `BLOCKS` dictionary and
+one entry here.
 """
 
 from __future__ import annotations
@@ -11,11 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fastmbconv.block import Block
-from fastmbconv.swap import ours, timm, torchvision
+from fastmbconv.swap import lukemelas, ours, timm, torchvision, transformers
+from fastmbconv.swap.parts import NotNow
 
-Adapter = Callable[..., Block | str]
+Adapter = Callable[..., Block | NotNow | str]
 
-ADAPTERS: dict[str, Adapter] = {**ours.BLOCKS, **timm.BLOCKS, **torchvision.BLOCKS}
+ADAPTERS: dict[str, Adapter] = {
+    **ours.BLOCKS,
+    **timm.BLOCKS,
+    **torchvision.BLOCKS,
+    **lukemelas.BLOCKS,
+    **transformers.BLOCKS,
+}
 
 
 def forward_owner(cls: type) -> type:

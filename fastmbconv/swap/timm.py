@@ -12,6 +12,7 @@ KINDS = Kinds(
     norms=frozenset({"timm.layers.norm_act.BatchNormAct2d"}),
     gates=frozenset({"timm.layers.activations.Sigmoid"}),
     drops=frozenset({"timm.layers.drop.DropPath"}),
+    activations={"timm.layers.activations.Swish": "silu", "timm.layers.activations_me.SwishMe": "silu"},
 )
 SQUEEZE_EXCITE = "timm.models._efficientnet_blocks.SqueezeExcite"
 INVERTED = {"conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"}
