@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
+from libraries import library
 from torch import nn
 
 import fastmbconv
 from fastmbconv import parity
-from fastmbconv.cli import blocks, check, demo, main
+from fastmbconv.cli import blocks, check, demo, main, models
 from fastmbconv.cli.extras import CommandError, require, require_timm
 from fastmbconv.mbconv import MBConv
 
@@ -32,7 +33,7 @@ def small_model(monkeypatch):
         options = dict(expand_ratio=2, se_ratio=1.0)
         return nn.Sequential(nn.Conv2d(3, 16, 1), MBConv(16, 16, **options), MBConv(16, 8, 5, 2, **options))
 
-    monkeypatch.setattr(check, "load", load)
+    monkeypatch.setattr(check, "load", lambda name: models.Model(load(name), 224))
 
 
 def test_help_names_the_commands(capsys):
@@ -40,7 +41,7 @@ def test_help_names_the_commands(capsys):
         main(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    assert all(command in printed for command in ("demo", "check", "info"))
+    assert all(command in printed for command in ("demo", "explain", "check", "info"))
 
 
 def test_no_command_is_an_error(capsys):
@@ -140,11 +141,11 @@ def test_check_compares_independent_gradients(device):
 def test_check_names_a_wrong_model(capsys):
     assert main(["check", "resnet50"]) == 2
     error = capsys.readouterr().err
-    assert "'resnet50'" in error and "timm:NAME" in error and "efficientnet_b0" in error
+    assert "'resnet50'" in error and "LIBRARY:MODEL" in error and "efficientnet_b0" in error
 
 
 def test_check_refuses_a_model_without_blocks(capsys, monkeypatch):
-    monkeypatch.setattr(check, "load", lambda name: nn.Conv2d(3, 3, 1))
+    monkeypatch.setattr(check, "load", lambda name: models.Model(nn.Conv2d(3, 3, 1), 8))
     assert main(["check", "--size", "8"]) == 2
     assert "no MBConv block" in capsys.readouterr().err
 
@@ -166,3 +167,76 @@ def test_missing_photos_are_named(monkeypatch):
 def test_timm_imports_here():
     assert require_timm("demo").create_model is not None
     assert require("json", "none").dumps([]) == "[]"
+
+
+EXPLAINED = {
+    "efficientnet_b7": ("", 55, 55, 600),
+    "timm:tf_efficientnet_b4": ("timm", 32, 32, 380),
+    "torchvision:efficientnet_b0": ("torchvision", 16, 16, 224),
+    "lukemelas:efficientnet-b1": ("efficientnet_pytorch", None, 23, 240),
+    "transformers:efficientnet-b0": ("transformers", None, 16, 224),
+    "smp:efficientnet-b0": ("segmentation_models_pytorch", None, 16, 224),
+}
+
+
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_explain(name, capsys, monkeypatch):
+    package, fused, total, resolution = EXPLAINED[name]
+    if package:
+        library(package)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["explain", name, "--batch", "2"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"{name}: 2 x 3 x (\d+) x \1, bfloat16", head)
+    assert f" {resolution}," in head
+    assert max(map(len, lines)) <= 80
+    counted = re.match(r"(\d+) of (\d+) blocks fused", lines[-1])
+    assert counted and int(counted[2]) == total and (fused is None or int(counted[1]) == fused)
+
+
+def test_explain_takes_a_resolution_and_a_batch(capsys):
+    saved = {}
+    for batch, resolution, more in ((1, 64, []), (4, 64, []), (1, 128, []), (1, 64, ["--inference"])):
+        options = ["--batch", str(batch), "--resolution", str(resolution), "--dtype", "float32", *more]
+        assert main(["explain", "efficientnet_lite0", *options]) == 0
+        printed = capsys.readouterr().out
+        moved = re.search(r"move ([\d.]+) (\wB) instead\s+of\s+([\d.]+) (\wB)", printed)
+        saved[batch, resolution, *more] = float(moved[3]) * {"MB": 1, "GB": 1000}[moved[4]]
+    assert saved[4, 64] == pytest.approx(4 * saved[1, 64], rel=0.01)
+    assert saved[1, 128] == pytest.approx(4 * saved[1, 64], rel=0.01)
+    assert saved[1, 64, "--inference"] < saved[1, 64] / 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["keras:b0"], "'keras' is no library; allowed are timm, torchvision, lukemelas, transformers, smp"),
+        (["resnet50"], "efficientnet_lite4"),
+        (["timm:efficientnet_b99"], "timm has no such model; near it: efficientnet_b"),
+        (["torchvision:effnet"], "torchvision has no such model; near it: "),
+        (["lukemelas:efficientnet_b0"], "near it: efficientnet-b0"),
+        (["efficientnet_b0", "--batch", "0"], "--batch is 0: allowed are 1 and more"),
+        (["efficientnet_b0", "--resolution", "8"], "--resolution is 8: allowed are 32 and more"),
+    ],
+)
+def test_explain_names_what_is_wrong(arguments, told, capsys):
+    if (package := arguments[0].partition(":")[0]) in ("timm", "torchvision", "lukemelas"):
+        library({"lukemelas": "efficientnet_pytorch"}.get(package, package))
+    assert main(["explain", *arguments]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "extra"),
+    [
+        ("timm:efficientnet_b0", "timm", "demo"),
+        ("torchvision:efficientnet_b0", "torchvision", "train"),
+        ("lukemelas:efficientnet-b0", "efficientnet_pytorch", "test"),
+        ("transformers:efficientnet-b0", "transformers", "test"),
+        ("smp:efficientnet-b0", "segmentation_models_pytorch", "test"),
+    ],
+)
+def test_explain_names_the_missing_extra(name, module, extra, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["explain", name]) == 2
+    assert f"this needs {module}: pip install 'fastmbconv[{extra}]'" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from fastmbconv.mbconv import MBConv
 from fastmbconv.swap import registry
 from fastmbconv.swap.fused import FusedBlock
 from fastmbconv.swap.parts import Kinds, Parts, Stage, assemble
+from fastmbconv.traffic import Sizes, count
 
 
 class Bottleneck(nn.Module):
@@ -402,14 +404,53 @@ def test_our_mbconv_with_a_replaced_norm(calls, x):
 
 
 def test_explain_prints():
-    explanation = explain(fuse(nn.ModuleDict({"a": MBConv(8, 12, 5, stride=2), "b": Other()})))
-    header, first, second, summary = str(explanation).splitlines()
-    assert header.split() == ["block", "class", "channels", "kernel", "stride", "SE", "path", "why"]
-    assert first.split()[:7] == ["a", "MBConv", "8->48->12", "5x5", "2", "yes", "fused"]
-    assert second.split()[:7] == ["b", "Other", "8->8->8", "3x3", "1", "no", "eager"]
-    assert summary.startswith("1 of 2 blocks fused; here they run ")
-    assert len(explanation) == 2 and [row.name for row in explanation] == ["a", "b"]
+    explanation = explain(fuse(nn.ModuleDict({"a": MBConv(8, 12, 5, stride=2), "b": Other(), "c": Other()})))
+    header, first, second, _, reason, passes, summary = str(explanation).splitlines()
+    assert header.split() == ["block", "class", "channels", "kernel", "SE", "path", "passes"]
+    assert re.fullmatch(r"a +MBConv +8->48->12 +5x5 /2 +yes +fused +[\d.]+ -> [\d.]+", first)
+    assert re.fullmatch(r"b +Other +8->8->8 +3x3 +no +eager \[1\]", second)
+    assert reason == f"[1] no adapter for {__name__}.Other (2 blocks: b, c)"
+    assert "a training step" in passes and "a count, not a measurement" in passes
+    assert summary.startswith("1 of 3 blocks fused; here they run ")
+    assert len(explanation) == 3 and [row.name for row in explanation] == ["a", "b", "c"]
     assert str(explain(nn.Linear(2, 2))) == "no MBConv block found"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_explain_counts_what_is_saved(training):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), MBConv(8, 8), Bottleneck(), MBConv(8, 8, stride=2)).train(training)
+    before = copy.deepcopy(model.state_dict())
+    handle = fuse(model)[1].project_conv.register_forward_hook(lambda *_: None)
+    first, plain, last = explain(model, (2, 3, 20, 12)).rows
+    handle.remove()
+    assert (first.saving.shape, plain.saving.shape, last.saving.shape) == ((2, 8, 20, 12),) * 3
+    expected = count(Sizes.of(model[3].describe(), (2, 8, 20, 12)))
+    eager, fused = (
+        (expected.eager_training, expected.fused_training)
+        if training
+        else (expected.eager_inference, expected.fused_inference)
+    )
+    assert last.saving.bytes == (4 * eager, 4 * fused)
+    assert last.saving.passes == (eager / (2 * 48 * 240), fused / (2 * 48 * 240))
+    assert first.path == "eager" and first.saving.bytes[0] > first.saving.bytes[1]  # what the hook costs
+    assert explain(model).rows[2].saving.bytes is None
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model.training is training and not model[1]._forward_pre_hooks
+
+
+def test_explain_fits_its_width():
+    model = fuse(nn.ModuleDict({"a": MBConv(8, 12, 5, stride=2), "b": Other()}))
+    for width in (40, 60, 80):
+        lines = explain(model).table(width).splitlines()[:-1]
+        assert max(map(len, lines)) <= width and lines[0].startswith("block") and "path" in lines[0]
+    wide = nn.Sequential(nn.Conv2d(3, 8, 1), MBConv(8, 8))
+    header = explain(wide, (1, 3, 8, 8)).table(140).splitlines()[0].split()
+    assert header == ["block", "class", "input", "channels", "kernel", "SE", "path", "passes", "saves"]
+
+
+def test_explain_names_a_shape_that_does_not_run():
+    with pytest.raises(ValueError, match=r"input_shape is \(1, 3, 8, 8\): the model does not run on it"):
+        explain(Bottleneck(), (1, 3, 8, 8))
 
 
 def test_explain_says_what_runs_here(device):

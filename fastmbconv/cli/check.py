@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastmbconv.cli.extras import CommandError, require_timm
+from fastmbconv.cli.extras import CommandError
+from fastmbconv.cli.models import HELP, load
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ def add_to(commands: Any) -> None:
         nargs="?",
         default=DEFAULT,
         metavar="MODEL",
-        help="a model of fastmbconv.efficientnet, or timm:NAME (default: %(default)s)",
+        help=f"{HELP} (default: %(default)s)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     parser.add_argument("--size", type=int, help="pixels (default: 224 on a GPU, 32 on a CPU)")
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     device = torch.device("cuda" if gpu else "cpu")
     dtype = getattr(torch, options.dtype)
     size, batch = options.size or (224 if gpu else 32), options.batch or 8
-    model = load(options.model).to(device).train()
+    model = load(options.model).module.to(device).train()
     settle(model)
     x = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
     inputs = blocks.inputs_of(model, x)
@@ -193,22 +193,6 @@ def settle(model: nn.Module) -> None:
         if isinstance(module, torch.nn.BatchNorm2d) and module.affine:
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
             torch.nn.init.normal_(module.bias, std=0.3)
-
-
-def load(name: str) -> nn.Module:
-    """A model by the command line's name for it, with random weights."""
-    if name.startswith("timm:"):
-        timm = require_timm("demo")
-        try:
-            return timm.create_model(name.removeprefix("timm:"))
-        except RuntimeError as error:
-            raise CommandError(f"MODEL is {name!r}: {error}") from error
-    efficientnet = importlib.import_module("fastmbconv.efficientnet")
-    make = getattr(efficientnet, name, None)
-    if not name.startswith("efficientnet_") or not callable(make):
-        known = sorted(each for each in dir(efficientnet) if each.startswith("efficientnet_"))
-        raise CommandError(f"MODEL is {name!r}: allowed are timm:NAME and {', '.join(known)}")
-    return make()
 
 
 def where(device: Any) -> str:

@@ -20,18 +20,23 @@ def require(module: str, extra: str) -> Any:
 
 
 def require_timm(extra: str) -> ModuleType:
-    """timm, also beside a torchvision that was built for another torch.
+    """timm, also beside a torchvision that was built for another torch."""
+    return require_vision("timm", extra)
 
-    timm imports torchvision, and a torchvision with CUDA libraries fails to import beside a CPU build of torch, because
-    its compiled operators are not registered. Nothing here calls them, so declaring them is enough.
+
+def require_vision(module: str, extra: str) -> Any:
+    """torchvision, or a library that imports it, also beside a torchvision that was built for another torch.
+
+    A torchvision with CUDA libraries fails to import beside a CPU build of torch, because its compiled operators are
+    not registered. Nothing here calls them, so declaring them is enough.
     """
     try:
-        return require("timm", extra)
+        return require(module, extra)
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
-            raise CommandError(f"timm can't be imported: {error}") from error
+            raise CommandError(f"{module} can't be imported: {error}") from error
     _declare_torchvision_operators()
-    return require("timm", extra)
+    return require(module, extra)
 
 
 def _declare_torchvision_operators() -> None:

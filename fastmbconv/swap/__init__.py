@@ -62,14 +62,21 @@ def unfuse(model: Model) -> Model:
     return model
 
 
-def explain(model: nn.Module) -> Explanation:
-    """A row for each block of a model: fused or eager, why, and what a call runs in the present environment.
+def explain(model: nn.Module, input_shape: tuple[int, int, int, int] | None = None) -> Explanation:
+    """A row for each block of a model: fused or eager, why, what the kernels save, and what a call runs here.
+
+    Args:
+        model: any module; a block itself too. Its mode decides: what a training step saves, or what a forward does.
+        input_shape: [N, C, H, W] of the images that the model gets. With it the saving is told in bytes, in the
+            model's own dtype; without it only in passes over each block's expanded tensor. The model's forward runs
+            once for the shapes of its blocks, on meta tensors: nothing is computed, and nothing of the model changes.
 
     Raises:
         TypeError: for a model that is no nn.Module.
+        ValueError: for an input_shape that the model does not run on.
     """
     _check(model)
-    return Explanation(rows(model))
+    return Explanation(rows(model, input_shape))
 
 
 def _check(model: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from shutil import get_terminal_size
 from typing import Any, Literal
 
 from torch import nn
@@ -12,6 +13,8 @@ from fastmbconv import dispatch
 from fastmbconv.block import Block
 from fastmbconv.swap.fused import FusedBlock, fusible, is_fused, read
 from fastmbconv.swap.registry import adapter_of, forward_owner
+from fastmbconv.swap.saving import Saving, input_shapes, saving
+from fastmbconv.swap.table import table
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -30,7 +33,8 @@ class Geometry:
 class Row:
     """One block: `path` is what `fuse` has made of it, `reason` says why not ("" if fused).
 
-    `runs` is what a call runs in the present environment: "kernels", or "eager" and why.
+    `runs` is what a call runs in the present environment: "kernels", or "eager" and why. `saving` is what the kernels
+    save, or would save if nothing kept the block from them; None for a block that can't be fused.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Row:
     path: Literal["fused", "eager"]
     reason: str
     runs: str
+    saving: Saving | None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -58,12 +63,14 @@ class Explanation:
         return sum(row.path == "fused" for row in self.rows)
 
     def __repr__(self) -> str:
-        if not self.rows:
-            return "no MBConv block found"
-        cells = [("block", "class", "channels", "kernel", "stride", "SE", "path", "why"), *map(_cells, self.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
-        return "\n".join((*lines, self.summary()))
+        return self.table(get_terminal_size((200, 0)).columns)
+
+    def table(self, width: int = 200) -> str:
+        """The rows, the reasons once each, and the sums, in lines of up to `width` characters.
+
+        Columns that don't fit are left out, the least useful first.
+        """
+        return table(self.rows, width) + (f"\n{self.summary()}" if self.rows else "")
 
     def summary(self) -> str:
         """One line: how many blocks are fused, and what they run here."""
@@ -74,51 +81,41 @@ class Explanation:
         return f"{line}; here they run {' or '.join(sorted(runs))}"
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    g = row.geometry
-    return (
-        row.name or "(model)",
-        row.block,
-        "->".join(map(str, g.channels)) if g.channels else "?",
-        f"{g.kernel_size}x{g.kernel_size}" if g.kernel_size else "?",
-        str(g.stride or "?"),
-        "yes" if g.squeeze_excite else "no",
-        row.path,
-        row.reason if row.path == "eager" or row.runs == "kernels" else f"runs {row.runs}",
-    )
-
-
-def rows(model: nn.Module) -> tuple[Row, ...]:
+def rows(model: nn.Module, input_shape: tuple[int, ...] | None) -> tuple[Row, ...]:
     """A row for each known block, and for each unknown module that looks like one."""
     candidates = _lookalikes(model)
+    known = [module for module in model.modules() if adapter_of(type(module)) is not None]
+    shapes = {} if input_shape is None else input_shapes(model, known, input_shape)
     found = []
     for name, module in model.named_modules():
         if adapter_of(type(module)) is not None:
-            found.append(_row(name, module))
+            found.append(_row(name, module, shapes.get(module)))
         elif module in candidates:
             reason = f"no adapter for {type(module).__module__}.{type(module).__qualname__}"
             found.append(_eager(name, module, reason, _guessed_geometry(module)))
     return tuple(found)
 
 
-def _row(name: str, module: nn.Module) -> Row:
+def _row(name: str, module: nn.Module, shape: tuple[int, int, int, int] | None) -> Row:
     block = fusible(module)
+    saved = saving(block, module.training, shape) if isinstance(block, Block) else None
     geometry = _geometry(block) if isinstance(block, Block) else _guessed_geometry(module)
     adapter = adapter_of(type(module))
     if adapter is not None and is_fused(module):
         live = read(module, adapter)
         if isinstance(live, str):
-            return _eager(name, module, live, geometry)
+            return _eager(name, module, live, geometry, saved)
     if not isinstance(block, Block):
         return _eager(name, module, str(block), geometry)
     if not is_fused(module):
-        return _eager(name, module, "not fused: fastmbconv.fuse does it", geometry)
+        return _eager(name, module, "not fused: fastmbconv.fuse does it", geometry, saved)
     reason = dispatch.supports(block, block.project_weight)
-    return Row(name, _class_name(module), geometry, "fused", "", "kernels" if reason is None else f"eager: {reason}")
+    runs = "kernels" if reason is None else f"eager: {reason}"
+    return Row(name, _class_name(module), geometry, "fused", "", runs, saved)
 
 
-def _eager(name: str, module: nn.Module, reason: str, geometry: Geometry) -> Row:
-    return Row(name, _class_name(module), geometry, "eager", reason, f"eager: {reason}")
+def _eager(name: str, module: nn.Module, reason: str, geometry: Geometry, saved: Saving | None = None) -> Row:
+    return Row(name, _class_name(module), geometry, "eager", reason, f"eager: {reason}", saved)
 
 
 def _class_name(module: nn.Module) -> str:
