@@ -34,7 +34,7 @@ def mbconv(
         block: the weights and settings; BatchNorms that are training move their running statistics in place.
         eager: what to run instead where no kernel does; default `reference.mbconv`.
         memory: "lean" keeps no expanded tensor for the backward, which computes it again: 1.33 instead of 2.33 of them.
-            "fast" keeps it.
+            "fast" keeps it, but for shapes where `fastmbconv tune` found "lean" to be faster on this GPU.
 
     Returns:
         [N, C_out, H', W'], channels_last where the kernels ran.
@@ -66,7 +66,7 @@ def mbconv(
             *((None,) * 4 if se is None else (se.reduce_weight, se.reduce_bias, se.expand_weight, se.expand_bias)),
             block.project_weight, *_affine(block.bn3), keep,
             block.activation, "none" if se is None else se.activation, block.residual and not wide,
-            memory == "lean" and block.bn1 is not None,
+            _lean(x, block, memory, compute),
             _geometry(x, block.depthwise_weight, block.stride, block.padding),
             *(None if bn is None else _setting(bn) for bn in bns),
             *(tensor for bn in bns for tensor in _running(bn)),
@@ -123,6 +123,19 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
     narrow = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if narrow else x.dtype
+
+
+def _lean(x: Tensor, block: Block, memory: Memory, dtype: torch.dtype) -> bool:
+    """Whether this call keeps no expanded tensor: asked for, or in training where a tuned table says that it's faster.
+
+    torch.compile traces this, and tables are files: what it compiles does as `memory` says.
+    """
+    if block.bn1 is None or memory == "lean" or not block.bn1.batch_statistics or torch.compiler.is_compiling():
+        return block.bn1 is not None and memory == "lean"
+    from fastmbconv.kernels import tables
+
+    hidden = block.depthwise_weight.shape[0]
+    return tables.lean_is_faster(x.device, dtype, x.shape, hidden, block.kernel_size, block.stride, block.activation)
 
 
 def _keep(x: Tensor, block: Block, dtype: torch.dtype) -> Tensor | None:

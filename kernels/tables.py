@@ -26,11 +26,10 @@ from torch import Tensor
 
 from .._version import __version__
 from .math import INTERPRETED
-from .tuning import MIN_DOT, SPACE, precision
+from .tuning import MIN_DOT, SPACE, TRITON, precision, relieved
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "tuned"
-TRITON = ".".join(triton.__version__.split(".")[:2])
 COUNTED = ("rows", "images", "pixels")  # rounded in a bucket; parameters in UNNAMED don't show in it
 UNNAMED = ("dtype", "backward")
 
@@ -58,6 +57,7 @@ class Table:
 
 Listener = Callable[[Question], Tiles]
 _listener: Listener | None = None
+_capability = 90
 _answers: dict[tuple[Any, ...], Tiles] = {}
 
 
@@ -73,6 +73,8 @@ def tiles(kernel: str, x: Tensor, formula: Callable[..., Tiles], shape: tuple[An
             return found
     default = formula(*shape)
     sizes = dict(zip(inspect.signature(formula).parameters, shape, strict=False))
+    if not INTERPRETED:
+        default = relieved(kernel, default, sizes, capability(x.device))
     question = Question(kernel, _key(kernel, x.dtype, sizes, traits), sizes, default)
     if _listener is not None:
         return _listener(question)
@@ -96,20 +98,22 @@ def fits(question: Question, entry: Tiles) -> bool:
     return set(entry) <= set(question.default) and entry.get("R", 0) % step == 0 and entry.get("NB", images) >= images
 
 
-def lean_is_faster(x: Tensor, hidden: int, kernel_size: int, stride: int, activation: str) -> bool:
-    """Whether a table says so for a training step of a block with input x [N, C, H, W]."""
-    tables = of(x.device)
-    if not tables:
+def lean_is_faster(device: torch.device, *block: Any) -> bool:
+    """Whether a table says so for a training step of a block, described as for `memory_key`."""
+    tables = of(device) if _listener is None else ()
+    if not any(table.memory for table in tables):
         return False
-    key = memory_key(x, hidden, kernel_size, stride, activation)
+    key = memory_key(*block)
     return next((table.memory[key] for table in tables if key in table.memory), "fast") == "lean"
 
 
-def memory_key(x: Tensor, hidden: int, kernel_size: int, stride: int, activation: str) -> str:
-    """The bucket of a block with an expansion; x is [N, C, H, W] in the dtype that the kernels compute in."""
-    n, c, h, w = x.shape
+def memory_key(
+    dtype: torch.dtype, size: torch.Size, hidden: int, kernel_size: int, stride: int, activation: str
+) -> str:
+    """The bucket of a block with an expansion; its input is [N, C, H, W] of `size`, computed in `dtype`."""
+    n, c, h, w = size
     sizes = dict(images=n, height=h, width=w, channels=c, hidden=hidden, kernel_size=kernel_size, stride=stride)
-    return _key("block", x.dtype, sizes, dict(activation=activation))
+    return _key("block", dtype, sizes, dict(activation=activation))
 
 
 def bucket(count: int) -> str:
@@ -135,6 +139,27 @@ def answered_by(listener: Listener) -> Iterator[None]:
         _listener = before
 
 
+@contextmanager
+def compiled_for(capability: int) -> Iterator[None]:
+    """Inside the `with` block tiles for tensors on no GPU are those of this compute capability, 80 for sm_80."""
+    global _capability
+    before, _capability = _capability, capability
+    forget()
+    try:
+        yield
+    finally:
+        _capability = before
+        forget()
+
+
+def capability(device: torch.device) -> int:
+    """A GPU's compute capability, 80 for sm_80; for what is no GPU the one that `compiled_for` says."""
+    if device.type != "cuda":
+        return _capability
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def forget() -> None:
     """Read the tables anew at the next launch."""
     _answers.clear()
@@ -146,9 +171,9 @@ def of(device: torch.device) -> tuple[Table, ...]:
     """The tables that answer for a device, the first one first; files that can't be used are named in a warning."""
     if INTERPRETED or device.type != "cuda":
         return ()
-    name, capability = torch.cuda.get_device_name(device), "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    places = [user_file(name), SHIPPED / f"{slug(name)}.json", SHIPPED / f"{capability}.json"]
-    found = [usable(place, (name, capability), own=place == places[0]) for place in places]
+    name, family = torch.cuda.get_device_name(device), f"sm_{capability(device)}"
+    places = [user_file(name), SHIPPED / f"{slug(name)}.json", SHIPPED / f"{family}.json"]
+    found = [usable(place, (name, family), own=place == places[0]) for place in places]
     return tuple(table for table in found if table is not None)
 
 
@@ -188,8 +213,9 @@ def read(path: Path, gpus: tuple[str, ...], own: bool) -> Table:
         raise ValueError(f"its format is {head.get('format')!r}, and this version reads {FORMAT}")
     if head.get("gpu") not in gpus:
         raise ValueError(f"it is for {head.get('gpu')!r}, and this GPU is {gpus[0]!r}")
-    if TRITON not in head.get("triton", ()):
-        raise ValueError(f"it holds for Triton {head.get('triton')}, and this is {TRITON}")
+    version = ".".join(map(str, TRITON))
+    if version not in head.get("triton", ()):
+        raise ValueError(f"it holds for Triton {head.get('triton')}, and this is {version}")
     if own and head.get("fastmbconv") != __version__:
         raise ValueError(f"fastmbconv {head.get('fastmbconv')} wrote it, and this is {__version__}")
     table = Table(head, content.get("tiles", {}), content.get("memory", {}))

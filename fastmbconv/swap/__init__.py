@@ -33,6 +33,7 @@ def fuse(model: Model, filter_fn: Callable[[nn.Module, str], bool] | None = None
         model: any module; a block itself too.
         filter_fn: called as filter_fn(block, fully_qualified_name) for each block that can be fused; false leaves it.
         memory: "lean" keeps no expanded tensor for the backward, which computes it again: less memory, more work.
+            "fast" is the faster plan: "lean" too, at shapes where `fastmbconv tune` found it so on this GPU.
 
     Raises:
         ValueError: for another `memory` than "fast" and "lean".

@@ -1,0 +1,330 @@
+"""The search behind `fastmbconv tune`: the launches of a model's training step and inference, and their fastest tiles.
+
+`launches` catches them without a GPU: each block runs once on CPU tensors whose kernels are left out. A launch can then
+be repeated with other tiles, partial sums and all. `search` walks from the formula's tiles to better neighbours; what
+does not compile, or spills registers, is never timed. The compiler and the clock are arguments.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+import fastmbconv
+from fastmbconv import dispatch, ops  # noqa: F401 (ops brings every kernel in)
+from fastmbconv.block import Block, Memory
+from fastmbconv.kernels import tables, traffic
+from fastmbconv.kernels.tuning import SPACE
+from fastmbconv.swap.fused import fusible
+
+GAIN = 0.99  # of the best time so far: what is not faster than noise changes nothing
+FLUSH_BYTES = 256 << 20  # several times the L2 of an H100 (50 MB) or H200 (60 MB)
+SAMPLES, SAMPLES_MS = 15, 60.0
+
+Step = Callable[[], object]
+Tiles = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor to be made again: size, strides, dtype."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def make(self, device: torch.device) -> Tensor:
+        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=device).normal_()
+
+
+@dataclass
+class Launch:
+    """One bucket: its question, a launcher's call that asks it, how often a step does, bytes of all those calls."""
+
+    question: tables.Question
+    launcher: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    count: int = 0
+    moved: int = 0
+
+    def step(self, device: torch.device) -> Step:
+        """The launcher on fresh tensors."""
+        arguments = [a.make(device) if isinstance(a, Spec) else a for a in self.arguments]
+        return lambda: self.launcher(*arguments)
+
+
+@dataclass(frozen=True)
+class BlockCase:
+    """A block with its input's shape, and how often the model has it."""
+
+    block: nn.Module
+    size: tuple[int, ...]
+    count: int
+
+    def module(self, device: torch.device, memory: Memory) -> nn.Module:
+        """The block alone, fused, on a device."""
+        module = copy.deepcopy(self.block).to_empty(device=device)
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                torch.nn.init.uniform_(tensor, 0.5, 1.0)
+        return fastmbconv.fuse(nn.Sequential(module), memory=memory).train()
+
+
+@dataclass
+class Found:
+    """What the search for one bucket came to; `tiles` is None where nothing could be timed."""
+
+    tiles: Tiles | None
+    ms: float = float("inf")
+    default_ms: float = float("inf")
+    timed: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)  # by reason
+
+
+def cases(model: nn.Module, size: tuple[int, int, int, int]) -> list[BlockCase]:
+    """The distinct blocks of a model for images of `size`; nothing is computed, the model's tensors are dropped."""
+    model = model.to("meta").train()
+    found: dict[Any, BlockCase] = {}
+
+    def note(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        block, shape = fusible(module), tuple(arguments[0].shape)
+        if isinstance(block, Block):
+            case = found.get(_kind(block, shape), BlockCase(copy.deepcopy(module), shape, 0))
+            found[_kind(block, shape)] = BlockCase(case.block, shape, case.count + 1)
+
+    handles = [
+        module.register_forward_pre_hook(note) for module in model.modules() if isinstance(fusible(module), Block)
+    ]
+    with fastmbconv.backend("eager"), torch.no_grad():
+        model(torch.empty(size, device="meta"))
+    for handle in handles:
+        handle.remove()
+    return list(found.values())
+
+
+def _kind(block: Block, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    reduce = None if block.se is None else block.se.reduce_weight
+    weights = (block.expand_weight, block.depthwise_weight, block.project_weight, reduce)
+    sizes = tuple(None if w is None else tuple(w.shape) for w in weights)
+    return shape, sizes, block.stride, block.padding, block.activation, block.residual, block.drop is not None
+
+
+def launches(blocks: list[BlockCase], dtype: torch.dtype, plans: tuple[Memory, ...]) -> list[Launch]:
+    """The tunable launches of these blocks, training in each plan and inference, by bytes; nothing is computed."""
+    found: dict[str, Launch] = {}
+    with _kernels_left_out(), fastmbconv.backend("triton"):
+        for case in blocks:
+            with _caught(found, case.count):
+                for memory in plans:
+                    _train(case.module(torch.device("cpu"), memory), case, torch.device("cpu"), dtype)()
+                module = case.module(torch.device("cpu"), "fast").eval()
+                with torch.no_grad():
+                    _forward(module, case, torch.device("cpu"), dtype)()
+    return sorted(found.values(), key=lambda launch: -launch.moved)
+
+
+def _forward(module: nn.Module, case: BlockCase, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
+    x = torch.empty(case.size, dtype=dtype, device=device, memory_format=torch.channels_last)
+    x = x.normal_() if device.type != "cpu" else x
+    x.requires_grad_(torch.is_grad_enabled())
+
+    def forward() -> Tensor:
+        half = dtype in (torch.float16, torch.bfloat16)
+        with torch.autocast(device.type, dtype=dtype if half else None, enabled=half):
+            return module(x)
+
+    return forward
+
+
+def _train(module: nn.Module, case: BlockCase, device: torch.device, dtype: torch.dtype) -> Step:
+    forward = _forward(module, case, device, dtype)
+
+    def step() -> None:
+        y = forward()
+        y.backward(torch.empty_like(y))
+
+    return step
+
+
+@contextmanager
+def _running(run: Callable[..., Any]) -> Iterator[None]:
+    """Inside the `with` block each launch of a kernel is `run(original, kernel, args, kwargs)` instead."""
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda kernel, *args, **kwargs: run(original, kernel, args, kwargs)
+
+    with ExitStack() as stack:
+        for owner in (JITFunction, InterpretedFunction):
+            stack.enter_context(mock.patch.object(owner, "run", around(owner.run)))
+        yield
+
+
+@contextmanager
+def _kernels_left_out() -> Iterator[None]:
+    with (
+        mock.patch.object(dispatch, "device_reason", lambda x: None),
+        _running(lambda original, kernel, args, kwargs: None),
+    ):
+        yield
+
+
+def launchers() -> dict[str, Any]:
+    """The module of each tunable launcher, by the launcher's name."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("fastmbconv.kernels.")]
+    return {
+        name: module
+        for module in modules
+        for name in SPACE
+        if getattr(getattr(module, name, None), "__module__", None) == module.__name__
+    }
+
+
+@contextmanager
+def _caught(found: dict[str, Launch], count: int) -> Iterator[None]:
+    """Inside the `with` block each tunable launch is noted in `found`, `count` times."""
+    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+    keys: list[str] = []
+
+    def noted(launcher: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            specs = tuple(Spec(tuple(a.shape), a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in arguments)
+            calls.append((launcher, specs))
+            with traffic.recorded() as stated:
+                result = launcher(*arguments)
+            launch = found[keys.pop()]
+            launch.count += count
+            launch.moved += count * sum(moved.size for one in stated for moved in (*one.reads, *one.writes))
+            return result
+
+        return call
+
+    def listen(question: tables.Question) -> Tiles:
+        found.setdefault(question.key, Launch(question, *calls[-1]))
+        keys.append(question.key)
+        return question.default
+
+    with ExitStack() as stack:
+        for name, module in launchers().items():
+            stack.enter_context(mock.patch.object(module, name, noted(getattr(module, name))))
+        stack.enter_context(tables.answered_by(listen))
+        yield
+
+
+def neighbours(question: tables.Question, tiles: Tiles, name: str) -> tuple[list[int], list[int]]:
+    """Values for one tile size beside its present one: larger, smaller, each from near to far."""
+    choice = SPACE[question.kernel][name]
+    most = None if choice.bound is None else 2 * question.sizes[choice.bound] - 1
+    values = [v for v in choice.values if (most is None or v <= most) and tables.fits(question, {name: v})]
+    return [v for v in values if v > tiles[name]], [v for v in reversed(values) if v < tiles[name]]
+
+
+def search(
+    launch: Launch,
+    step: Step,
+    *,
+    spills: Callable[[Step], int | None] | None = None,
+    measure: Callable[[Step], float] | None = None,
+    left: Callable[[], float] = lambda: 1.0,
+) -> Found:
+    """The fastest tiles on the way from the formula's over better neighbours, one tile size at a time.
+
+    `spills(step)` compiles and returns the registers that spill, None where it does not compile; `measure(step)` is in
+    milliseconds. Once `left()` is no longer positive the best so far counts.
+    """
+    spills, measure = spills or compiled_spills, measure or device_ms
+    question = launch.question
+    names = [name for name in SPACE[question.kernel] if name in question.default]
+    found = Found(None)
+
+    def time(tiles: Tiles) -> float:
+        with tables.answered_by(lambda asked: tiles if asked.key == question.key else asked.default):
+            spilled = spills(step)
+            if spilled != 0:
+                reason = "does not compile" if spilled is None else "spills"
+                found.rejected[reason] = found.rejected.get(reason, 0) + 1
+                return float("inf")
+            found.timed += 1
+            return measure(step)
+
+    best = question.default
+    ms = found.default_ms = time(best)
+    better = True
+    while better and left() > 0:
+        better = False
+        for name in names:
+            for way in neighbours(question, best, name):
+                before = best
+                for value in way:
+                    if left() <= 0 or not (faster := time(candidate := best | {name: value})) < ms * GAIN:
+                        break
+                    best, ms, better = candidate, faster, True
+                if best is not before:
+                    break
+    if ms < float("inf"):
+        found.tiles, found.ms = {name: best[name] for name in names}, ms
+    return found
+
+
+def plan_ms(
+    case: BlockCase, device: torch.device, dtype: torch.dtype, measure: Callable[[Step], float] | None = None
+) -> tuple[str, dict[Memory, float]]:
+    """(bucket, milliseconds of a block's forward and backward by plan), with the tiles that the tables hold."""
+    measure = measure or device_ms
+    block = fusible(case.block)
+    assert isinstance(block, Block)
+    hidden = block.depthwise_weight.shape[0]
+    key = tables.memory_key(dtype, case.size, hidden, block.kernel_size, block.stride, block.activation)
+    times: dict[Memory, float] = {}
+    plans: tuple[Memory, ...] = ("fast", "lean")
+    with fastmbconv.backend("triton"), tables.answered_by(lambda asked: tables.answer(asked, device)):
+        for memory in plans:
+            times[memory] = measure(_train(case.module(device, memory), case, device, dtype))
+    return key, times
+
+
+def compiled_spills(step: Step) -> int | None:
+    """Most registers that a kernel of this step spills on this GPU, None where one does not compile; runs nothing."""
+    spilled = [0]
+
+    def compile_only(original: Callable[..., Any], kernel: Any, args: Any, kwargs: Any) -> None:
+        compiled = original(kernel, *args, **kwargs | {"warmup": True})
+        compiled._init_handles()
+        spilled.append(compiled.n_spills)
+
+    try:
+        with _running(compile_only):
+            step()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # the compiler's ways to say no: CompilationError, OutOfResources, a failed ptxas, ...
+        return None
+    return max(spilled)
+
+
+def device_ms(step: Step) -> float:
+    """Median device time of a step in milliseconds, warm, with the L2 overwritten before each sample."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    samples: list[float] = []
+    for _ in range(3):
+        step()
+    while len(samples) < SAMPLES and (len(samples) < 3 or sum(samples) < SAMPLES_MS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        torch.cuda._sleep(1_000_000)  # half a millisecond in which the host queues the step
+        begin.record()
+        step()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end))
+    return statistics.median(samples)
