@@ -50,9 +50,11 @@ def mbconv(
         return reference.mbconv(x, block) if eager is None else eager(x)
     if eager is not None:
         checks.check_block(x, block)
+    compute = _compute_dtype(x)
+    if _infers(x, block):
+        return _mbconv_inference(x, block, compute)
     from fastmbconv.autograd import MBConvFunction
 
-    compute = _compute_dtype(x)
     # As in eager under autocast: the branch is computed in autocast's dtype, a wider shortcut is added in its own.
     wide = block.residual and compute != x.dtype
     bns = (block.bn1, block.bn2, block.bn3)
@@ -85,9 +87,17 @@ def depthwise_bn_act(
     reason = dispatch.call_reason(x) or dispatch.shape_reason(weight.shape[-1], stride, padding, activation)
     if not _use_kernels(reason, x):
         return reference.depthwise_bn_act(x, weight, bn, stride, padding, activation)
+    compute = _compute_dtype(x)
+    if not bn.batch_statistics and not _needs_grad(x, weight, *_affine(bn)):
+        from fastmbconv import inference_ops
+
+        with torch.autocast(x.device.type, enabled=False):
+            y = inference_ops.depthwise_bn_act_inference(
+                _nhwc(x, compute), weight, *_frozen(bn), activation, *_geometry(x, weight, stride, padding)
+            )
+        return y.permute(0, 3, 1, 2)
     from fastmbconv.autograd import DepthwiseBNActFunction
 
-    compute = _compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         _count_batch(bn)
         return DepthwiseBNActFunction.apply(
@@ -111,6 +121,47 @@ def squeeze_excite(x: Tensor, se: SqueezeExcite) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         # Eager's product keeps x's own dtype under autocast: only the gate's convolutions are narrowed.
         return SqueezeExciteFunction.apply(x, *weights, se.activation).permute(0, 3, 1, 2)
+
+
+def _mbconv_inference(x: Tensor, block: Block, compute: torch.dtype) -> Tensor:
+    from fastmbconv import inference_ops
+
+    wide = block.residual and compute != x.dtype
+    se = block.se
+    with torch.autocast(x.device.type, enabled=False):
+        y = inference_ops.mbconv_inference(
+            _nhwc(x, compute), block.expand_weight, *_frozen(block.bn1), block.depthwise_weight, *_frozen(block.bn2),
+            *((None,) * 4 if se is None else (se.reduce_weight, se.reduce_bias, se.expand_weight, se.expand_bias)),
+            block.project_weight, *_frozen(block.bn3), block.activation, "none" if se is None else se.activation,
+            block.residual and not wide, *_geometry(x, block.depthwise_weight, block.stride, block.padding),
+        ).permute(0, 3, 1, 2)  # fmt: skip
+        return x + y if wide else y
+
+
+def _infers(x: Tensor, block: Block) -> bool:
+    """True where nothing needs a gradient and every BatchNorm is a fixed affine map."""
+    bns = [bn for bn in (block.bn1, block.bn2, block.bn3) if bn is not None]
+    if (block.residual and block.drop is not None) or any(bn.batch_statistics for bn in bns):
+        return False
+    se = (
+        ()
+        if block.se is None
+        else (block.se.reduce_weight, block.se.reduce_bias, block.se.expand_weight, block.se.expand_bias)
+    )
+    weights = (block.expand_weight, block.depthwise_weight, block.project_weight, *se)
+    return not _needs_grad(x, *weights, *(tensor for bn in bns for tensor in _affine(bn)))
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _nhwc(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).permute(0, 2, 3, 1).contiguous()
+
+
+def _frozen(bn: BatchNorm | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]:
+    return (None, None, None, None, 0.0) if bn is None else (*_affine(bn), bn.running_mean, bn.running_var, bn.eps)
 
 
 def _use_kernels(reason: str | None, x: Tensor) -> bool:

@@ -73,6 +73,8 @@ SPACE: dict[str, dict[str, Choice]] = {
         num_warps=_WARPS,
         num_stages=_STAGES,
     ),
+    "depthwise_inference": _WALK,
+    "pointwise_inference": _POINTWISE,
     "pool": _ROWS,
     "bn_act_fwd": _ROWS,
     "bn_act_bwd": _ROWS,

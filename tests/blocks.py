@@ -19,7 +19,12 @@ INTERPRETED = dispatch.interpreted()
 HALVES = [pytest.param(torch.float16, id="fp16"), pytest.param(torch.bfloat16, id="bf16")]
 FLOATS = [pytest.param(torch.float32, id="fp32"), *HALVES]
 PRECISE = torch.float64 if INTERPRETED else torch.float32  # the widest type that the kernels take here
-KERNEL_MODULES = ("depthwise", "pointwise", "batch_norm", "squeeze_excite", "project_sweep")
+KERNEL_MODULES = (
+    "depthwise", "pointwise", "batch_norm", "squeeze_excite", "project_sweep", "inference", "depthwise_inference",
+)  # fmt: skip
+TILES = (
+    "walk_tiles", "row_tiles", "matmul_tiles", "sweep_tiles", "_excite_tiles", "product_tiles", "walk_inference_tiles",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +143,7 @@ class Drop(nn.Module):
 
 
 def shrink(monkeypatch, group=None, **tiles):
-    """Force tile sizes (NB, BC, R, BM, BK, BO) and row tiles per program, so that a tiny image spans many programs."""
+    """Force tile sizes (NB, BC, R, SPAN, BM, BK, BO) and row tiles per program: many programs for a tiny image."""
 
     def smaller(function):
         def wrapped(*args, **kwargs):
@@ -150,7 +155,7 @@ def shrink(monkeypatch, group=None, **tiles):
     patched = []
     for name in KERNEL_MODULES:
         module = import_module(f"fastmbconv.kernels.{name}")
-        for function in ("walk_tiles", "row_tiles", "matmul_tiles", "sweep_tiles", "_excite_tiles"):
+        for function in TILES:
             if hasattr(module, function):
                 monkeypatch.setattr(module, function, smaller(getattr(module, function)))
                 patched.append(function)

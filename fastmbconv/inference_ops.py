@@ -1,0 +1,108 @@
+"""The operators that run without gradients, with fake implementations; a block is one of them, and at most 4 launches.
+
+Images are [N, H, W, C] contiguous. A BatchNorm is its weight, bias, running mean, running variance and eps; its scale
+and shift are computed where they are used, so nothing here is older than those tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastmbconv.kernels import depthwise_inference, inference
+from fastmbconv.kernels.inference import Running
+from fastmbconv.ops import _operator
+
+
+@_operator()
+def mbconv_inference(
+    x: Tensor,
+    expand_weight: Tensor | None,
+    bn1_weight: Tensor | None,
+    bn1_bias: Tensor | None,
+    running_mean1: Tensor | None,
+    running_var1: Tensor | None,
+    eps1: float,
+    depthwise_weight: Tensor,
+    bn2_weight: Tensor | None,
+    bn2_bias: Tensor | None,
+    running_mean2: Tensor,
+    running_var2: Tensor,
+    eps2: float,
+    reduce_weight: Tensor | None,
+    reduce_bias: Tensor | None,
+    se_expand_weight: Tensor | None,
+    se_expand_bias: Tensor | None,
+    project_weight: Tensor,
+    bn3_weight: Tensor | None,
+    bn3_bias: Tensor | None,
+    running_mean3: Tensor,
+    running_var3: Tensor,
+    eps3: float,
+    activation: str,
+    se_activation: str,
+    residual: bool,
+    stride: int,
+    pad_top: int,
+    pad_left: int,
+    out_height: int,
+    out_width: int,
+) -> Tensor:
+    """The whole block with BatchNorms that use their running statistics."""
+    bn1 = None
+    inside, h = False, x
+    if expand_weight is not None:
+        assert running_mean1 is not None and running_var1 is not None
+        bn1 = Running(bn1_weight, bn1_bias, running_mean1, running_var1, eps1)
+        inside = depthwise_inference.expands_inside(x.shape[0], depthwise_weight.shape[-1], x.shape[3], x.dtype)
+        if not inside:
+            h = inference.pointwise_inference(x, expand_weight, None, bn1, None, activation)
+    h, parts = depthwise_inference.depthwise_inference(
+        h, expand_weight if inside else None, bn1 if inside else None, depthwise_weight,
+        Running(bn2_weight, bn2_bias, running_mean2, running_var2, eps2), activation,
+        stride, pad_top, pad_left, out_height, out_width, reduce_weight is not None,
+    )  # fmt: skip
+    gate = None
+    if parts is not None:
+        assert reduce_weight is not None and reduce_bias is not None
+        assert se_expand_weight is not None and se_expand_bias is not None
+        gate = inference.excite_inference(
+            parts, out_height * out_width, reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, se_activation
+        )
+    bn3 = Running(bn3_weight, bn3_bias, running_mean3, running_var3, eps3)
+    return inference.pointwise_inference(h, project_weight, gate, bn3, x if residual else None, "none")
+
+
+@mbconv_inference.register_fake
+def _(x: Tensor, *args: Any) -> Tensor:
+    project_weight, (out_height, out_width) = args[16], args[-2:]
+    return x.new_empty(x.shape[0], out_height, out_width, project_weight.shape[0])
+
+
+@_operator()
+def depthwise_bn_act_inference(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    activation: str,
+    stride: int,
+    pad_top: int,
+    pad_left: int,
+    out_height: int,
+    out_width: int,
+) -> Tensor:
+    """act(BN(depthwise(x)))."""
+    bn = Running(bn_weight, bn_bias, running_mean, running_var, eps)
+    return depthwise_inference.depthwise_inference(
+        x, None, None, weight, bn, activation, stride, pad_top, pad_left, out_height, out_width, False
+    )[0]
+
+
+@depthwise_bn_act_inference.register_fake
+def _(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(x.shape[0], *args[-2:], x.shape[3])

@@ -1,0 +1,241 @@
+"""A block without gradients: BatchNorm is an epilogue computed from its running statistics, NHWC.
+
+y = act(scale * (x @ w) + shift) (+ residual), scale = weight / sqrt(running_var + eps), shift = bias - mean * scale.
+The depthwise convolution (depthwise_inference.py) stores activated values and sums them per image in `parts`
+[P, N, C]; the gate is made of those, and multiplies the projection's input.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .math import INTERPRETED, activate, dot, stored
+from .tables import tiles as chosen
+from .traffic import state
+from .tuning import MIN_DOT, matmul_tiles, numeric, pow2, precision
+
+PROGRAMS = 264  # two for each multiprocessor of an H100: fewer leave some idle
+
+
+class Running(NamedTuple):
+    """A BatchNorm's tensors, [C] each, and its eps: all that it does without batch statistics."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    var: Tensor
+    eps: float
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:4]
+
+
+@triton.jit
+def load_affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, o_c, m_c, EPS: tl.constexpr, ACC: tl.constexpr):
+    """scale and shift of a block of channels."""
+    b_scale = 1.0 / tl.sqrt(tl.load(var_ptr + o_c, mask=m_c, other=1.0).to(ACC) + tl.full((), EPS, ACC))
+    if weight_ptr is not None:
+        b_scale = b_scale * tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(ACC)
+    b_shift = -tl.load(mean_ptr + o_c, mask=m_c, other=0.0).to(ACC) * b_scale
+    if bias_ptr is not None:
+        b_shift += tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(ACC)
+    return b_scale, b_shift
+
+
+@triton.jit
+def product(
+    x_ptr, w_ptr, gate_ptr, o_m, m_m, o_o, m_o, HW, CI: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """(x * gate[n, i]) @ w for a tile of pixels and output channels."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    p_x = x_ptr + o_m[:, None].to(tl.int64) * CI
+    acc = tl.zeros((BM, BO), ACC)
+    for k in range(0, CI, BK):
+        o_k = k + tl.arange(0, BK)
+        m = m_m[:, None] & (o_k < CI)[None, :]
+        b_x = tl.load(p_x + o_k[None, :], mask=m, other=0.0)  # [BM, BK]
+        if gate_ptr is not None:
+            b_x = b_x.to(ACC) * tl.load(gate_ptr + (o_m // HW)[:, None] * CI + o_k[None, :], mask=m, other=0.0)
+        m_w = (o_k < CI)[:, None] & m_o[None, :]
+        b_w = tl.load(w_ptr + o_o[None, :] * CI + o_k[:, None], mask=m_w, other=0.0)  # [BK, BO]
+        acc = dot(b_x, b_w, acc, DTYPE, PRECISION)
+    return acc
+
+
+@triton.jit
+def _pointwise_inference_kernel(
+    x_ptr,
+    w_ptr,
+    gate_ptr,
+    bn_weight_ptr,
+    bn_bias_ptr,
+    mean_ptr,
+    var_ptr,
+    residual_ptr,
+    y_ptr,
+    M,
+    HW,
+    CI: tl.constexpr,
+    CO: tl.constexpr,
+    EPS: tl.constexpr,
+    ACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    FAST: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BO: tl.constexpr,
+):
+    columns = (CO + BO - 1) // BO
+    o_m = tl.program_id(0) // columns * BM + tl.arange(0, BM)
+    o_o = tl.program_id(0) % columns * BO + tl.arange(0, BO)
+    m_m, m_o = o_m < M, o_o < CO
+    b_scale, b_shift = load_affine(bn_weight_ptr, bn_bias_ptr, mean_ptr, var_ptr, o_o, m_o, EPS, ACC)
+    acc = product(x_ptr, w_ptr, gate_ptr, o_m, m_m, o_o, m_o, HW, CI, PRECISION, ACC, BM, BK, BO)
+    b_y = activate(acc * b_scale[None, :] + b_shift[None, :], ACT, FAST)
+    m = m_m[:, None] & m_o[None, :]
+    o = o_m[:, None].to(tl.int64) * CO + o_o[None, :]
+    if residual_ptr is not None:
+        b_y += tl.load(residual_ptr + o, mask=m, other=0.0).to(ACC)
+    tl.store(y_ptr + o, stored(b_y, y_ptr.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _excite_inference_kernel(
+    parts_ptr,
+    wr_ptr,
+    br_ptr,
+    wx_ptr,
+    bx_ptr,
+    gate_ptr,
+    N,
+    HW,
+    P,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    ACT: tl.constexpr,
+    ACC: tl.constexpr,
+    BP: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    n = tl.program_id(0)
+    o_r = tl.arange(0, BR)
+    m_r = o_r < R
+    b_r = tl.load(br_ptr + o_r, mask=m_r, other=0.0).to(ACC)
+    for c0 in range(0, C, BC):
+        o_c = c0 + tl.arange(0, BC)
+        m_c = o_c < C
+        b_p = tl.zeros((BC,), ACC)
+        for p0 in range(0, P, BP):
+            o_p = p0 + tl.arange(0, BP)
+            m = (o_p < P)[:, None] & m_c[None, :]
+            b_p += tl.sum(tl.load(parts_ptr + (o_p[:, None] * N + n) * C + o_c[None, :], mask=m, other=0.0), 0)
+        m = m_r[:, None] & m_c[None, :]
+        b_w = tl.load(wr_ptr + o_r[:, None] * C + o_c[None, :], mask=m, other=0.0).to(ACC)  # [BR, BC]
+        b_r += tl.sum(b_w * (b_p / HW)[None, :], 1)
+    b_z = tl.where(m_r, activate(b_r, ACT, False), 0.0)
+    for c0 in range(0, C, BC):
+        o_c = c0 + tl.arange(0, BC)
+        m_c = o_c < C
+        m = m_r[None, :] & m_c[:, None]
+        b_w = tl.load(wx_ptr + o_c[:, None] * R + o_r[None, :], mask=m, other=0.0).to(ACC)  # [BC, BR]
+        b_q = tl.sum(b_w * b_z[None, :], 1) + tl.load(bx_ptr + o_c, mask=m_c, other=0.0).to(ACC)
+        tl.store(gate_ptr + n * C + o_c, 1.0 / (1.0 + tl.exp(-b_q)), mask=m_c)
+
+
+def product_tiles(rows: int, reduce: int, out: int, images: int = 1) -> dict[str, int]:
+    """`matmul_tiles`, smaller where few programs would be left; `rows` are those of each of `images` products."""
+    tiles = matmul_tiles(rows, reduce, out)
+    if INTERPRETED:
+        return tiles
+
+    def programs() -> int:
+        return images * triton.cdiv(rows, tiles["BM"] if images == 1 else rows) * triton.cdiv(out, tiles["BO"])
+
+    while programs() < PROGRAMS and tiles["BO"] > MIN_DOT:
+        shrunk = "BM" if images == 1 and tiles["BM"] > tiles["BO"] else "BO"
+        tiles[shrunk] //= 2
+    if programs() < PROGRAMS:
+        tiles["BK"] = pow2(reduce, MIN_DOT, 128)
+    return tiles | dict(num_warps=4 if tiles["BM"] * tiles["BO"] > 1024 else 2)
+
+
+def _excite_tiles(images: int, parts: int, channels: int, reduced: int) -> dict[str, int]:
+    rows = pow2(reduced, MIN_DOT, 1024)
+    if INTERPRETED:
+        return dict(BP=pow2(parts, 1, 64), BR=rows, BC=pow2(channels, MIN_DOT, 1024))
+    few = images < PROGRAMS  # one wave or less: what counts is how long an image takes
+    block = max(MIN_DOT, min((16384 if few else 4096) // rows, 256))
+    return dict(BP=pow2(parts, 1, 16), BR=rows, BC=pow2(channels, MIN_DOT, block), num_warps=8 if few else 4)
+
+
+def pointwise_inference(
+    x: Tensor, weight: Tensor, gate: Tensor | None, bn: Running, residual: Tensor | None, activation: str
+) -> Tensor:
+    """act(BN(x * gate @ weight)) + residual: x [N, H, W, I], weight [O, I, 1, 1], gate [N, I] -> [N, H, W, O]."""
+    n, h, w, channels = x.shape
+    out, rows = weight.shape[0], n * h * w
+    y = torch.empty(n, h, w, out, dtype=x.dtype, device=x.device)
+    traits = dict(activation=activation, gate=gate is not None, residual=residual is not None)
+    tiles = chosen("pointwise_inference", x, product_tiles, (rows, channels, out), **traits)
+    _pointwise_inference_kernel[(triton.cdiv(out, tiles["BO"]) * triton.cdiv(rows, tiles["BM"]),)](
+        x_ptr=x,
+        w_ptr=weight,
+        gate_ptr=gate,
+        bn_weight_ptr=bn.weight,
+        bn_bias_ptr=bn.bias,
+        mean_ptr=bn.mean,
+        var_ptr=bn.var,
+        residual_ptr=residual,
+        y_ptr=y,
+        M=rows,
+        HW=h * w,
+        CI=channels,
+        CO=out,
+        EPS=bn.eps,
+        ACT=activation,
+        PRECISION=precision(x.dtype),
+        **numeric(x.dtype),
+        **tiles,
+    )
+    state("pointwise_inference", (x, weight, gate, *bn.tensors, residual), (y,))
+    return y
+
+
+def excite_inference(
+    parts: Tensor,
+    pixels: int,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    activation: str,
+) -> Tensor:
+    """The gate [N, C] of images whose activations sum up to `parts` [P, N, C], each over its share of the pixels."""
+    count, n, c = parts.shape
+    reduced = reduce_weight.shape[0]
+    gate = torch.empty(n, c, dtype=parts.dtype, device=parts.device)
+    _excite_inference_kernel[(n,)](
+        parts_ptr=parts,
+        wr_ptr=reduce_weight,
+        br_ptr=reduce_bias,
+        wx_ptr=expand_weight,
+        bx_ptr=expand_bias,
+        gate_ptr=gate,
+        N=n,
+        HW=pixels,
+        P=count,
+        C=c,
+        R=reduced,
+        ACT=activation,
+        ACC=numeric(parts.dtype)["ACC"],
+        **_excite_tiles(n, count, c, reduced),
+    )
+    state("excite_inference", (parts, reduce_weight, reduce_bias, expand_weight, expand_bias), (gate,))
+    return gate
