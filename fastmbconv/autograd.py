@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import function
 
-from fastmbconv import ops
+from fastmbconv import dispatch, ops
 from fastmbconv.kernels.tuning import walks_expansion
 
 
@@ -38,15 +37,27 @@ class DepthwiseSetting(NamedTuple):
     out_width: int
 
 
+class _FirstDerivative(torch.autograd.Function):
+    """Gradients as they are, and an error where somebody differentiates them."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(f"double backward: fastmbconv's kernels have first derivatives only; {dispatch.WAY_OUT}")
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's, for any gradient: its own sees no double backward where dy is a constant, and the penalty is lost."""
-    once = function.once_differentiable(backward)
+    """The error of a double backward, for any gradient: torch's own decorator has none where dy is a constant."""
 
     @wraps(backward)
     def checked(ctx: Any, dy: Tensor) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            dy = dy.detach().requires_grad_()
-        return once(ctx, dy)
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        with torch.no_grad():
+            gradients = backward(ctx, dy)
+        return _FirstDerivative.apply(dy.new_empty(0).requires_grad_(), *gradients) if twice else gradients
 
     return checked
 
@@ -56,8 +67,8 @@ def channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def _cast(gradient: Tensor, like: Tensor | None) -> Tensor | None:
-    return None if like is None else gradient.reshape(like.shape).to(like.dtype)
+def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    return None if gradient is None or like is None else gradient.reshape(like.shape).to(like.dtype)
 
 
 def _bn_grads(grads: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -207,7 +218,9 @@ class MBConvFunction(torch.autograd.Function):
             dy, u3, coef3, keep, project_weight, u2, norm2, gate, pooled, r, reduce_weight, se_expand_weight,
             activation, se_activation, bn2.batch_statistics,
         )  # fmt: skip
-        if bn1 is None:
+        if not any(ctx.needs_input_grad[:5]):  # x, expand, bn1, depthwise: all frozen
+            dx, d_expand, d_depthwise, d_bn1 = None, None, None, _bn_grads(coef3, None, None)
+        elif bn1 is None:
             dx, d_depthwise, _, _ = ops.depthwise_bwd(
                 du2, x, None, depthwise_weight, None, shortcut, "none", *depthwise[:3], False
             )
@@ -219,11 +232,13 @@ class MBConvFunction(torch.autograd.Function):
                 du2, u1, expand_weight if walked else None, depthwise_weight, norm1, None, activation,
                 *depthwise[:3], bn1.batch_statistics,
             )  # fmt: skip
-            dx, d_expand = ops.expand_bwd(dv1, x, expand_weight, coef1, shortcut, bn1.batch_statistics)
-            d_expand, d_bn1 = _cast(d_expand, expand_weight), _bn_grads(grads1, bn1_weight, bn1_bias)
+            d_bn1 = _bn_grads(grads1, bn1_weight, bn1_bias)
+            dx = d_expand = None
+            if any(ctx.needs_input_grad[:2]):
+                dx, d_expand = ops.expand_bwd(dv1, x, expand_weight, coef1, shortcut, bn1.batch_statistics)
         excite_weights = (reduce_weight, reduce_bias, se_expand_weight, se_expand_bias)
         return (
-            dx.permute(0, 3, 1, 2), d_expand, *d_bn1,
+            None if dx is None else dx.permute(0, 3, 1, 2), _cast(d_expand, expand_weight), *d_bn1,
             _cast(d_depthwise, depthwise_weight), *_bn_grads(grads2, bn2_weight, bn2_bias),
             *(_cast(g, w) for g, w in zip(d_excite, excite_weights, strict=True)),
             _cast(d_project, project_weight), *_bn_grads(grads3, bn3_weight, bn3_bias),

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fastmbconv.block import Block, Padding
 
@@ -23,6 +24,7 @@ KERNEL_SIZES = (3, 5)
 STRIDES = (1, 2)
 ACTIVATIONS = ("silu", "relu", "relu6")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WAY_OUT = "run the model inside `with fastmbconv.backend('eager')`, or take them out with fastmbconv.unfuse(model)"
 
 
 def _checked(name: str, source: str) -> str:
@@ -122,6 +124,17 @@ def call_reason(x: Tensor) -> str | None:
     if x.numel() == 0:
         return "an empty batch"
     return device_reason(x)
+
+
+def refuse_transforms() -> None:
+    """RuntimeError inside a torch.func transform or forward-mode AD: the kernels have ordinary gradients only."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "fastmbconv's kernels don't take torch.func's transforms (grad, vmap, jvp, ...) or forward-mode AD; "
+            f"{WAY_OUT}"
+        )
 
 
 def supports(block: Block, x: Tensor) -> str | None:

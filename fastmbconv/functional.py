@@ -42,6 +42,7 @@ def mbconv(
     Raises:
         ValueError: a shape, dtype, device or setting that no path takes, named, before anything is changed; with the
             backend set to "triton", also whatever the kernels don't support.
+        RuntimeError: inside a torch.func transform or forward-mode AD, where the kernels would run.
     """
     checks.check_memory(memory)
     if eager is None:
@@ -167,6 +168,8 @@ def _frozen(bn: BatchNorm | None) -> tuple[Tensor | None, Tensor | None, Tensor 
 def _use_kernels(reason: str | None, x: Tensor) -> bool:
     if reason is not None and dispatch.get_backend() == "triton" and x.numel() > 0:
         raise ValueError(f"the backend is set to 'triton', and the kernels do not take this call: {reason}")
+    if reason is None:
+        dispatch.refuse_transforms()
     return reason is None
 
 

@@ -7,13 +7,17 @@ import torch
 from blocks import (  # noqa: F401
     INTERPRETED,
     BatchNorm,
+    assert_untouched,
     bn_module,
     fused,
     ieee,
+    launches,
     make_block,
     normal,
     outcome,
+    state,
 )
+from torch.autograd import forward_ad
 
 import fastmbconv
 from fastmbconv import functional
@@ -156,17 +160,47 @@ def test_double_backward_says_no(op, device, triton_backend):
         "squeeze_excite": lambda: functional.squeeze_excite(x, SqueezeExcite(*se_weights(3, 2, torch.float32, device))),
     }[op]()
     (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)  # dy needs no gradient: a penalty on dx must still say no
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"double backward: .*backend\('eager'\)"):
         dx.sum().backward()
 
 
-@pytest.mark.parametrize("transform", ["grad", "vmap"])
-def test_function_transforms_say_no(transform, device, triton_backend):
+def dual(module, x):
+    with forward_ad.dual_level():
+        return module(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+TRANSFORMS = {
+    "grad": lambda module, x: torch.func.grad(lambda x: module(x).sum())(x),
+    "vmap": lambda module, x: torch.func.vmap(module)(x[None]),
+    "jvp": lambda module, x: torch.func.jvp(module, (x,), (x,)),
+    "forward-mode": dual,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_function_transforms_say_no(transform, device):
+    """Before anything is changed, and with the way out, which works."""
     module, x, _ = small_block(torch.float32, device)
-    module.eval()
-    call = torch.func.grad(lambda x: module(x).sum()) if transform == "grad" else torch.func.vmap(module)
-    with pytest.raises(RuntimeError, match="setup_context|generate_vmap_rule|vmap"):
-        call(x if transform == "grad" else x[None])
+    before = state(module)
+    with fastmbconv.backend("triton"), pytest.raises(RuntimeError, match=r"torch.func.*backend\('eager'\)"):
+        transform(module, x)
+    assert_untouched(before, module)
+    with fastmbconv.backend("eager"):
+        transform(module.eval(), x)
+
+
+def test_what_is_upstream_of_frozen_weights_is_not_computed(device):
+    """The head of a block trained alone: neither the depthwise nor the expand backward runs."""
+    module, x, dy = small_block(torch.float32, device)
+    complete = outcome(whole := copy.deepcopy(module), fused(whole), x, dy)
+    for part in (module.expand_conv, module.expand_bn, module.depthwise_conv):
+        part.requires_grad_(False)
+    with launches() as seen:
+        fused(module)(x).backward(dy)
+    assert not {"fastmbconv::depthwise_bwd", "fastmbconv::expand_bwd"} & set(seen)
+    assert "fastmbconv::project_bwd" in seen
+    for name, p in module.named_parameters():
+        assert torch.equal(p.grad, complete[f"d {name}"]) if p.requires_grad else p.grad is None, name
 
 
 def test_what_needs_no_gradient_gets_none(device):
