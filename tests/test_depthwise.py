@@ -14,7 +14,7 @@ from fastmbconv.block import pads
 class Row(NamedTuple):
     k: int
     stride: int
-    padding: int | str
+    padding: int | str | tuple[int, int]
     image: tuple[int, int, int, int]  # N, C, H, W
     activation: str | None = None  # of the prologue; None for no prologue
     residual: bool = False
@@ -30,6 +30,7 @@ ROWS = {
     "k3-same-even": Row(3, 2, "same", (2, 3, 6, 4), "silu"),
     "k3-same-odd-by-even": Row(3, 2, "same", (2, 3, 7, 4), "relu"),
     "k3-same-stride-1": Row(3, 1, "same", (2, 1, 3, 4)),
+    "k3-pair-odd": Row(3, 2, (0, 1), (2, 3, 7, 5), "silu"),
     "k3-unpadded": Row(3, 1, 0, (2, 3, 5, 4), "silu"),
     "k3-unpadded-strided-even": Row(3, 2, 0, (2, 3, 6, 8), "silu"),  # the last row and column feed nothing
     "k3-fully-padded": Row(3, 1, 2, (2, 3, 3, 2), "silu"),  # the output is larger than the input
@@ -40,6 +41,7 @@ ROWS = {
     "k5-strided-even": Row(5, 2, 2, (2, 3, 6, 4)),
     "k5-same-even": Row(5, 2, "same", (2, 3, 6, 4), "silu"),
     "k5-same-odd": Row(5, 2, "same", (1, 8, 5, 3), "relu6"),
+    "k5-pair-odd": Row(5, 2, (1, 2), (2, 3, 7, 5), "silu"),
     "k5-unpadded-to-one-pixel": Row(5, 1, 0, (2, 3, 5, 5), "silu"),
     "k5-unpadded-strided": Row(5, 2, 0, (2, 3, 8, 6), "silu"),
     "k5-fully-padded": Row(5, 1, 4, (2, 3, 2, 3), "silu"),

@@ -91,6 +91,8 @@ def test_reasons_of_the_device(x, monkeypatch):
         pytest.param((7, 1, 3, "silu"), "kernel size 7", id="kernel-size"),
         pytest.param((3, 4, 1, "silu"), "stride 4", id="stride"),
         pytest.param((3, 1, 3, "silu"), "padding 3", id="padding"),
+        pytest.param((3, 2, (0, 1), "silu"), None, id="padding-pair"),
+        pytest.param((5, 2, (1, 5), "silu"), "padding (1, 5)", id="wide-pair"),
         pytest.param((3, 1, 1, "gelu"), "activation 'gelu'", id="activation"),
     ],
 )

@@ -230,6 +230,8 @@ BAD_BLOCKS = {
     "stride-zero": (Broken("stride", lambda b: 0), ["stride is 0", ">= 1"]),
     "stride-type": (Broken("stride", lambda b: 1.5), ["stride is 1.5", "integer"]),
     "padding-negative": (Broken("padding", lambda b: -1), ["padding is -1", ">= 0", "same"]),
+    "padding-pair": (Broken("padding", lambda b: (0, -1)), ["padding is (0, -1)", "a pair"]),
+    "padding-four": (Broken("padding", lambda b: (0, 1, 0, 1)), ["padding is (0, 1, 0, 1)", "a pair"]),
     "padding-word": (Broken("padding", lambda b: "valid"), ["padding is 'valid'", "same"]),
     "residual-with-stride": (Broken("stride", lambda b: 2), ["residual", "stride 2"]),
     "unsupported-activation": (Broken("activation", lambda b: "gelu"), ["'gelu'", "silu, relu, relu6"]),

@@ -17,7 +17,7 @@ from fastmbconv import explain, fuse, unfuse
 from fastmbconv.mbconv import MBConv
 from fastmbconv.swap import registry
 from fastmbconv.swap.fused import FusedBlock
-from fastmbconv.swap.parts import Kinds, Parts, Stage, assemble
+from fastmbconv.swap.parts import Kinds, NotNow, Parts, Stage, assemble
 from fastmbconv.traffic import Sizes, count
 
 
@@ -273,6 +273,25 @@ def test_sync_batch_norm_after_fuse(calls, x):
     assert "SyncBatchNorm" in explain(model).rows[0].reason
 
 
+def test_reason_of_one_call(calls, x, monkeypatch):
+    """NotNow: the block is fused, runs eager meanwhile, and says so."""
+
+    def patient(module):
+        block = describe(module)
+        return NotNow(block, "momentum 0.5") if module.bn1.momentum == 0.5 else block
+
+    monkeypatch.setitem(registry.ADAPTERS, f"{__name__}.Patient", patient)
+    model = type("Patient", (Bottleneck,), {"__module__": __name__, "forward": Bottleneck.forward})()
+    model.bn1.momentum = 0.5
+    assert "not fused" in explain(model).rows[0].reason
+    fuse(model)(x)
+    row = explain(model).rows[0]
+    assert not calls and (row.path, row.reason, row.geometry.channels) == ("eager", "momentum 0.5", (8, 8, 8))
+    model.bn1.momentum = 0.1
+    model(x)
+    assert len(calls) == 1 and explain(model).fused == 1
+
+
 def test_forward_replaced_on_the_instance(x):
     model = chain()
     model[1].forward = lambda x: x
@@ -300,6 +319,8 @@ def test_further_arguments_of_a_call(calls, x):
     torch.testing.assert_close(model(x, scale=2.0), expected)
     torch.testing.assert_close(model(x=x, scale=2.0), expected)
     assert len(calls) == 1
+    torch.testing.assert_close(2 * model(scale=1.0, x=x), expected)
+    assert len(calls) == 2
     with pytest.raises(TypeError):
         model()
 

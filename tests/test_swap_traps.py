@@ -1,7 +1,7 @@
 """What people do to a model besides running it: a fused block must then compute what the library's own block would.
 
-Each row of `TRAPS` is done before `fuse` and after it, to timm's and to torchvision's block. The block runs its own
-submodules, bit for bit, `explain` says why, and it is fused again once the trap is undone.
+Each row of `TRAPS` is done before `fuse` and after it, to a block of each library. The block runs its own submodules,
+bit for bit, `explain` says why, and it is fused again once the trap is undone.
 """
 
 import copy
@@ -37,9 +37,37 @@ def torchvision_block():
     return efficientnet.MBConv(efficientnet.MBConvConfig(4.0, 3, 1, 8, 8, 1), 0.5, nn.BatchNorm2d)
 
 
+def lukemelas_block():
+    library("efficientnet_pytorch")
+    from efficientnet_pytorch import model, utils
+
+    arguments = utils.BlockArgs(1, 3, 1, 4, 8, 8, 0.25, True)
+    options = utils.GlobalParams(batch_norm_momentum=0.99, batch_norm_epsilon=1e-3)
+    return model.MBConvBlock(arguments, options, image_size=8)
+
+
+def transformers_block():
+    config = library("transformers").EfficientNetConfig()
+    from transformers.models.efficientnet.modeling_efficientnet import EfficientNetBlock
+
+    options = dict(in_dim=8, out_dim=8, stride=1, expand_ratio=4, kernel_size=3, drop_rate=0.0, id_skip=False)
+    return EfficientNetBlock(config, adjust_padding=False, **options)
+
+
 BLOCKS = {
     "timm": (timm_block, ("conv_pw", "bn1", "conv_dw", "conv_pwl", "se.conv_reduce")),
     "torchvision": (torchvision_block, ("block.0.0", "block.0.1", "block.1.0", "block.3.0", "block.2.fc1")),
+    "lukemelas": (lukemelas_block, ("_expand_conv", "_bn0", "_depthwise_conv", "_project_conv", "_se_reduce")),
+    "transformers": (
+        transformers_block,
+        (
+            "expansion.expand_conv",
+            "expansion.expand_bn",
+            "depthwise_conv.depthwise_conv",
+            "projection.project_conv",
+            "squeeze_excite.reduce",
+        ),
+    ),
 }
 ROLES = ("expand", "norm", "depthwise", "project", "reduce")
 
@@ -76,8 +104,8 @@ def _adapt(block, path):
 
 def _inherit(block, path):
     leaf = block.get_submodule(path)
-    leaf.__class__ = InheritedAdapted
-    return lambda: setattr(leaf, "__class__", nn.Conv2d)
+    plain, leaf.__class__ = type(leaf), InheritedAdapted
+    return lambda: setattr(leaf, "__class__", plain)
 
 
 def _patch(block, path):
@@ -129,9 +157,9 @@ TRAPS = {
     "pre-hook": (_hook("register_forward_pre_hook"), "project", ["a hook on"]),
     "backward-hook": (_hook("register_full_backward_hook"), "project", ["a hook on"]),
     "backward-pre-hook": (_hook("register_full_backward_pre_hook"), "expand", ["a hook on"]),
-    "weight-norm": (_parametrise(parametrizations.weight_norm), "expand", ["parametrization", "ParametrizedConv2d"]),
-    "spectral": (_parametrise(parametrizations.spectral_norm), "depthwise", ["parametrization", "ParametrizedConv2d"]),
-    "orthogonal": (_parametrise(parametrizations.orthogonal), "project", ["parametrization", "ParametrizedConv2d"]),
+    "weight-norm": (_parametrise(parametrizations.weight_norm), "expand", ["parametrization", "is a Parametrized"]),
+    "spectral": (_parametrise(parametrizations.spectral_norm), "depthwise", ["parametrization", "is a Parametrized"]),
+    "orthogonal": (_parametrise(parametrizations.orthogonal), "project", ["parametrization", "is a Parametrized"]),
     "parametrised-se": (_parametrise(parametrizations.weight_norm), "reduce", ["parametrization", "Parametrized"]),
     "old-weight-norm": (_make(old_weight_norm, remove_weight_norm), "expand", ["a hook on"]),
     "old-spectral-norm": (_make(old_spectral_norm, remove_spectral_norm), "project", ["a hook on"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from fastmbconv.block import Block
-from fastmbconv.swap.parts import Gate, Kinds, Module, Parts, Stage, assemble, kind, name
+from fastmbconv.swap.parts import Gate, Kinds, Module, Parts, Stage, assemble, children_reason, kind, name
 
 KINDS = Kinds(
     same_convs=frozenset({"timm.layers.conv2d_same.Conv2dSame"}),
@@ -17,12 +17,12 @@ KINDS = Kinds(
 SQUEEZE_EXCITE = "timm.models._efficientnet_blocks.SqueezeExcite"
 INVERTED = {"conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"}
 SEPARABLE = {"conv_dw", "bn1", "conv_pw", "bn2"}
-OPTIONAL = {"aa", "se", "drop_path", "conv_s2d", "bn_s2d"}
+OPTIONAL = frozenset({"aa", "se", "drop_path", "conv_s2d", "bn_s2d"})
 
 
 def inverted_residual(module: Module) -> Block | str:
     """`InvertedResidual`: conv_pw, bn1, conv_dw, bn2, [se], conv_pwl, bn3, [drop_path]; acts are inside the norms."""
-    return _children_reason(module, INVERTED) or _assemble(
+    return children_reason(module, INVERTED, OPTIONAL) or _assemble(
         module,
         expand=_stage(module.conv_pw, module.bn1),
         depthwise=_stage(module.conv_dw, module.bn2),
@@ -34,7 +34,7 @@ def depthwise_separable(module: Module) -> Block | str:
     """`DepthwiseSeparableConv`: conv_dw, bn1, [se], conv_pw, bn2, [drop_path]."""
     if module.has_pw_act:
         return "an activation after the projection (has_pw_act)"
-    return _children_reason(module, SEPARABLE) or _assemble(
+    return children_reason(module, SEPARABLE, OPTIONAL) or _assemble(
         module,
         expand=None,
         depthwise=_stage(module.conv_dw, module.bn1),
@@ -44,15 +44,6 @@ def depthwise_separable(module: Module) -> Block | str:
 
 def _stage(conv: Module, norm: Module) -> Stage:
     return Stage(conv, norm, norm._modules.get("act"))
-
-
-def _children_reason(module: Module, required: set[str]) -> str | None:
-    children = set(module._modules)
-    for missing in sorted(required - children):
-        return f"no submodule {missing}"
-    for unknown in sorted(children - required - OPTIONAL):
-        return f"an unknown submodule {unknown}"
-    return None
 
 
 def _assemble(module: Module, expand: Stage | None, depthwise: Stage, project: Stage) -> Block | str:
