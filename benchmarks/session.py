@@ -94,7 +94,7 @@ def line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{name}: NO FIGURE, {row['error']}"
     if "results" not in row:
-        shown = {k: v for k, v in row.items() if k not in ("what", "mode", "section")}
+        shown = {k: v for k, v in row.items() if k not in ("what", "mode", "section", "losses")}
         return f"{name}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
     medians = ", ".join(f"{n} {r['p50']:.3f}" for n, r in row["results"].items())
     missing = "".join(f"; {n}: {why[:60]}" for n, why in row["problems"].items())

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from benchmarks import subjects, timing
+from benchmarks import subjects, timing, training
 from benchmarks.comparison import COMPILE, EAGER, Plan, compare
 from benchmarks.registry import BATCHES, Shape, by_weight
 from benchmarks.session import ROOT, Session
@@ -137,6 +138,24 @@ def ops(session: Session, dtype: torch.dtype) -> None:
     _run(session, "ops", ((make(s), m, plan) for s in shapes for m in reversed(MODES) for make in makers))
 
 
+def learning(session: Session, dtype: torch.dtype) -> None:
+    """200 steps on digits, fused and eager: the same loss curve? The given dtype first, others as time allows."""
+    if session.dry:
+        setting, dtypes = training.DRY, [torch.float32]
+    else:
+        setting = replace(training.LARGE, device="cuda")
+        dtypes = [dtype, *(d for d in (torch.float16, torch.bfloat16, torch.float32) if d != dtype)]
+    rows = []
+    for row in training.compare(setting, dtypes, training.digits(setting.size)):
+        rows.append(row)
+        session.add("training", row)
+        if session.elapsed() > 0.85 * (session.deadline - session.start):
+            break
+    if find_spec("matplotlib"):
+        title = f"{rows[0]['data']}; {session.head['gpu']}, commit {session.head['commit']}"
+        training.draw(session.path.with_name(f"{session.path.stem}-training.png"), rows, title)
+
+
 def compiled(session: Session, dtype: torch.dtype) -> None:
     """The comparisons again with torch.compile's peers beside ours and eager, the weightiest first, as time allows."""
     if session.dry:
@@ -179,6 +198,7 @@ SECTIONS: dict[str, Callable[..., None]] = {
     "blocks": blocks,
     "models": models,
     "ops": ops,
+    "training": learning,
     "compiled": compiled,
 }
 

@@ -67,7 +67,7 @@ def test_dry_run_goes_through_every_step(dry_run):
     done, result = dry_run
     assert done.returncode == 0, done.stdout + done.stderr
     sections = {row["section"] for row in result["rows"]}
-    assert sections >= {"tests", "memcheck", "ceilings", "blocks-compiled", *FIGURES}
+    assert sections >= {"tests", "memcheck", "ceilings", "blocks-compiled", "training", *FIGURES}
     assert not [row for row in result["rows"] if "error" in row]
 
 
