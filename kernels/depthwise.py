@@ -20,22 +20,23 @@ from .tuning import accumulator, numeric, precision, walk_tiles
 
 
 @triton.jit
-def load_taps(w_ptr, o_c, m_c, K: tl.constexpr, ACC: tl.constexpr):
-    """The K * K taps of a block of channels, each [1, BC]."""
+def load_taps(w_ptr, o_c, m_c, K: tl.constexpr, ACC: tl.constexpr, NB: tl.constexpr, BC: tl.constexpr):
+    """The K * K taps of a block of channels, each [NB, BC] with equal rows."""
     taps = ()
     for i in tl.static_range(K * K):
-        taps = taps + (tl.load(w_ptr + o_c * (K * K) + i, mask=m_c, other=0.0).to(ACC)[None, :],)
+        b_tap = tl.load(w_ptr + o_c * (K * K) + i, mask=m_c, other=0.0).to(ACC)
+        taps = taps + (tl.broadcast_to(b_tap[None, :], (NB, BC)),)
     return taps
 
 
 @triton.jit
 def load_column(p, column, row, m, HEIGHT, WIDTH: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr):
     """ROWS tiles of one column from `row` on, each from the nearest place inside the image."""
-    column = tl.minimum(tl.maximum(column, 0), WIDTH - 1)
+    column = tl.minimum(tl.maximum(column, 0), WIDTH - 1) * C
     tiles = ()
     for i in tl.static_range(ROWS):
-        place = tl.minimum(tl.maximum(row + i, 0), HEIGHT - 1)
-        tiles = tiles + (tl.load(p + (place * WIDTH + column) * C, mask=m, other=0.0),)
+        place = tl.minimum(tl.maximum(row + i, 0), HEIGHT - 1) * (WIDTH * C)
+        tiles = tiles + (tl.load(p + (place + column), mask=m, other=0.0),)
     return tiles
 
 
@@ -121,7 +122,7 @@ def _depthwise_fwd_kernel(
     if HAS_NORM:
         b_scale, b_shift = load_norm(norm_ptr, o_c, m_c, C)
         b_scale, b_shift = halved(b_scale, ACT, FAST)[None, :], halved(b_shift, ACT, FAST)[None, :]
-    b_w = load_taps(w_ptr, o_c, m_c, K, ACC)
+    b_w = load_taps(w_ptr, o_c, m_c, K, ACC, NB, BC)
     acc = ()  # slot r * J + t % J: output row h0 + r, the column that step t starts
     for _ in tl.static_range(R * J):
         acc = acc + (tl.zeros((NB, BC), ACC),)
@@ -130,11 +131,11 @@ def _depthwise_fwd_kernel(
         b_v = expanded(load_column(p_x, W // 2, h0 * S, m_x, H, W, CX, 1)[0], b_we, NB, BC, EXPAND, PRECISION, ACC)
         if HAS_NORM:
             b_v = activate_halved(b_v * b_scale + b_shift, ACT, FAST)
-        total = tl.zeros((1, BC), ACC)
+        total = tl.zeros((NB, BC), ACC)
         for i in tl.static_range(K):
             for j in tl.static_range(K):
                 hi, wi = h0 * S + i - PT, WO // 2 * S + j - PL
-                total += tl.where((hi >= 0) & (hi < H) & (wi >= 0) & (wi < W), b_w[i * K + j], 0.0)
+                total += tl.where(((hi >= 0) & (hi < H)) & ((wi >= 0) & (wi < W)), b_w[i * K + j], 0.0)
         pivot = (tl.sum(tl.where(m, b_v, 0.0), 0) / tl.minimum(N - n0, NB))[None, :] * total
     s1 = tl.zeros((NB, BC), ACC)
     s2 = tl.zeros((NB, BC), ACC)
@@ -156,14 +157,14 @@ def _depthwise_fwd_kernel(
                     if HAS_NORM:
                         b_v = activate_halved(b_v * b_scale + b_shift, ACT, FAST)
                     # The padding comes after BN and activation.
-                    b_v = tl.where((hi >= 0) & (hi < H) & (wi >= 0) & (wi < W), b_v, 0.0)
+                    b_v = tl.where(((hi >= 0) & (hi < H)) & ((wi >= 0) & (wi < W)), b_v, 0.0)
                     updated = ()
                     for r in tl.static_range(R):
                         for slot in tl.static_range(J):
                             # (step - slot + J) % J steps ago this slot's column began.
                             if (i - r * S >= 0) and (i - r * S < K) and ((step - slot + J) % J * S + s < K):
                                 b_tap = b_w[(i - r * S) * K + (step - slot + J) % J * S + s]
-                                updated = updated + (acc[r * J + slot] + b_v * b_tap,)
+                                updated = updated + (tl.fma(b_v, b_tap, acc[r * J + slot]),)
                             else:
                                 updated = updated + (acc[r * J + slot],)
                     acc = updated
@@ -187,7 +188,7 @@ def _depthwise_fwd_kernel(
         count = tl.zeros((BC,), ACC) + (tl.minimum(N - n0, NB) * tl.minimum(HO - h0, R) * WO)
         delta = tl.sum(tl.where(m, s1, 0.0), 0) / count
         m2 = tl.maximum(tl.sum(tl.where(m, s2, 0.0), 0) - delta * delta * count, 0.0)
-        store_moments(partials_ptr, tl.program_id(1), count, tl.sum(pivot, 0) + delta, m2, o_c, m_c, C)
+        store_moments(partials_ptr, tl.program_id(1), count, tl.max(pivot, 0) + delta, m2, o_c, m_c, C)
 
 
 @triton.jit
@@ -246,7 +247,7 @@ def _depthwise_bwd_kernel(
         b_scale, b_shift = load_norm(norm_ptr, o_c, m_c, C)
         b_scale, b_shift = halved(b_scale, ACT, FAST)[None, :], halved(b_shift, ACT, FAST)[None, :]
         b_rstd, b_nmr = load_xhat(norm_ptr, o_c, m_c, C)
-    b_w = load_taps(w_ptr, o_c, m_c, K, ACC)
+    b_w = load_taps(w_ptr, o_c, m_c, K, ACC, NB, BC)
     b_dw = ()
     for _ in tl.static_range(K * K):
         b_dw = b_dw + (tl.zeros((NB, BC), ACC),)
@@ -258,7 +259,7 @@ def _depthwise_bwd_kernel(
         for j in tl.static_range(COLUMNS):
             b_d = tl.zeros((NB, BC), ACC)
             if j < COLUMNS - 1:
-                inside = (top + i >= 0) & (top + i < HO) & (LEFT + j >= 0) & (LEFT + j < WO)
+                inside = ((top + i >= 0) & (top + i < HO)) & ((LEFT + j >= 0) & (LEFT + j < WO))
                 b_d = tl.where(inside, load_column(p_y, LEFT + j, top + i, m, HO, WO, C, 1)[0].to(ACC), 0.0)
             window = window + (b_d,)
     d_ahead = load_column(p_y, LEFT + COLUMNS - 1, top, m, HO, WO, C, ROWS)
@@ -273,7 +274,7 @@ def _depthwise_bwd_kernel(
             for i in tl.static_range(ROWS):
                 for slot in tl.static_range(COLUMNS):
                     if slot == (step + COLUMNS - 1) % COLUMNS:
-                        inside = (top + i >= 0) & (top + i < HO) & (wo >= 0) & (wo < WO)
+                        inside = ((top + i >= 0) & (top + i < HO)) & ((wo >= 0) & (wo < WO))
                         slid = slid + (tl.where(inside, d_ahead[i].to(ACC), 0.0),)
                     else:
                         slid = slid + (window[i * COLUMNS + slot],)
@@ -299,8 +300,8 @@ def _depthwise_bwd_kernel(
                                 # Tap (i, j) links input (r, s) to output ((r + PT - i) / S, (s + PL - j) / S).
                                 if ((r + PT - i) % S == 0) and ((s + PL - j) % S == 0):
                                     b_d = window[tap_slot(r + PT - i, s + PL - j, step, S, TOP, LEFT, COLUMNS)]
-                                    b_da += b_d * b_w[i * K + j]
-                                    taps = taps + (b_dw[i * K + j] + b_d * b_a,)
+                                    b_da = tl.fma(b_d, b_w[i * K + j], b_da)
+                                    taps = taps + (tl.fma(b_d, b_a, b_dw[i * K + j]),)
                                 else:
                                     taps = taps + (b_dw[i * K + j],)
                         b_dw = taps
