@@ -1,7 +1,7 @@
 """Training on digits, fused and eager from the same seed with the same masks: is it the same loss curve?
 
     python -m benchmarks.gpu --sections training     # 200 steps on a GPU in fp32, bf16 and fp16 with a GradScaler
-    python -m benchmarks.training --out FOLDER       # 200 steps of a smaller network on a CPU, kernels interpreted
+    TRITON_INTERPRET=1 python -m benchmarks.training --out FOLDER --steps 20     # a smaller network on a CPU
 
 Two runs that differ in rounding alone drift apart, so "the same" is measured against eager itself. Every run's loss is
 compared with that of an eager run in float64: its drift at step t is the root mean square of the difference over steps
@@ -287,9 +287,10 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="training on digits on a CPU, fused (interpreted) and eager")
     parser.add_argument("--out", type=Path, required=True, help="folder of training.json and training.png")
-    parser.add_argument("--steps", type=int, default=SMALL.steps, help="a step takes seconds (default: 200)")
+    parser.add_argument("--steps", type=int, default=SMALL.steps, help="a step takes many seconds (default: 200)")
     args = parser.parse_args()
-    dispatch.interpret()
+    if not dispatch.interpreted():
+        raise SystemExit("benchmarks.training: start it with TRITON_INTERPRET=1; on a GPU it is benchmarks.gpu's")
     from benchmarks.session import RESULTS, header
 
     if args.out.resolve().is_relative_to(RESULTS):
