@@ -22,7 +22,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import fastmbconv
-from fastmbconv import dispatch, ops  # noqa: F401 (ops brings every kernel in)
+from fastmbconv import dispatch, inference_ops, ops  # noqa: F401 (they bring every launcher in)
 from fastmbconv.block import Block, Memory
 from fastmbconv.kernels import tables, traffic
 from fastmbconv.kernels.tuning import SPACE
@@ -194,24 +194,26 @@ def launchers() -> dict[str, Any]:
 def _caught(found: dict[str, Launch], count: int) -> Iterator[None]:
     """Inside the `with` block each tunable launch is noted in `found`, `count` times."""
     calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
-    keys: list[str] = []
+    asked: list[Launch] = []
 
     def noted(launcher: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             specs = tuple(Spec(tuple(a.shape), a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in arguments)
+            before = len(asked)
             calls.append((launcher, specs))
             with traffic.recorded() as stated:
                 result = launcher(*arguments)
-            launch = found[keys.pop()]
-            launch.count += count
-            launch.moved += count * sum(moved.size for one in stated for moved in (*one.reads, *one.writes))
+            calls.pop()
+            moved = sum(moved.size for one in stated for moved in (*one.reads, *one.writes))
+            for launch in asked[before:]:
+                launch.count += count
+                launch.moved += count * moved
             return result
 
         return call
 
     def listen(question: tables.Question) -> Tiles:
-        found.setdefault(question.key, Launch(question, *calls[-1]))
-        keys.append(question.key)
+        asked.append(found.setdefault(question.key, Launch(question, *calls[-1])))
         return question.default
 
     with ExitStack() as stack:
@@ -276,21 +278,34 @@ def search(
     return found
 
 
-def plan_ms(
-    case: BlockCase, device: torch.device, dtype: torch.dtype, measure: Callable[[Step], float] | None = None
-) -> tuple[str, dict[Memory, float]]:
-    """(bucket, milliseconds of a block's forward and backward by plan), with the tiles that the tables hold."""
-    measure = measure or device_ms
+def plan_key(case: BlockCase, dtype: torch.dtype) -> str | None:
+    """The bucket of a block's plan; None where it has no expansion, and so but one plan."""
     block = fusible(case.block)
     assert isinstance(block, Block)
+    if block.expand_weight is None:
+        return None
     hidden = block.depthwise_weight.shape[0]
-    key = tables.memory_key(dtype, case.size, hidden, block.kernel_size, block.stride, block.activation)
-    times: dict[Memory, float] = {}
+    return tables.memory_key(dtype, case.size, hidden, block.kernel_size, block.stride, block.activation)
+
+
+def plan_ms(
+    case: BlockCase,
+    device: torch.device,
+    dtype: torch.dtype,
+    table: tables.Table,
+    measure: Callable[[Step], float] | None = None,
+) -> dict[Memory, float]:
+    """Milliseconds of a block's forward and backward by plan, with this table's tiles."""
     plans: tuple[Memory, ...] = ("fast", "lean")
-    with fastmbconv.backend("triton"), tables.answered_by(lambda asked: tables.answer(asked, device)):
+    times: dict[Memory, float] = {}
+
+    def tiles(asked: tables.Question) -> Tiles:
+        return asked.default | table.tiles.get(asked.key, {})
+
+    with fastmbconv.backend("triton"), tables.answered_by(tiles):
         for memory in plans:
-            times[memory] = measure(_train(case.module(device, memory), case, device, dtype))
-    return key, times
+            times[memory] = (measure or device_ms)(_train(case.module(device, memory), case, device, dtype))
+    return times
 
 
 def compiled_spills(step: Step) -> int | None:

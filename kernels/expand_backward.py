@@ -114,7 +114,7 @@ def _expand_bwd_kernel(
     if slot < TILES:
         o_m = chunk * ROWS + slot * BM + tl.arange(0, BM)
         m_m = o_m < M
-        acc = tl.zeros((BM, BI), ACC)
+        b_dx = tl.zeros((BM, BI), ACC)
         for e in range(0, CE, BE):
             o_e = e + tl.arange(0, BE)
             m_e = o_e < CE
@@ -123,20 +123,20 @@ def _expand_bwd_kernel(
             b_w = tl.load(w_ptr + o_e[:, None] * CI + o_i[None, :], mask=m_w, other=0.0).to(ACC) * b_p[:, None]
             m = m_m[:, None] & m_e[None, :]
             b_dv = tl.load(dv_ptr + o_m[:, None].to(tl.int64) * CE + o_e[None, :], mask=m, other=0.0)  # [BM, BE]
-            acc = dot(b_dv, b_w, acc, DTYPE, PRECISION)
+            b_dx = dot(b_dv, b_w, b_dx, DTYPE, PRECISION)
         if BATCH:
             for k in range(0, CI, BI):
                 o_k = k + tl.arange(0, BI)
                 b_x = load_centred(x_ptr, pivot_ptr, o_m, m_m, o_k, CI, ACC)
                 m_a = (o_k < CI)[:, None] & m_i[None, :]
                 b_a = tl.load(mixed_ptr + o_k[:, None] * CI + o_i[None, :], mask=m_a, other=0.0)
-                acc = dot(b_x, b_a, acc, DTYPE, PRECISION)
-            acc += tl.load(bias_ptr + o_i, mask=m_i, other=0.0)[None, :]
+                b_dx = dot(b_x, b_a, b_dx, DTYPE, PRECISION)
+            b_dx += tl.load(bias_ptr + o_i, mask=m_i, other=0.0)[None, :]
         m = m_m[:, None] & m_i[None, :]
         o = o_m[:, None].to(tl.int64) * CI + o_i[None, :]
         if HAS_RESIDUAL:
-            acc += tl.load(residual_ptr + o, mask=m, other=0.0).to(ACC)
-        tl.store(dx_ptr + o, stored(acc, DTYPE), mask=m)
+            b_dx += tl.load(residual_ptr + o, mask=m, other=0.0).to(ACC)
+        tl.store(dx_ptr + o, stored(b_dx, DTYPE), mask=m)
     else:
         # This chunk's part of [dv1 | X | 1]^T X, rows CE, CI and 1.
         p_part = parts_ptr + chunk.to(tl.int64) * (CE + (CI + 1 if BATCH else 0)) * CI + o_i[None, :]

@@ -74,7 +74,7 @@ def tiles(kernel: str, x: Tensor, formula: Callable[..., Tiles], shape: tuple[An
     default = formula(*shape)
     sizes = dict(zip(inspect.signature(formula).parameters, shape, strict=False))
     if not INTERPRETED:
-        default = relieved(kernel, default, sizes, capability(x.device))
+        default = relieved(kernel, default, sizes | traits, capability(x.device))
     question = Question(kernel, _key(kernel, x.dtype, sizes, traits), sizes, default)
     if _listener is not None:
         return _listener(question)

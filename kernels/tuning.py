@@ -4,6 +4,7 @@ The interpreter gets larger tiles: it pays per operation.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -164,12 +165,17 @@ def walk_tiles(
     return dict(NB=count, BX=block, BC=block, R=rows, num_warps=4)
 
 
-def relieved(kernel: str, tiles: dict[str, int], sizes: dict[str, int], capability: int) -> dict[str, int]:
+def relieved(kernel: str, tiles: dict[str, int], sizes: dict[str, Any], capability: int) -> dict[str, int]:
     """The formula's tiles, smaller where this compiler spills them: what `python -m benchmarks.static` says."""
-    if kernel == "pointwise_dgrad" and capability < 90 and MIN_DOT < sizes["reduce"] <= tiles["BK"]:
-        return tiles | dict(BM=32)
-    if kernel == "project_sweep" and capability < 90 and tiles["BO"] > 32:
-        return tiles | dict(BO=32, num_warps=4)
+    if capability < 90:
+        if kernel == "pointwise_dgrad" and MIN_DOT < sizes["reduce"] <= tiles["BK"]:
+            return tiles | dict(BM=32)
+        if kernel == "project_sweep" and tiles["BO"] > 32:
+            return tiles | dict(BO=32, num_warps=4)
+        if kernel == "expand_bwd" and tiles["BI"] == MIN_DOT:
+            return tiles | dict(num_stages=3)
+        if kernel == "depthwise_fwd" and sizes["expand"] and not sizes["moments"]:
+            return tiles | dict(R=min(tiles["R"], 3))
     if kernel == "depthwise_bwd" and TRITON < (3, 7) and sizes["expand"] and sizes["stride"] == 1:
         return tiles | dict(R=1)
     return tiles

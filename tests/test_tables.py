@@ -160,6 +160,11 @@ def test_tiles_shrink_where_the_compiler_would_spill_them():
     parts = dict(BM=32, BO=64, BC=64, num_warps=8)
     assert asked("project_sweep", parts, 86) == parts | dict(BO=32, num_warps=4)
     assert asked("project_sweep", parts, 100) == parts
+    walk = dict(NB=16, BC=32, R=4, num_warps=4)
+    assert asked("depthwise_fwd", walk, 80, expand=24, moments=False)["R"] == 3
+    assert asked("depthwise_fwd", walk, 80, expand=24, moments=True) == walk
+    gram = dict(BM=64, BE=64, BI=16, num_stages=2)
+    assert asked("expand_bwd", gram, 80)["num_stages"] == 3
 
 
 @pytest.mark.usefixtures("triton_backend")
