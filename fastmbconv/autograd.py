@@ -103,7 +103,7 @@ class DepthwiseBNActFunction(torch.autograd.Function):
         activation, depthwise, bn = ctx.setting
         dy = dy.contiguous()
         grads, coef = ops.bn_bwd(dy, u, norm, None, activation, bn.batch_statistics)
-        du = ops.bn_act_bwd(dy, u, norm, coef, activation)
+        du = ops.bn_act_bwd(dy, u, norm, coef, None, activation)
         dx, d_weight, _, _ = ops.depthwise_bwd(du, x, None, weight, None, None, "none", *depthwise[:3], False)
         return (
             dx.permute(0, 3, 1, 2), _cast(d_weight, weight), *_bn_grads(grads, bn_weight, bn_bias),
@@ -243,4 +243,81 @@ class MBConvFunction(torch.autograd.Function):
             *(_cast(g, w) for g, w in zip(d_excite, excite_weights, strict=True)),
             _cast(d_project, project_weight), *_bn_grads(grads3, bn3_weight, bn3_bias),
             *(None,) * 18,
+        )  # fmt: skip
+
+
+class DenseFunction(torch.autograd.Function):
+    """What follows a dense convolution u: BN, act, [SE, project, BN,] stochastic depth, + shortcut.
+
+    `running` is (running_mean, running_var, num_batches_tracked) of both BatchNorms, moved in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        shortcut: Tensor | None,
+        bn1_weight: Tensor | None,
+        bn1_bias: Tensor | None,
+        reduce_weight: Tensor | None,
+        reduce_bias: Tensor | None,
+        se_expand_weight: Tensor | None,
+        se_expand_bias: Tensor | None,
+        project_weight: Tensor | None,
+        bn2_weight: Tensor | None,
+        bn2_bias: Tensor | None,
+        keep: Tensor | None,
+        activation: str,
+        se_activation: str,
+        bn1: BatchNormSetting,
+        bn2: BatchNormSetting | None,
+        *running: Tensor | None,
+    ) -> Tensor:
+        u, x = channels_last(u), None if shortcut is None else channels_last(shortcut)
+        norm1 = ops.image_norm(u, bn1_weight, bn1_bias, *running[:3], *bn1)
+        pooled = r = gate = v = norm2 = None
+        if reduce_weight is not None:
+            weights = (reduce_weight, reduce_bias, se_expand_weight, se_expand_bias)
+            pooled, r, gate = ops.pool_excite(u, norm1, *weights, activation, se_activation)
+        if bn2 is None:
+            y = ops.bn_act(u, norm1, None, keep, x, activation)
+        else:
+            v, norm2 = ops.pointwise_bn(
+                u, project_weight, norm1, gate, activation, bn2_weight, bn2_bias, *running[3:], *bn2
+            )
+            y = ops.bn_act(v, norm2, None, keep, x, "none")
+        ctx.save_for_backward(
+            u, v, norm1, norm2, pooled, r, gate, keep, bn1_weight, bn1_bias, reduce_weight, reduce_bias,
+            se_expand_weight, se_expand_bias, project_weight, bn2_weight, bn2_bias,
+        )  # fmt: skip
+        ctx.setting = (activation, se_activation, shortcut is not None, bn1, bn2)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (
+            u, v, norm1, norm2, pooled, r, gate, keep, bn1_weight, bn1_bias, reduce_weight, reduce_bias,
+            se_expand_weight, se_expand_bias, project_weight, bn2_weight, bn2_bias,
+        ) = ctx.saved_tensors  # fmt: skip
+        activation, se_activation, residual, bn1, bn2 = ctx.setting
+        dy = dy.contiguous()
+        d_project, d_excite = None, (None,) * 4
+        d_bn2: tuple[Tensor | None, ...] = (None, None)
+        if bn2 is None:
+            grads1, coef1 = ops.bn_bwd(dy, u, norm1, keep, activation, bn1.batch_statistics)
+            du = ops.bn_act_bwd(dy, u, norm1, coef1, keep, activation)
+        else:
+            grads2, coef2 = ops.bn_bwd(dy, v, norm2, keep, "none", bn2.batch_statistics)
+            du, d_project, grads1, *d_excite = ops.project_bwd(
+                dy, v, coef2, keep, project_weight, u, norm1, gate, pooled, r, reduce_weight, se_expand_weight,
+                activation, se_activation, bn1.batch_statistics,
+            )  # fmt: skip
+            d_bn2 = _bn_grads(grads2, bn2_weight, bn2_bias)
+        weights = (reduce_weight, reduce_bias, se_expand_weight, se_expand_bias)
+        return (
+            du.permute(0, 3, 1, 2), dy.permute(0, 3, 1, 2) if residual else None,
+            *_bn_grads(grads1, bn1_weight, bn1_bias), *(_cast(g, w) for g, w in zip(d_excite, weights, strict=True)),
+            _cast(d_project, project_weight), *d_bn2,
+            *(None,) * 11,
         )  # fmt: skip

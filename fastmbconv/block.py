@@ -107,6 +107,43 @@ class Block:
         return self.depthwise_weight.shape[0] if self.expand_weight is None else self.expand_weight.shape[1]
 
 
+@dataclass(frozen=True, slots=True)
+class DenseBlock:
+    """A Fused-MBConv block as data: dense KxK conv, BN, act, [SE], [project 1x1, BN], [drop, + x].
+
+    Args:
+        conv: the convolution's module, [N, C_in, H, W] -> [N, C, H', W'], without a bias; `weight`, `stride` and
+            `padding` are its own.
+        project_weight: [C_out, C, 1, 1], or None for a block that ends after its activation (then `bn2` and `se` are
+            None too).
+        drop: as in `Block`.
+    """
+
+    conv: nn.Module
+    weight: Tensor
+    stride: int
+    padding: Padding
+    bn1: BatchNorm
+    se: SqueezeExcite | None
+    project_weight: Tensor | None
+    bn2: BatchNorm | None
+    activation: Activation
+    residual: bool
+    drop: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def kernel_size(self) -> int:
+        return self.weight.shape[-1]
+
+    @property
+    def in_channels(self) -> int:
+        return self.weight.shape[1] * getattr(self.conv, "groups", 1)
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight.shape[0] if self.project_weight is None else self.project_weight.shape[0]
+
+
 def pads(size: int, kernel_size: int, stride: int, padding: Padding) -> tuple[int, int]:
     """Padding (before, after) of one spatial axis; "same" follows TensorFlow: the odd pixel goes after."""
     if isinstance(padding, tuple):

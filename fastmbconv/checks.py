@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmbconv.block import BatchNorm, Block, Padding, SqueezeExcite, pads
+from fastmbconv.block import BatchNorm, Block, DenseBlock, Padding, SqueezeExcite, pads
 
 
 def output_size(size: int, padding: int, kernel_size: int, stride: int) -> int:
@@ -39,6 +39,32 @@ def check_block(x: Tensor, block: Block) -> None:
         raise ValueError(
             f"block.residual is True with stride {block.stride} and channels {x.shape[1]} -> {out}: "
             "it needs the input's own size and channels"
+        )
+
+
+def check_dense_input(x: Tensor, block: DenseBlock) -> None:
+    """What a DenseBlock's convolution needs of x; ValueError otherwise."""
+    _check_image(x, block.in_channels)
+    _check_weight("block.weight", block.weight, tuple(block.weight.shape), x)
+
+
+def check_dense(x: Tensor, u: Tensor, block: DenseBlock) -> None:
+    """Everything else that `dense.dense_mbconv` needs, once its convolution's output is there; ValueError otherwise."""
+    channels, values = block.weight.shape[0], u.numel() // block.weight.shape[0]
+    if (block.project_weight is None) != (block.bn2 is None):
+        raise ValueError("block.project_weight and block.bn2 go together: give both or neither")
+    if block.project_weight is None and block.se is not None:
+        raise ValueError("block.se needs a projection behind it: block.project_weight is None")
+    _check_batch_norm("block.bn1", block.bn1, channels, u, values)
+    if block.se is not None:
+        _check_excite(block.se, channels, u)
+    if block.project_weight is not None and block.bn2 is not None:
+        _check_weight("block.project_weight", block.project_weight, (block.out_channels, channels, 1, 1), x)
+        _check_batch_norm("block.bn2", block.bn2, block.out_channels, u, values)
+    if block.residual and (u.shape[2:] != x.shape[2:] or block.out_channels != x.shape[1]):
+        raise ValueError(
+            f"block.residual is True with channels {x.shape[1]} -> {block.out_channels} and pixels "
+            f"{tuple(x.shape[2:])} -> {tuple(u.shape[2:])}: it needs the input's own size and channels"
         )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fastmbconv.block import Block, Padding
+from fastmbconv.block import Block, DenseBlock, Padding
 
 BACKENDS = ("auto", "triton", "eager")
 KERNEL_SIZES = (3, 5)
@@ -109,9 +109,12 @@ def shape_reason(kernel_size: int, stride: int, padding: Padding, activation: st
     return None
 
 
-def block_reason(block: Block) -> str | None:
+def block_reason(block: Block | DenseBlock) -> str | None:
     """Why this block can't be fused whatever its input, or None."""
-    reason = shape_reason(block.kernel_size, block.stride, block.padding, block.activation)
+    if isinstance(block, DenseBlock):
+        reason = activation_reason(block.activation)
+    else:
+        reason = shape_reason(block.kernel_size, block.stride, block.padding, block.activation)
     if reason is None and block.se is not None:
         reason = activation_reason(block.se.activation)
     return reason
@@ -137,7 +140,7 @@ def refuse_transforms() -> None:
         )
 
 
-def supports(block: Block, x: Tensor) -> str | None:
+def supports(block: Block | DenseBlock, x: Tensor) -> str | None:
     """None where the kernels take this call, else the reason why eager does."""
     return call_reason(x) or block_reason(block)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmbconv import checks, dispatch, reference
-from fastmbconv.block import Activation, BatchNorm, Block, Memory, Padding, SqueezeExcite, pads
+from fastmbconv.block import Activation, BatchNorm, Block, DenseBlock, Memory, Padding, SqueezeExcite, pads
 
 if TYPE_CHECKING:
     from fastmbconv.autograd import BatchNormSetting, DepthwiseSetting
@@ -192,7 +192,7 @@ def _lean(x: Tensor, block: Block, memory: Memory, dtype: torch.dtype) -> bool:
     return tables.lean_is_faster(x.device, dtype, x.shape, hidden, block.kernel_size, block.stride, block.activation)
 
 
-def _keep(x: Tensor, block: Block, dtype: torch.dtype) -> Tensor | None:
+def _keep(x: Tensor, block: Block | DenseBlock, dtype: torch.dtype) -> Tensor | None:
     """Each sample's stochastic-depth factor [N], drawn by the block's own function so that seeds keep their meaning."""
     if not block.residual or block.drop is None:
         return None

@@ -19,6 +19,7 @@ from fastmbconv.kernels import (
     depthwise,
     expand_backward,
     expand_statistics,
+    moments,
     project_sweep,
     squeeze_excite,
 )
@@ -113,6 +114,32 @@ def expand_norm(
 @expand_norm.register_fake
 def _(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
     return _vectors(x, 4, weight.shape[0])
+
+
+@_operator(mutates_args=RUNNING)
+def image_norm(
+    u: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    eps: float,
+    momentum: float | None,
+    batch_statistics: bool,
+    update: bool,
+) -> Tensor:
+    """norm: the BatchNorm of an image that no kernel of ours wrote."""
+    partials = moments.moments(u) if batch_statistics else None
+    return batch_norm.bn_finalize(
+        partials, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, eps, momentum, update,
+        u.dtype, u.shape[3],
+    )  # fmt: skip
+
+
+@image_norm.register_fake
+def _(u: Tensor, *args: Any) -> Tensor:
+    return _vectors(u, 4, u.shape[3])
 
 
 @_operator(mutates_args=RUNNING)
@@ -235,9 +262,9 @@ def _(dy: Tensor, u: Tensor, norm: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 @_operator()
-def bn_act_bwd(dy: Tensor, u: Tensor, norm: Tensor, coef: Tensor, activation: str) -> Tensor:
-    """du of act(norm(u))."""
-    return batch_norm.bn_act_bwd(dy, u, norm, coef, activation)
+def bn_act_bwd(dy: Tensor, u: Tensor, norm: Tensor, coef: Tensor, keep: Tensor | None, activation: str) -> Tensor:
+    """du of act(norm(u)) * keep."""
+    return batch_norm.bn_act_bwd(dy, u, norm, coef, keep, activation)
 
 
 @bn_act_bwd.register_fake

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmbconv.block import Activation, BatchNorm, Block, Padding, SqueezeExcite, pads
+from fastmbconv.block import Activation, BatchNorm, Block, DenseBlock, Padding, SqueezeExcite, pads
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -62,6 +62,19 @@ def mbconv(x: Tensor, block: Block) -> Tensor:
     if block.se is not None:
         h = squeeze_excite(h, block.se)
     h = batch_norm(F.conv2d(h, block.project_weight), block.bn3)
+    if block.residual and block.drop is not None:
+        h = (h * block.drop(h.new_ones(h.shape[0], 1, 1, 1))).to(h.dtype)
+    return h + x if block.residual else h
+
+
+def dense_mbconv(x: Tensor, block: DenseBlock) -> Tensor:
+    """The whole Fused-MBConv block: dense conv, BN, act, [SE], [project, BN], [stochastic depth, + x]."""
+    h = ACTIVATIONS[block.activation](batch_norm(block.conv(x), block.bn1))
+    if block.se is not None:
+        h = squeeze_excite(h, block.se)
+    if block.project_weight is not None:
+        assert block.bn2 is not None
+        h = batch_norm(F.conv2d(h, block.project_weight), block.bn2)
     if block.residual and block.drop is not None:
         h = (h * block.drop(h.new_ones(h.shape[0], 1, 1, 1))).to(h.dtype)
     return h + x if block.residual else h

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastmbconv.block import Block, pads
+from fastmbconv.block import Block, DenseBlock, pads
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,31 @@ def count(sizes: Sizes) -> Traffic:
         fused_inference=fused_forward,
         fused_training=fused_forward + _fused_backward(sizes),
     )
+
+
+def count_dense(block: DenseBlock, shape: tuple[int, int, int, int]) -> tuple[int, Traffic]:
+    """(elements of u, traffic) of a Fused-MBConv block: u is its dense convolution's output, v its projection's."""
+    n, c, h, w = shape
+    if c != block.in_channels:
+        raise ValueError(f"shape is {tuple(shape)}: this block takes {block.in_channels} channels")
+    out_h, out_w = (
+        (size + sum(pads(size, block.kernel_size, block.stride, block.padding)) - block.kernel_size) // block.stride + 1
+        for size in (h, w)
+    )
+    x, u = n * c * h * w, n * block.weight.shape[0] * out_h * out_w
+    v = 0 if block.project_weight is None else n * block.out_channels * out_h * out_w
+    se, last = block.se is not None, v or u
+    # conv, BN, act; SE: mean and product; project and its BN; the residual
+    eager = x + u + 4 * u + se * 3 * u + bool(v) * (u + 3 * v) + block.residual * 3 * x
+    eager_backward = (
+        bool(v) * (5 * v + 2 * (u + v)) + se * 10 * u + 3 * u + 5 * u + 2 * (u + x) + block.residual * 3 * x
+    )
+    # conv; pool; project; the last BN with the residual
+    fused = x + u + se * u + bool(v) * (u + v) + 2 * last + block.residual * x
+    # the last BN's sums; the sweep and du, or du alone; conv; the gradients of the branch and of the residual
+    rest = 4 * v + 3 * u if v else 3 * u
+    fused_backward = 2 * last + rest + 2 * (u + x) + block.residual * 3 * x
+    return u, Traffic(eager, eager + u + v, eager + u + v + eager_backward, fused, fused + u + fused_backward)
 
 
 def _eager_forward(s: Sizes) -> int:

@@ -247,10 +247,13 @@ def _bn_act_bwd_kernel(
     u_ptr,
     norm_ptr,
     coef_ptr,
+    keep_ptr,
     du_ptr,
     M,
+    HW,
     C: tl.constexpr,
     ACT: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
     ACC: tl.constexpr,
     FAST: tl.constexpr,
     BM: tl.constexpr,
@@ -265,6 +268,8 @@ def _bn_act_bwd_kernel(
     b_p, b_q, b_r = load_coef(coef_ptr, o_c, m_c, C)
     b_d = tl.load(dy_ptr + o, mask=m, other=0.0).to(ACC)
     b_u = tl.load(u_ptr + o, mask=m, other=0.0).to(ACC)
+    if HAS_KEEP:
+        b_d = b_d * tl.load(keep_ptr + o_m // HW, mask=o_m < M, other=0.0)[:, None]
     _, b_g = activate_grad(b_u * b_scale[None, :] + b_shift[None, :], ACT, FAST)
     b_du = b_p[None, :] * (b_d * b_g) + b_q[None, :] * b_u + b_r[None, :]
     tl.store(du_ptr + o, stored(b_du, du_ptr.dtype.element_ty), mask=m)
@@ -409,22 +414,25 @@ def bn_act_bwd_reduce(dy: Tensor, u: Tensor, norm: Tensor, keep: Tensor | None, 
     return sums
 
 
-def bn_act_bwd(dy: Tensor, u: Tensor, norm: Tensor, coef: Tensor, activation: str) -> Tensor:
-    """du = p * dy * act'(scale * u + shift) + q * u + r."""
+def bn_act_bwd(dy: Tensor, u: Tensor, norm: Tensor, coef: Tensor, keep: Tensor | None, activation: str) -> Tensor:
+    """du = p * dy * keep[n] * act'(scale * u + shift) + q * u + r."""
     n, h, w, c = u.shape
     du = torch.empty_like(u)
-    tiles = chosen("bn_act_bwd", u, row_tiles, (n * h * w, c), activation=activation)
+    tiles = chosen("bn_act_bwd", u, row_tiles, (n * h * w, c), activation=activation, keep=keep is not None)
     _bn_act_bwd_kernel[(triton.cdiv(n * h * w, tiles["BM"]), triton.cdiv(c, tiles["BC"]))](
         dy_ptr=dy,
         u_ptr=u,
         norm_ptr=norm,
         coef_ptr=coef,
+        keep_ptr=keep,
         du_ptr=du,
         M=n * h * w,
+        HW=h * w,
         C=c,
         ACT=activation,
+        HAS_KEEP=keep is not None,
         **numeric(u.dtype),
         **tiles,
     )
-    state("bn_act_bwd", (dy, u, norm, coef), (du,))
+    state("bn_act_bwd", (dy, u, norm, coef, keep), (du,))
     return du

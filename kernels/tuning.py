@@ -80,6 +80,7 @@ SPACE: dict[str, dict[str, Choice]] = {
     "bn_act_fwd": _ROWS,
     "bn_act_bwd": _ROWS,
     "bn_act_bwd_reduce": _ROWS,
+    "moments": _ROWS,
 }
 
 

@@ -174,8 +174,7 @@ def test_backward(image, activation, batch, has_keep, tiles, group, dtype, devic
         return {"du": x.grad, "dweight": g.grad, "dbias": b.grad}
 
     grads, coef = ops.bn_bwd(nhwc(dy), nhwc(u), norm, keep, activation, batch)
-    kept = dy if keep is None else dy * keep[:, None, None, None].to(dtype)  # exact: keep is 0 or 2
-    du = ops.bn_act_bwd(nhwc(kept), nhwc(u), norm, coef, activation)
+    du = ops.bn_act_bwd(nhwc(dy), nhwc(u), norm, coef, keep, activation)
     theirs, truth = eager(dtype), eager(torch.float64)
     for name, value in {"du": nchw(du), "dweight": grads[0], "dbias": grads[1]}.items():
         assert_parity(name, value, theirs[name], truth[name])

@@ -68,7 +68,11 @@ def arguments(device, dtype=torch.float32):
             (image(o), image(o), norm(o), keep, "none", True),
             (image(e), image(e), norm(e), None, "silu", False),
         ],
-        "bn_act_bwd": [(image(e), image(e), norm(e), vectors(3, e), "silu")],
+        "bn_act_bwd": [
+            (image(e), image(e), norm(e), vectors(3, e), None, "silu"),
+            (image(e), image(e), norm(e), vectors(3, e), keep, "relu"),
+        ],
+        "image_norm": [(image(e), *batch_norm(e, True)), (image(e), *batch_norm(e, False))],
         "project_bwd": [
             (image(o), image(o), vectors(3, o), keep, project, image(e), norm(e), gate, pooled, reduced, excite[0],
              excite[2], "silu", "silu", True),

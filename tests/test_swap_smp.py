@@ -85,7 +85,7 @@ MODELS = {
     "timm-efficientnet-b0": ("Unet", 16, 16),
     "timm-tf_efficientnet_lite0": ("Unet", 16, 16),
     "tu-efficientnet_b0": ("Unet", 16, 16),
-    "tu-tf_efficientnetv2_b0": ("Unet", 16, 21),
+    "tu-tf_efficientnetv2_b0": ("Unet", 21, 21),
     "mobilenet_v2": ("Unet", 17, 17),
 }
 

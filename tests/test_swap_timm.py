@@ -110,8 +110,6 @@ UNFUSIBLE = {
     "lost-child": (lambda: _with(lambda m: delattr(m, "bn2")), "no submodule bn2"),
     "different-acts": (lambda: _with(lambda m: setattr(m.bn1, "act", nn.ReLU())), "the activation after the expansion"),
     "cond-conv": (lambda: blocks.CondConvResidual(8, 8, num_experts=2), "CondConv"),
-    "edge": (lambda: blocks.EdgeResidual(8, 8), "Fused-MBConv"),
-    "conv-bn-act": (lambda: blocks.ConvBnAct(8, 8, 3), "a single convolution"),
     "universal": (lambda: blocks.UniversalInvertedResidual(8, 8), "MobileNetV4"),
 }
 
@@ -135,9 +133,9 @@ MODELS = {
     "efficientnet_lite4": (30, 30, {}),
     "mnasnet_100": (17, 17, {}),
     "semnasnet_100": (16, 16, {}),
-    "efficientnetv2_rw_t": (29, 39, {}),
-    "tf_efficientnetv2_s": (30, 40, {}),
-    "gc_efficientnetv2_rw_t": (0, 39, {}),
+    "efficientnetv2_rw_t": (39, 39, {}),
+    "tf_efficientnetv2_s": (40, 40, {}),
+    "gc_efficientnetv2_rw_t": (10, 39, {}),
     "mobilenetv3_large_100": (3, 16, {}),
     "mixnet_s": (1, 16, {}),
     "efficientnet_blur_b0": (12, 16, {}),

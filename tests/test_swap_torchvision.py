@@ -100,10 +100,6 @@ UNFUSIBLE = {
     "late-act": (lambda: _with(lambda m: m.block[3].append(nn.SiLU())), "the projection is SiLU (allowed is none)"),
     "new-child": (lambda: _with(lambda m: m.add_module("gamma", nn.Identity())), "an unknown submodule gamma"),
     "longer": (lambda: _with(lambda m: m.block.insert(0, copy.deepcopy(m.block[0]))), "4 convolutions"),
-    "fused-mbconv": (
-        lambda: efficientnet.FusedMBConv(efficientnet.FusedMBConvConfig(4, 3, 1, 8, 8, 1), 0.0, nn.BatchNorm2d),
-        "Fused-MBConv",
-    ),
     "mobile-v2-norm": (lambda: mobile_v2(norm_layer=torchvision.ops.FrozenBatchNorm2d), "is a FrozenBatchNorm2d"),
     "mobile-v2-late-act": (lambda: _with(lambda m: m.conv.append(nn.ReLU6()), mobile_v2), "the projection is ReLU6"),
     "mobile-v2-longer": (
@@ -136,7 +132,7 @@ def test_unfusible_says_why(make, reason):
 MODELS = {
     "efficientnet_b0": (16, 16),
     "efficientnet_b7": (55, 55),
-    "efficientnet_v2_s": (30, 40),
+    "efficientnet_v2_s": (40, 40),
     "mobilenet_v2": (17, 17),
     "mobilenet_v3_large": (3, 15),
     "mnasnet1_0": (16, 16),

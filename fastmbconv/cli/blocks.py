@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastmbconv
 from fastmbconv import dispatch
-from fastmbconv.block import Block
+from fastmbconv.block import Block, DenseBlock
 from fastmbconv.cli.extras import require
 from fastmbconv.swap.fused import fusible
 from fastmbconv.traffic import Sizes, Traffic, count
@@ -79,7 +79,7 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
 def reason_of(module: nn.Module, x: Tensor) -> str | None:
     """Why this block's call would run eager, or None."""
     block = fusible(module)
-    return dispatch.supports(block, x) if isinstance(block, Block) else block or "no known block"
+    return dispatch.supports(block, x) if isinstance(block, (Block, DenseBlock)) else block or "no known block"
 
 
 def run_fused(model: nn.Module, x: Tensor, budget: float | None) -> BlockRun:

@@ -24,10 +24,10 @@ Model = TypeVar("Model", bound=nn.Module)
 def fuse(model: Model, filter_fn: Callable[[nn.Module, str], bool] | None = None, *, memory: Memory = "fast") -> Model:
     """Make a model's MBConv blocks run fused, in place, and return it.
 
-    Blocks of fastmbconv, timm (InvertedResidual, DepthwiseSeparableConv), torchvision (MBConv, InvertedResidual),
-    efficientnet_pytorch and segmentation_models_pytorch (MBConvBlock), and transformers (EfficientNetBlock,
-    AlignVisionBlock) are known; a block that can't be fused stays as it is, and `explain` says why. Fusing twice is
-    fusing once, with the later `memory`.
+    Blocks of fastmbconv, timm (InvertedResidual, DepthwiseSeparableConv, EdgeResidual, ConvBnAct), torchvision (MBConv,
+    FusedMBConv, InvertedResidual), efficientnet_pytorch and segmentation_models_pytorch (MBConvBlock), and transformers
+    (EfficientNetBlock, AlignVisionBlock) are known; a block that can't be fused stays as it is, and `explain` says why.
+    Fusing twice is fusing once, with the later `memory`.
 
     Args:
         model: any module; a block itself too.

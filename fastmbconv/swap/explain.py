@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from fastmbconv import dispatch
-from fastmbconv.block import Block
+from fastmbconv.block import Block, DenseBlock
 from fastmbconv.swap.fused import FusedBlock, fusible, is_fused, read
 from fastmbconv.swap.registry import adapter_of, forward_owner
 from fastmbconv.swap.saving import Saving, input_shapes, saving
@@ -98,18 +98,18 @@ def rows(model: nn.Module, input_shape: tuple[int, ...] | None) -> tuple[Row, ..
 
 def _row(name: str, module: nn.Module, shape: tuple[int, int, int, int] | None) -> Row:
     block = fusible(module)
-    saved = saving(block, module.training, shape) if isinstance(block, Block) else None
-    geometry = _geometry(block) if isinstance(block, Block) else _guessed_geometry(module)
+    saved = None if block is None or isinstance(block, str) else saving(block, module.training, shape)
+    geometry = _guessed_geometry(module) if block is None or isinstance(block, str) else _geometry(block)
     adapter = adapter_of(type(module))
     if adapter is not None and is_fused(module):
         live = read(module, adapter)
         if isinstance(live, str):
             return _eager(name, module, live, geometry, saved)
-    if not isinstance(block, Block):
+    if not isinstance(block, (Block, DenseBlock)):
         return _eager(name, module, str(block), geometry)
     if not is_fused(module):
         return _eager(name, module, "not fused: fastmbconv.fuse does it", geometry, saved)
-    reason = dispatch.supports(block, block.project_weight)
+    reason = dispatch.supports(block, block.weight if isinstance(block, DenseBlock) else block.project_weight)
     runs = "kernels" if reason is None else f"eager: {reason}"
     return Row(name, _class_name(module), geometry, "fused", "", runs, saved)
 
@@ -123,7 +123,10 @@ def _class_name(module: nn.Module) -> str:
     return cls.original.__name__ if issubclass(cls, FusedBlock) else cls.__name__
 
 
-def _geometry(block: Block) -> Geometry:
+def _geometry(block: Block | DenseBlock) -> Geometry:
+    if isinstance(block, DenseBlock):
+        channels = (block.in_channels, block.weight.shape[0], block.out_channels)
+        return Geometry(channels, block.kernel_size, block.stride, block.se is not None)
     hidden, out = block.depthwise_weight.shape[0], block.project_weight.shape[0]
     return Geometry((block.in_channels, hidden, out), block.kernel_size, block.stride, block.se is not None)
 

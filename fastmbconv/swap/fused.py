@@ -1,4 +1,4 @@
-"""The swap: a block's class becomes a subclass of itself whose forward goes through `functional.mbconv`.
+"""The swap: a block's class becomes a subclass of itself whose forward goes through `functional.mbconv`, or `dense`'s.
 
 The module object, its submodules, parameters, buffers, hooks and state-dict keys are not touched.
 """
@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fastmbconv import dispatch, functional
-from fastmbconv.block import Block, Memory
+from fastmbconv import dense, dispatch, functional
+from fastmbconv.block import Block, DenseBlock, Memory
 from fastmbconv.mbconv import MBConv
 from fastmbconv.swap.parts import NotNow
 from fastmbconv.swap.registry import Adapter, adapter_of, forward_owner
@@ -38,9 +38,13 @@ class FusedBlock:
         block = read(self, type(self).adapter, *args[1:], **kwargs)  # type: ignore[arg-type]
         if isinstance(block, str):
             return original(*args, **kwargs)
-        return functional.mbconv(
-            args[0], block, eager=lambda x: original(x, *args[1:], **kwargs), memory=type(self).memory
-        )
+
+        def eager(x: Tensor) -> Tensor:
+            return original(x, *args[1:], **kwargs)
+
+        if isinstance(block, DenseBlock):
+            return dense.dense_mbconv(args[0], block, eager=eager)
+        return functional.mbconv(args[0], block, eager=eager, memory=type(self).memory)
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         return _rebuild, (type(self).original, type(self).memory), self.__getstate__()
@@ -55,7 +59,7 @@ class FusedBlock:
         return block
 
 
-def read(module: nn.Module, adapter: Adapter, *args: Any, **kwargs: Any) -> Block | str:
+def read(module: nn.Module, adapter: Adapter, *args: Any, **kwargs: Any) -> Block | DenseBlock | str:
     """The block as data at this call, or why the module must run its own submodules."""
     reason = dispatch.module_reason(module)
     if reason is not None:
@@ -64,7 +68,7 @@ def read(module: nn.Module, adapter: Adapter, *args: Any, **kwargs: Any) -> Bloc
     return block.reason if isinstance(block, NotNow) else block
 
 
-def fusible(module: nn.Module) -> Block | str | None:
+def fusible(module: nn.Module) -> Block | DenseBlock | str | None:
     """What `fuse` goes by: the block as data, the reason why it can't be fused, or None for what is no known block.
 
     Hooks, parametrizations and an adapter's NotNow don't count: they come and go, and each call looks for them.

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastmbconv.block import Activation, BatchNorm, Block, Padding, SqueezeExcite
+from fastmbconv.block import Activation, BatchNorm, Block, DenseBlock, Padding, SqueezeExcite
 
 Module = Any  # an nn.Module of a foreign class: `nn.Module` alone says nothing about its attributes
 
@@ -63,6 +63,7 @@ class Gate:
 class Parts:
     """The pieces of one block.
 
+    `depthwise` is the dense convolution, and `project` None where none follows it, for `assemble_dense`.
     `drop_rate` is the rate of `drop`, which counts only in a block with a residual; `drop_function` is what
     `Block.drop` says, for this call, in a block without such a module.
     """
@@ -70,7 +71,7 @@ class Parts:
     expand: Stage | None
     depthwise: Stage
     se: Gate | None
-    project: Stage
+    project: Stage | None
     residual: bool
     drop: Module | None
     drop_rate: float
@@ -108,6 +109,7 @@ def children_reason(module: Module, required: set[str], optional: frozenset[str]
 
 def assemble(parts: Parts, kinds: Kinds) -> Block | str:
     """The block as data, with its live parameters; or the reason why it is none."""
+    assert parts.project is not None
     stages = [("depthwise convolution", parts.depthwise), ("projection", parts.project)]
     if parts.expand is not None:
         stages.insert(0, ("expansion", parts.expand))
@@ -130,10 +132,50 @@ def assemble(parts: Parts, kinds: Kinds) -> Block | str:
     return _block(parts, kinds, activation)
 
 
+def assemble_dense(parts: Parts, kinds: Kinds) -> DenseBlock | str:
+    """A Fused-MBConv block as data, with its live parameters; or the reason why it is none."""
+    dense, project = parts.depthwise, parts.project
+    stages = [("dense convolution", dense)] + ([] if project is None else [("projection", project)])
+    for role, stage in stages:
+        reason = _conv_reason(role, stage.conv, kinds) or _norm_reason(role, stage.norm, kinds)
+        if reason is None and stage is project:
+            reason = _pointwise_reason(role, stage)
+        if reason is not None:
+            return reason
+    reason = _gate_reason(parts.se, kinds) or _drop_reason(parts, kinds)
+    if reason is not None:
+        return reason
+    if dense.conv.dilation != (1, 1):
+        return f"the dense convolution has dilation {dense.conv.dilation[0]}"
+    if dense.conv.kernel_size[0] != dense.conv.kernel_size[1] or dense.conv.stride[0] != dense.conv.stride[1]:
+        return "the dense convolution's kernel or stride is not square"
+    activation = _activation(dense.act, kinds)
+    if activation is None:
+        return _unknown_activation("dense convolution", dense.act)
+    if project is not None and _activation(project.act, kinds) != "none":
+        return _unknown_activation("projection", project.act, "allowed is none")
+    if project is None and parts.se is not None:
+        return "a squeeze-excite without a projection behind it"
+    return DenseBlock(
+        conv=dense.conv,
+        weight=dense.conv.weight,
+        stride=dense.conv.stride[0],
+        padding=_padding(dense, kinds),
+        bn1=BatchNorm.of(dense.norm),
+        se=None if parts.se is None else _squeeze_excite(parts.se, kinds),
+        project_weight=None if project is None else project.conv.weight,
+        bn2=None if project is None else BatchNorm.of(project.norm),
+        activation=activation,
+        residual=parts.residual,
+        drop=_drop(parts),
+    )
+
+
 def _block(parts: Parts, kinds: Kinds, activation: Activation) -> Block | str:
     conv = parts.depthwise.conv
     stride = conv.stride[0]
     expand, project = parts.expand, parts.project
+    assert project is not None
     block = Block(
         expand_weight=None if expand is None else expand.conv.weight,
         bn1=None if expand is None else BatchNorm.of(expand.norm),

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastmbconv.block import Block
+from fastmbconv.block import Block, DenseBlock
 from fastmbconv.swap import lukemelas, ours, timm, torchvision, transformers
 from fastmbconv.swap.parts import NotNow
 
-Adapter = Callable[..., Block | NotNow | str]
+Adapter = Callable[..., Block | DenseBlock | NotNow | str]
 
 ADAPTERS: dict[str, Adapter] = {
     **ours.BLOCKS,

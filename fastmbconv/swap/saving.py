@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastmbconv import dispatch
-from fastmbconv.block import Block
-from fastmbconv.traffic import Sizes, count
+from fastmbconv.block import Block, DenseBlock
+from fastmbconv.traffic import Sizes, count, count_dense
 
 NOMINAL_SIDE = 32  # passes of E barely depend on the resolution; they are counted at this one where none is given
 
@@ -41,13 +41,18 @@ class Saving:
         return None if self.shape is None else (self.eager * self.itemsize, self.fused * self.itemsize)
 
 
-def saving(block: Block, training: bool, shape: tuple[int, int, int, int] | None) -> Saving:
+def saving(block: Block | DenseBlock, training: bool, shape: tuple[int, int, int, int] | None) -> Saving:
     """What fusing this block saves in a call on an input of this shape."""
-    sizes = Sizes.of(block, shape or (1, block.in_channels, NOMINAL_SIDE, NOMINAL_SIDE))
-    traffic = count(sizes)
+    image = shape or (1, block.in_channels, NOMINAL_SIDE, NOMINAL_SIDE)
+    if isinstance(block, DenseBlock):
+        expanded, traffic = count_dense(block, image)
+    else:
+        sizes = Sizes.of(block, image)
+        expanded, traffic = sizes.u1, count(sizes)
     eager = traffic.eager_training if training else traffic.eager_inference
     fused = traffic.fused_training if training else traffic.fused_inference
-    return Saving(shape, training, sizes.u1, eager, fused, block.project_weight.element_size())
+    weight = block.weight if isinstance(block, DenseBlock) else block.project_weight
+    return Saving(shape, training, expanded, eager, fused, weight.element_size())
 
 
 def input_shapes(

@@ -1,11 +1,22 @@
-"""timm's blocks: InvertedResidual, and DepthwiseSeparableConv, which is the same block without an expansion."""
+"""timm's blocks: InvertedResidual, DepthwiseSeparableConv (the same without an expansion), EdgeResidual, ConvBnAct."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from fastmbconv.block import Block
-from fastmbconv.swap.parts import Gate, Kinds, Module, Parts, Stage, assemble, children_reason, kind, name
+from fastmbconv.block import Block, DenseBlock
+from fastmbconv.swap.parts import (
+    Gate,
+    Kinds,
+    Module,
+    Parts,
+    Stage,
+    assemble,
+    assemble_dense,
+    children_reason,
+    kind,
+    name,
+)
 
 KINDS = Kinds(
     same_convs=frozenset({"timm.layers.conv2d_same.Conv2dSame"}),
@@ -17,6 +28,8 @@ KINDS = Kinds(
 SQUEEZE_EXCITE = "timm.models._efficientnet_blocks.SqueezeExcite"
 INVERTED = {"conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"}
 SEPARABLE = {"conv_dw", "bn1", "conv_pw", "bn2"}
+EDGE = {"conv_exp", "bn1", "conv_pwl", "bn2"}
+SINGLE = {"conv", "bn1"}
 OPTIONAL = frozenset({"aa", "se", "drop_path", "conv_s2d", "bn_s2d"})
 
 
@@ -47,37 +60,48 @@ def _stage(conv: Module, norm: Module) -> Stage:
 
 
 def _assemble(module: Module, expand: Stage | None, depthwise: Stage, project: Stage) -> Block | str:
+    parts = _parts(module, expand, depthwise, project)
+    return parts if isinstance(parts, str) else assemble(parts, KINDS)
+
+
+def _parts(module: Module, expand: Stage | None, depthwise: Stage, project: Stage | None) -> Parts | str:
     children = module._modules
     if children.get("conv_s2d") is not None:
         return "space-to-depth before the block (conv_s2d)"
     aa, se, drop = children.get("aa"), children.get("se"), children.get("drop_path")
     if aa is not None and type(aa) is not nn.Identity:
-        return f"anti-aliasing after the depthwise convolution ({name(aa)})"
+        return f"anti-aliasing ({name(aa)})"
     gate = None
     if se is not None and type(se) is not nn.Identity:
         if kind(se) != SQUEEZE_EXCITE:
             return f"the squeeze-excite is a {kind(se)}"
         gate = Gate(se.conv_reduce, se.act1, se.conv_expand, se.gate)
-    return assemble(
-        Parts(
-            expand=expand,
-            depthwise=depthwise,
-            se=gate,
-            project=project,
-            residual=module.has_skip,
-            drop=drop,
-            drop_rate=getattr(drop, "drop_prob", 0.0),
-        ),
-        KINDS,
+    return Parts(
+        expand=expand,
+        depthwise=depthwise,
+        se=gate,
+        project=project,
+        residual=module.has_skip,
+        drop=drop,
+        drop_rate=getattr(drop, "drop_prob", 0.0),
     )
 
 
-def edge_residual(module: Module) -> str:
-    return "a Fused-MBConv: its expansion is a full convolution, there is no depthwise one"
+def edge_residual(module: Module) -> DenseBlock | str:
+    """`EdgeResidual`: conv_exp, bn1, [se], conv_pwl, bn2, [drop_path]."""
+    return children_reason(module, EDGE, OPTIONAL) or _dense(
+        module, _stage(module.conv_exp, module.bn1), _stage(module.conv_pwl, module.bn2)
+    )
 
 
-def conv_bn_act(module: Module) -> str:
-    return "a single convolution with its norm, no depthwise one"
+def conv_bn_act(module: Module) -> DenseBlock | str:
+    """`ConvBnAct`: conv, bn1, [drop_path]."""
+    return children_reason(module, SINGLE, OPTIONAL) or _dense(module, _stage(module.conv, module.bn1), None)
+
+
+def _dense(module: Module, dense: Stage, project: Stage | None) -> DenseBlock | str:
+    parts = _parts(module, None, dense, project)
+    return parts if isinstance(parts, str) else assemble_dense(parts, KINDS)
 
 
 def cond_conv_residual(module: Module) -> str:

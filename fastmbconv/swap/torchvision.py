@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from fastmbconv.block import Block
-from fastmbconv.swap.parts import Gate, Kinds, Module, Parts, Stage, assemble, kind, name
+from fastmbconv.block import Block, DenseBlock
+from fastmbconv.swap.parts import Gate, Kinds, Module, Parts, Stage, assemble, assemble_dense, kind, name
 
 KINDS = Kinds(drops=frozenset({"torchvision.ops.stochastic_depth.StochasticDepth"}))
 SEQUENTIALS = {"torch.nn.modules.container.Sequential", "torchvision.ops.misc.Conv2dNormActivation"}
@@ -118,8 +118,33 @@ def _gate(layer: Module) -> Gate | None | str:
     return Gate(layer.fc1, layer.activation, layer.fc2, layer.scale_activation)
 
 
-def fused_mbconv(module: Module) -> str:
-    return "a Fused-MBConv: its expansion is a full convolution, there is no depthwise one"
+def fused_mbconv(module: Module) -> DenseBlock | str:
+    """`FusedMBConv`: block = dense convolution, [projection]; stochastic_depth if use_res_connect."""
+    unknown = _unknown_child(module, {"block", "stochastic_depth"})
+    if unknown is not None:
+        return unknown
+    if type(module.block) is not nn.Sequential or len(module.block) not in (1, 2):
+        return f"its block is a {name(module.block)}, not a Sequential of 1 or 2 stages"
+    stages = []
+    for layer in module.block._modules.values():
+        stage = _stage(layer)
+        if isinstance(stage, str):
+            return stage
+        stages.append(stage)
+    dense, *project = stages
+    drop = module.stochastic_depth
+    return assemble_dense(
+        Parts(
+            expand=None,
+            depthwise=dense,
+            se=None,
+            project=project[0] if project else None,
+            residual=module.use_res_connect,
+            drop=drop,
+            drop_rate=getattr(drop, "p", 0.0),
+        ),
+        KINDS,
+    )
 
 
 BLOCKS = {
