@@ -101,7 +101,7 @@ def _depthwise_inference_kernel(
         b_we = 0
     b_scale2, b_shift2 = load_affine(bn2_weight_ptr, bn2_bias_ptr, mean2_ptr, var2_ptr, o_c, m_c, EPS2, ACC)
     b_scale2, b_shift2 = halved(b_scale2, ACT, FAST), halved(b_shift2, ACT, FAST)
-    b_taps = load_taps(w_ptr, o_c, m_c, K, ACC)
+    b_taps = load_taps(w_ptr, o_c, m_c, K, ACC, NB, BC)
     b_w = ()
     for i in tl.static_range(K * K):
         b_w = b_w + (b_taps[i] * b_scale2[None, :],)

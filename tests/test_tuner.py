@@ -171,7 +171,8 @@ def stored(folder):
     return json.loads((folder / "gpu-of-a-test.json").read_text())
 
 
-def test_a_search_stores_what_it_finds_and_goes_on_where_it_ended(fake, found, tmp_path, capsys):
+def test_a_search_stores_what_it_finds_and_goes_on_where_it_ended(fake, found, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FASTMBCONV_COMMIT", "abc")
     blocks, launches = found
     search = command.Search(CPU, torch.float32, tmp_path / "new", 1000)
     fake += [3.0, 1.5]
@@ -180,6 +181,7 @@ def test_a_search_stores_what_it_finds_and_goes_on_where_it_ended(fake, found, t
     assert list(content["tiles"]) == [launch.question.key for launch in launches[:2]]
     assert list(content["memory"].values()) == ["fast"]
     assert content["head"]["source"] == "measured" and content["head"]["gpu"] == NAME
+    assert content["head"]["commit"] == "abc"
     assert "2 launches searched; faster than the default: 1" in capsys.readouterr().out
     fake += [1.0] * 1000
     assert command.Search(CPU, torch.float32, tmp_path / "new", 1000).run(launches[:3], blocks) == 0
@@ -203,6 +205,17 @@ def test_the_faster_plan_is_stored(fake, found, tmp_path):
     assert search.run([], found[0]) == 0
     (key,) = stored(tmp_path)["memory"]
     assert stored(tmp_path)["memory"] == {key: "lean"} and key == tuner.plan_key(found[0][0], torch.float32)
+
+
+def test_a_terminal_gets_a_bar_and_a_pipe_plain_lines(capsys, monkeypatch):
+    with command.progress(2) as show:
+        show("pool: 1 ms")
+    assert capsys.readouterr().out == "pool: 1 ms\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    with command.progress(2) as show:
+        show("pool: 1 ms")
+    printed = capsys.readouterr().out
+    assert "1/2" in printed and "pool" in printed
 
 
 def test_a_broken_cache_is_named_and_replaced(fake, found, tmp_path):

@@ -8,6 +8,8 @@ was interrupted, or ran out of its budget, goes on where it ended. fastmbconv it
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -119,6 +121,7 @@ class Search:
         if len(new) < len(launches):
             print(f"{len(launches) - len(new)} are in {self.path} already")
         done = 0
+        self.reserve = self.reserve if blocks else 0.0
         try:
             with progress(len(new)) as show:
                 for launch in new:
@@ -126,8 +129,6 @@ class Search:
                         break
                     show(self.tune(launch))
                     done += 1
-            if not blocks:
-                self.reserve = 0.0
             with progress(len(blocks)) as show:
                 for case in blocks:
                     if time.monotonic() < self.deadline:
@@ -211,8 +212,21 @@ def head(gpu: str) -> dict[str, Any]:
         "triton": [".".join(triton.__version__.split(".")[:2])],
         "torch": torch.__version__,
         "fastmbconv": __version__,
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def commit() -> str | None:
+    """Of the checkout that this is, by FASTMBCONV_COMMIT or git; None for an installed package."""
+    root = Path(__file__).parents[2]
+    if "FASTMBCONV_COMMIT" in os.environ or not (root / ".git").exists():
+        return os.environ.get("FASTMBCONV_COMMIT")
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def check_writable(folder: Path) -> None:
