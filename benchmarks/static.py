@@ -108,7 +108,8 @@ def launches(shape: Shape, dtype: torch.dtype, archs: list[int], *, ops: bool = 
             found.setdefault(one.key, one)
 
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-    for make in (subjects.mbconv, subjects.depthwise, subjects.squeeze_excite)[: None if ops else 1]:
+    single = (subjects.depthwise, subjects.squeeze_excite, subjects.fused_mbconv, subjects.fused_mbconv_single)
+    for make in (subjects.mbconv, *(single if ops else ())):
         subject = make(shape)
         module = subject.make()
         x = torch.empty(subject.size, dtype=dtype, memory_format=torch.channels_last).requires_grad_()

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 import fastmbconv
 from benchmarks.registry import BATCHES, Shape
-from fastmbconv import functional
-from fastmbconv.block import BatchNorm
+from fastmbconv import functional, reference
+from fastmbconv.block import BatchNorm, DenseBlock
+from fastmbconv.dense import dense_mbconv
 from fastmbconv.efficientnet import EfficientNet
-from fastmbconv.mbconv import MBConv, SqueezeExcitation
+from fastmbconv.mbconv import MBConv, SqueezeExcitation, StochasticDepth
 from fastmbconv.scaling import COEFFICIENTS, Coefficients
 
 MODES = ("fwd_no_grad", "fwd_bwd")  # evaluation without gradients; training, forward and backward
@@ -59,6 +60,40 @@ class SqueezeExcite(SqueezeExcitation):
         return super().forward(x)
 
 
+class FusedMBConv(nn.Module):
+    """EfficientNetV2's early block: dense 3x3, BN, SiLU, [project, BN,] + x, half of the images dropped in training."""
+
+    def __init__(self, channels: int, expand_ratio: int) -> None:
+        super().__init__()
+        hidden = channels * expand_ratio
+        self.conv, self.bn1 = nn.Conv2d(channels, hidden, 3, padding=1, bias=False), nn.BatchNorm2d(hidden)
+        self.project = self.bn2 = None
+        if expand_ratio > 1:
+            self.project, self.bn2 = nn.Conv2d(hidden, channels, 1, bias=False), nn.BatchNorm2d(channels)
+        self.drop = StochasticDepth(0.5)
+
+    def describe(self) -> DenseBlock:
+        return DenseBlock(
+            conv=self.conv,
+            weight=self.conv.weight,
+            stride=1,
+            padding=1,
+            bn1=BatchNorm.of(self.bn1),
+            se=None,
+            project_weight=None if self.project is None else self.project.weight,
+            bn2=None if self.bn2 is None else BatchNorm.of(self.bn2),
+            activation="silu",
+            residual=True,
+            drop=self.drop if self.training else None,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dense_mbconv(x, self.describe())
+
+    def forward_eager(self, x: Tensor) -> Tensor:
+        return reference.dense_mbconv(x, self.describe())
+
+
 class Fused(nn.Module):
     """A whole model: `forward_eager` is the model as its library made it, `forward` the same model after `fuse`."""
 
@@ -89,6 +124,16 @@ def depthwise(shape: Shape) -> Subject:
         return DepthwiseBnAct(shape.hidden, shape.kernel_size, shape.stride)
 
     return Subject(name, make, size, shape.elements, shape.model, shape.count)
+
+
+def fused_mbconv(shape: Shape) -> Subject:
+    size = (2, shape.in_channels, shape.size, shape.size)
+    return Subject(f"fused_mbconv {shape.name}", lambda: FusedMBConv(shape.in_channels, 4), size, shape.elements, "v2")
+
+
+def fused_mbconv_single(shape: Shape) -> Subject:
+    size = (2, shape.in_channels, shape.size, shape.size)
+    return Subject(f"conv_bn_act {shape.name}", lambda: FusedMBConv(shape.in_channels, 1), size, shape.elements, "v2")
 
 
 def squeeze_excite(shape: Shape) -> Subject:

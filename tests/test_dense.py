@@ -5,14 +5,13 @@ import copy
 import pytest
 import torch
 from agreement import assert_kernels_agree, assert_same, assert_same_masks, outcome, randomised
-from blocks import HALVES, PRECISE, nhwc, normal, shrink
+from blocks import shrink
 from libraries import library
 from torch import nn
 
 import fastmbconv
 from fastmbconv import dense, explain, fuse, reference, unfuse
 from fastmbconv.block import DenseBlock
-from fastmbconv.kernels import batch_norm, moments
 from fastmbconv.kernels.traffic import recorded
 from fastmbconv.swap.fused import FusedBlock, fusible
 from fastmbconv.traffic import count_dense
@@ -159,19 +158,6 @@ def test_compiles_to_one_graph(training, device):
         expected = copy.deepcopy(model)(x)
         torch._dynamo.reset()
         torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)
-
-
-@pytest.mark.parametrize("dtype", [PRECISE, *HALVES])
-@pytest.mark.parametrize("group", [1, 3])
-def test_moments(dtype, group, device, monkeypatch):
-    monkeypatch.setattr(moments, "row_tiles", lambda *_: dict(BM=4, BC=16))
-    monkeypatch.setattr(moments, "groups", lambda *_: group)
-    u = normal(3, 20, 3, 5, dtype=dtype, device=device, mean=30.0)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    norm = batch_norm.bn_finalize(moments.moments(nhwc(u)), None, None, None, None, None, 1e-5, 0.1, False, dtype, 20)
-    exact = u.double()
-    torch.testing.assert_close(norm[0], exact.mean((0, 2, 3)).to(wide))
-    torch.testing.assert_close(norm[1], (exact.var((0, 2, 3), unbiased=False) + 1e-5).rsqrt().to(wide))
 
 
 @pytest.mark.parametrize("make, eager, fused", [(edge, 24, 12), (lambda: edge(se=True), 37, 13), (single, 25, 18)])
