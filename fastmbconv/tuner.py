@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from fastmbconv.swap.fused import fusible
 GAIN = 0.99  # of the best time so far: what is not faster than noise changes nothing
 FLUSH_BYTES = 256 << 20  # several times the L2 of an H100 (50 MB) or H200 (60 MB)
 SAMPLES, SAMPLES_MS = 15, 60.0
+CYCLES_PER_SECOND = 2e9  # at the highest clock; a slower one only waits longer
+MOST_HEAD_START = 0.03
 
 Step = Callable[[], object]
 Tiles = dict[str, int]
@@ -249,7 +252,7 @@ def search(
     names = [name for name in SPACE[question.kernel] if name in question.default]
     found = Found(None)
 
-    def time(tiles: Tiles) -> float:
+    def ms_of(tiles: Tiles) -> float:
         with tables.answered_by(lambda asked: tiles if asked.key == question.key else asked.default):
             spilled = spills(step)
             if spilled != 0:
@@ -260,7 +263,7 @@ def search(
             return measure(step)
 
     best = question.default
-    ms = found.default_ms = time(best)
+    ms = found.default_ms = ms_of(best)
     better = True
     while better and left() > 0:
         better = False
@@ -268,7 +271,7 @@ def search(
             for way in neighbours(question, best, name):
                 before = best
                 for value in way:
-                    if left() <= 0 or not (faster := time(candidate := best | {name: value})) < ms * GAIN:
+                    if left() <= 0 or not (faster := ms_of(candidate := best | {name: value})) < ms * GAIN:
                         break
                     best, ms, better = candidate, faster, True
                 if best is not before:
@@ -328,15 +331,22 @@ def compiled_spills(step: Step) -> int | None:
 
 
 def device_ms(step: Step) -> float:
-    """Median device time of a step in milliseconds, warm, with the L2 overwritten before each sample."""
+    """Median device time of a step in milliseconds, warm, with the L2 overwritten before each sample.
+
+    The device sleeps while the host queues the step, so that launches are not what is timed.
+    """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     samples: list[float] = []
     for _ in range(3):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
         step()
+        queued = time.perf_counter() - began
+    head_start = min(1.5 * queued + 2e-4, MOST_HEAD_START)
     while len(samples) < SAMPLES and (len(samples) < 3 or sum(samples) < SAMPLES_MS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
-        torch.cuda._sleep(1_000_000)  # half a millisecond in which the host queues the step
+        torch.cuda._sleep(int(head_start * CYCLES_PER_SECOND))
         begin.record()
         step()
         end.record()

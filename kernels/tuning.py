@@ -177,6 +177,12 @@ def relieved(kernel: str, tiles: dict[str, int], sizes: dict[str, Any], capabili
             return tiles | dict(num_stages=3)
         if kernel == "depthwise_fwd" and sizes["expand"] and not sizes["moments"]:
             return tiles | dict(R=min(tiles["R"], 3))
+        if kernel == "depthwise_fwd" and (sizes["kernel_size"], sizes["stride"], sizes["dtype"]) == (
+            5,
+            2,
+            torch.float32,
+        ):
+            return tiles | dict(R=1)
     if kernel == "depthwise_bwd" and TRITON < (3, 7) and sizes["expand"] and sizes["stride"] == 1:
         return tiles | dict(R=1)
     return tiles
