@@ -53,12 +53,18 @@ def assert_described(module: nn.Module, x: torch.Tensor) -> Block:
     return block
 
 
+def training_only(module: nn.Module, *names: str) -> nn.Module:
+    """All else frozen: a bias just before a norm of batch statistics has no gradient but rounding."""
+    module.eval()
+    for name in names:
+        module.get_submodule(name).train()
+    return module
+
+
 def assert_kernels_agree(module: nn.Module, x: torch.Tensor, filter_fn=None) -> None:
     """A fused block, through the kernels, keeps the parity rule: output, gradients and buffers. Both in float64."""
-    truth = outcome(module, module, x)
     eager, fused = copy.deepcopy(module).float(), fuse(copy.deepcopy(module).float(), filter_fn)
-    eager.zero_grad()
-    fused.zero_grad()
+    truth = outcome(module, module, x)  # after the copies: it moves the running statistics
     with backend("eager"):
         theirs = outcome(eager, eager, x.float())
     with backend("triton"):
@@ -68,6 +74,22 @@ def assert_kernels_agree(module: nn.Module, x: torch.Tensor, filter_fn=None) -> 
             assert ours[name] is None, name
         elif value.is_floating_point():
             assert_parity(name, ours[name], theirs[name], value)
+
+
+def assert_inference_agrees(module: nn.Module, x: torch.Tensor) -> None:
+    """A fused block in eval mode without gradients, which the kernels run in another form, keeps the parity rule."""
+    outputs = []
+    with torch.no_grad():
+        for dtype, make, path in (
+            (torch.float64, unfuse, "eager"),
+            (torch.float32, unfuse, "eager"),
+            (torch.float32, fuse, "triton"),
+        ):
+            block = make(copy.deepcopy(module).eval().to(dtype))
+            with backend(path):
+                outputs.append(block(x.to(dtype)))
+    truth, theirs, ours = outputs
+    assert_parity("y", ours, theirs, truth)
 
 
 def assert_same_masks(module: nn.Module, x: torch.Tensor, *args: float) -> None:

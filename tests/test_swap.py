@@ -13,7 +13,7 @@ from agreement import assert_described, assert_same, outcome, randomised
 from torch import nn
 
 import fastmbconv
-from fastmbconv import explain, fuse, unfuse
+from fastmbconv import dispatch, explain, fuse, unfuse
 from fastmbconv.mbconv import MBConv
 from fastmbconv.swap import registry
 from fastmbconv.swap.fused import FusedBlock
@@ -271,6 +271,19 @@ def test_sync_batch_norm_after_fuse(calls, x):
     model(x)
     assert not calls
     assert "SyncBatchNorm" in explain(model).rows[0].reason
+
+
+def test_where_no_kernel_runs_a_call_costs_no_description(monkeypatch, x):
+    def describe_nothing(module):
+        raise AssertionError("described")
+
+    model = fuse(chain())
+    monkeypatch.setattr(type(model[1]), "adapter", staticmethod(describe_nothing))
+    with fastmbconv.backend("eager"):
+        model(x)
+        monkeypatch.setattr(dispatch, "call_reason", lambda x: None)
+        with pytest.raises(AssertionError, match="described"):
+            model(x)
 
 
 def test_reason_of_one_call(calls, x, monkeypatch):

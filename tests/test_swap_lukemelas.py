@@ -5,7 +5,16 @@ import io
 
 import pytest
 import torch
-from agreement import assert_described, assert_kernels_agree, assert_same, assert_same_masks, outcome, randomised
+from agreement import (
+    assert_described,
+    assert_inference_agrees,
+    assert_kernels_agree,
+    assert_same,
+    assert_same_masks,
+    outcome,
+    randomised,
+    training_only,
+)
 from libraries import library
 from torch import nn
 
@@ -183,10 +192,10 @@ def test_models_are_fused(name, blocks):
     assert not any(isinstance(m, FusedBlock) for m in unfuse(net).modules())
 
 
-def small_model(image_size=32):
+def small_model(image_size=32, drop_connect_rate=0.8):
     """The library's own EfficientNet, small, with every stride and kernel size."""
     stages = ["r1_k3_s11_e1_i32_o8_se0.25", "r2_k5_s22_e4_i8_o16_se0.25", "r1_k3_s22_e4_i16_o24"]
-    options = {"image_size": image_size, "num_classes": 3, "dropout_rate": 0.0, "drop_connect_rate": 0.8}
+    options = {"image_size": image_size, "num_classes": 3, "dropout_rate": 0.0, "drop_connect_rate": drop_connect_rate}
     return model.EfficientNet(
         utils.BlockDecoder.decode(stages),
         GLOBALS._replace(width_coefficient=1.0, depth_coefficient=1.0, depth_divisor=8, include_top=True, **options),
@@ -272,6 +281,19 @@ def test_frozen_norm_through_the_kernels(device):
     module = randomised(mbconv(8)).train().to(device)
     module._bn2.eval()
     assert_kernels_agree(module, torch.randn(2, 8, 4, 4, dtype=torch.float64, device=device))
+
+
+@pytest.mark.parametrize("make", [mbconv, lambda: mbconv(8, stride=2)], ids=["residual", "static-off-native"])
+def test_inference_through_the_kernels(make, device):
+    assert_inference_agrees(randomised(make()).to(device), torch.randn(2, 8, 7, 5, dtype=torch.float64, device=device))
+
+
+def test_model_through_the_kernels(device):
+    """Off the resolution that the padding was built for; two blocks run kernels."""
+    names = ("_blocks.1", "_blocks.2")
+    net = training_only(randomised(small_model(drop_connect_rate=0.0)).to(device), "_blocks.2")
+    x = torch.randn(2, 3, 33, 33, dtype=torch.float64, device=device)
+    assert_kernels_agree(net, x, lambda module, name: name in names)
 
 
 def test_same_masks_through_the_kernels(device):

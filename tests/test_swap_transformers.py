@@ -6,7 +6,15 @@ import itertools
 
 import pytest
 import torch
-from agreement import assert_described, assert_kernels_agree, assert_same, outcome, randomised
+from agreement import (
+    assert_described,
+    assert_inference_agrees,
+    assert_kernels_agree,
+    assert_same,
+    outcome,
+    randomised,
+    training_only,
+)
 from libraries import library
 from torch import nn
 
@@ -286,3 +294,24 @@ def test_align_and_frozen_norm_through_the_kernels(device):
     module = randomised(mbconv("align", stride=2, adjust=True)).train().to(device)
     module.expansion.expand_bn.eval()
     assert_kernels_agree(module, torch.randn(2, 8, 4, 5, dtype=torch.float64, device=device))
+
+
+def test_inference_through_the_kernels(device):
+    module = randomised(mbconv(rate=0.5)).to(device)
+    assert_inference_agrees(module, torch.randn(2, 8, 7, 5, dtype=torch.float64, device=device))
+
+
+class Logits(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x).logits
+
+
+def test_model_through_the_kernels(device):
+    name = "net.efficientnet.encoder.blocks.2"
+    net = training_only(randomised(Logits(small_model(drop_connect_rate=0.0))).to(device), name)
+    x = torch.randn(2, 3, 33, 33, dtype=torch.float64, device=device)
+    assert_kernels_agree(net, x, lambda module, found: found == name)

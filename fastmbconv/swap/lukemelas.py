@@ -23,6 +23,7 @@ KINDS = Kinds(
 COMMON = {"_depthwise_conv", "_bn1", "_project_conv", "_bn2", "_swish"}
 EXPAND = frozenset({"_expand_conv", "_bn0"})
 EXCITE = frozenset({"_se_reduce", "_se_expand"})
+STAGES = (("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"))
 
 
 def lukemelas(module: Module, drop_connect_rate: Any = None) -> Block | str:
@@ -47,27 +48,28 @@ def _assemble(module: Module, expands: bool, excites: bool, residual: bool, rate
     reason = children_reason(module, required, EXPAND) or (_rate_reason(rate) if residual else None)
     if reason is not None:
         return reason
-    roles = {"depthwise": ("_depthwise_conv", "_bn1"), "project": ("_project_conv", "_bn2")}
-    if expands:
-        roles["expand"] = ("_expand_conv", "_bn0")
-    stages: dict[str, Stage] = {}
-    for role, (conv, norm) in roles.items():
-        padding = _padding(getattr(module, conv))
+    children: dict[str, Module] = module._modules
+    swish = children["_swish"]
+    stages = []
+    for conv, norm in STAGES if expands else STAGES[1:]:
+        padding = _padding(children[conv])
         if isinstance(padding, str):
             return f"{conv} {padding}"
-        act = None if role == "project" else module._swish
-        stages[role] = Stage(getattr(module, conv), getattr(module, norm), act, padding)
+        stages.append(Stage(children[conv], children[norm], None if norm == "_bn2" else swish, padding))
+    gate = None
     if excites:
         for conv in sorted(EXCITE):
-            if _padding(getattr(module, conv)) not in (0, None):
+            if _padding(children[conv]) not in (0, None):
                 return f"{conv} pads"
+        gate = Gate(children["_se_reduce"], swish, children["_se_expand"], None)
+    *expand, depthwise, project = stages
     drops = residual and rate and module.training
     return assemble(
         Parts(
-            expand=stages.get("expand"),
-            depthwise=stages["depthwise"],
-            se=Gate(module._se_reduce, module._swish, module._se_expand, None) if excites else None,
-            project=stages["project"],
+            expand=expand[0] if expand else None,
+            depthwise=depthwise,
+            se=gate,
+            project=project,
             residual=bool(residual),
             drop=None,
             drop_rate=0.0,
