@@ -1,4 +1,4 @@
-"""What a block's training step reads, writes and keeps, eager and fused; needs no GPU.
+"""What a block reads, writes and keeps in a training step and in inference, eager and fused; needs no GPU.
 
     python -m benchmarks.traffic [--model b0 b4] [--batch 128] [--launches] [--json report.json]
 
@@ -6,6 +6,7 @@ Figures are in passes: bytes over the bytes of E, the expanded tensor at the dep
 * fused: what every launcher states (kernels/traffic.py) while the block runs under autocast on CPU tensors, its
   launches caught. "images" are the activations; "rest" is partial sums, fp32 weights and vectors.
 * eager: the count of fastmbconv/traffic.py: activations alone, while fused's sum has the rest too.
+* inference: one forward without gradients; "folded" is eager with its BatchNorms folded into the convolutions.
 * saved: bytes that autograd keeps for backward, from its own hooks, without parameters and buffers; a storage once.
 It is a count, not a measurement: each launch takes its tensors from memory once, and no cache spans two launches.
 """
@@ -53,6 +54,17 @@ class Side:
 
 
 @dataclass(frozen=True)
+class Inference:
+    """Passes of E in one forward without gradients; `rest` is the part of fused that is not activations."""
+
+    eager: float
+    folded: float
+    fused: float
+    rest: float
+    modelled: float
+
+
+@dataclass(frozen=True)
 class Row:
     """One block in passes: `rest` is the part of fused that is not activations, `modelled` what is expected of them."""
 
@@ -61,6 +73,7 @@ class Row:
     fused: Side
     rest: float
     modelled: float
+    inference: Inference
     launches: tuple[tuple[str, Launch], ...]
 
 
@@ -91,8 +104,8 @@ def _input(shape: Shape, device: str) -> Tensor:
     return torch.empty(size, dtype=DTYPE, device=device, memory_format=torch.channels_last).requires_grad_()
 
 
-def fused_launches(shape: Shape) -> tuple[list[Launch], list[Launch], int]:
-    """Launches of forward and of backward, and the bytes kept; activations are allocated, never touched."""
+def fused_launches(shape: Shape) -> tuple[list[Launch], list[Launch], list[Launch], int]:
+    """Launches of forward, backward and inference, and the bytes kept; activations are allocated, never touched."""
     with torch.device("meta"):
         module = shape.block()
     module.to_empty(device="cpu")
@@ -102,7 +115,9 @@ def fused_launches(shape: Shape) -> tuple[list[Launch], list[Launch], int]:
             y = module(x)
         with recorded() as backward:
             y.backward(torch.empty_like(y))
-    return forward, backward, sum(found.values())
+        with recorded() as inference, torch.autocast("cpu", DTYPE), torch.no_grad():
+            module.eval()(x)
+    return forward, backward, inference, sum(found.values())
 
 
 def eager_saved(shape: Shape) -> int:
@@ -122,7 +137,7 @@ def modelled(shape: Shape) -> Traffic:
 
 
 def row(shape: Shape) -> Row:
-    forward, backward, saved = fused_launches(shape)
+    forward, backward, inference, saved = fused_launches(shape)
     model, e = modelled(shape), shape.elements
     per_pass = e * DTYPE.itemsize
 
@@ -139,7 +154,18 @@ def row(shape: Shape) -> Row:
         Side(passes(forward), passes(backward), saved / per_pass),
         passes([*forward, *backward], images=False),
         model.fused_training / e,
-        (*(("forward", launch) for launch in forward), *(("backward", launch) for launch in backward)),
+        Inference(
+            model.eager_inference / e,
+            model.eager_inference_folded / e,
+            passes(inference),
+            passes(inference, images=False),
+            model.fused_inference / e,
+        ),
+        tuple(
+            (phase, launch)
+            for phase, launches in (("forward", forward), ("backward", backward), ("inference", inference))
+            for launch in launches
+        ),
     )
 
 
@@ -147,6 +173,7 @@ def table(rows: list[Row]) -> str:
     """A line per distinct block, and each model's sum weighted by its blocks' bytes."""
     head = f"{'block':42} {'x':>2}  {'eager fwd':>9} {'bwd':>5} {'sum':>5} {'saved':>5}"
     lines = [f"{head}  {'fused fwd':>9} {'bwd':>5} {'sum':>5} {'rest':>5} {'saved':>5}  {'less':>5}"]
+    lines[0] += f"  | {'inference':>9} {'folded':>6} {'fused':>5} {'rest':>5}  {'less':>5}"
     for model in dict.fromkeys(r.shape.model for r in rows):
         mine = [r for r in rows if r.shape.model == model]
         lines += [_line(r.shape.name, r.shape.count, lambda f, r=r: f(r)) for r in mine]
@@ -164,7 +191,10 @@ def _line(name: str, blocks: int, of: Callable[[Callable[[Row], float]], float])
     theirs = f"{of(lambda r: r.eager.forward):9.2f} {of(lambda r: r.eager.backward):5.2f} {eager:5.2f}"
     ours = f"{of(lambda r: r.fused.forward):9.2f} {of(lambda r: r.fused.backward):5.2f} {fused:5.2f}"
     kept = f"{of(lambda r: r.rest):5.2f} {of(lambda r: r.fused.saved):5.2f}"
-    return f"{name:42} {blocks:2}  {theirs} {of(lambda r: r.eager.saved):5.2f}  {ours} {kept}  {eager / fused:4.2f}x"
+    folded, infers = of(lambda r: r.inference.folded), of(lambda r: r.inference.fused)
+    inference = f"{of(lambda r: r.inference.eager):9.2f} {folded:6.2f} {infers:5.2f} {of(lambda r: r.inference.rest):5.2f}"
+    training = f"{theirs} {of(lambda r: r.eager.saved):5.2f}  {ours} {kept}  {eager / fused:4.2f}x"
+    return f"{name:42} {blocks:2}  {training}  | {inference}  {folded / infers:4.2f}x"
 
 
 def standard(r: Row) -> bool:
@@ -180,6 +210,7 @@ def summary(rows: list[Row]) -> str:
         "fused passes": [r.fused.total for r in chosen],
         "of them activations": [r.fused.total - r.rest for r in chosen],
         "saved": [r.fused.saved for r in chosen],
+        "inference": [r.inference.fused for r in chosen],
     }
     spans = "; ".join(f"{name} {min(v):.2f} / {median(v):.2f} / {max(v):.2f}" for name, v in figures.items())
     kind = "blocks with stride 1, expansion, squeeze-and-excitation, residual"
@@ -200,7 +231,7 @@ def as_json(r: Row) -> dict[str, Any]:
         {"phase": phase, "kernel": one.kernel, "images": moved(one, images=True), "rest": moved(one, images=False)}
         for phase, one in r.launches
     ]
-    figures = {key: asdict(getattr(r, key)) for key in ("shape", "eager", "fused")}
+    figures = {key: asdict(getattr(r, key)) for key in ("shape", "eager", "fused", "inference")}
     return {
         "name": r.shape.name,
         **figures,

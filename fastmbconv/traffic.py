@@ -15,7 +15,10 @@ from fastmbconv.block import Block, DenseBlock, pads
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Elements of a block's tensors, and which of its optional parts it has."""
+    """Elements of a block's tensors, and which of its optional parts it has.
+
+    `inside`: in half precision the depthwise walk computes the expansion itself where no gradient is needed.
+    """
 
     x: int
     u1: int
@@ -24,6 +27,7 @@ class Sizes:
     expand: bool
     se: bool
     residual: bool
+    inside: bool
 
     @classmethod
     def of(cls, block: Block, shape: tuple[int, int, int, int]) -> Sizes:
@@ -45,6 +49,7 @@ class Sizes:
             expand=block.expand_weight is not None,
             se=block.se is not None,
             residual=block.residual,
+            inside=block.expand_weight is not None and block.kernel_size == 3 and c <= 64 and n >= 16,
         )
 
 
@@ -53,6 +58,7 @@ class Traffic:
     """Elements read and written by one block; times the element's size, that is bytes."""
 
     eager_inference: int
+    eager_inference_folded: int
     eager_training_forward: int
     eager_training: int
     fused_inference: int
@@ -60,15 +66,15 @@ class Traffic:
 
 
 def count(sizes: Sizes) -> Traffic:
-    """Traffic of one forward (inference) and of one forward and backward (training), eager and fused."""
+    """Traffic of one forward (inference; eager also with BN folded) and of one forward and backward (training), eager and fused."""
     eager_forward, batch_statistics = _eager_forward(sizes), _eager_batch_statistics(sizes)
-    fused_forward = _fused_forward(sizes)
     return Traffic(
         eager_inference=eager_forward,
+        eager_inference_folded=eager_forward - 2 * (sizes.expand * sizes.u1 + sizes.u2 + sizes.u3),
         eager_training_forward=eager_forward + batch_statistics,
         eager_training=eager_forward + batch_statistics + _eager_backward(sizes),
-        fused_inference=fused_forward,
-        fused_training=fused_forward + _fused_backward(sizes),
+        fused_inference=_fused_inference(sizes),
+        fused_training=_fused_forward(sizes) + _fused_backward(sizes),
     )
 
 
@@ -132,6 +138,17 @@ def _eager_backward(s: Sizes) -> int:
         passes += [3 * s.u1, 5 * s.u1, 2 * (s.u1 + s.x)]  # activation 1, BN1, expand: data and weight gradient
     if s.residual:
         passes += [3 * s.x]
+    return sum(passes)
+
+
+def _fused_inference(s: Sizes) -> int:
+    passes = [
+        s.u2,  # depthwise, BN2, activation; the pool's sums are vectors
+        s.u2 + s.u3 + s.residual * s.x,  # project with the gate on the way in, BN3, residual
+    ]
+    passes += [s.x] if s.inside else [s.u1]
+    if s.expand and not s.inside:
+        passes += [s.x + s.u1]  # expand, BN1, activation
     return sum(passes)
 
 

@@ -12,13 +12,16 @@ def passes(block, shape):
     traffic = count(sizes)
     return [
         getattr(traffic, name) / sizes.u1
-        for name in ("eager_inference", "eager_training", "fused_inference", "fused_training")
+        for name in (
+            "eager_inference", "eager_inference_folded", "eager_training", "fused_inference", "fused_training",
+        )  # fmt: skip
     ]
 
 
 def test_a_block_with_residual_and_squeeze_excite():
     found = passes(MBConv(24, 24, 3), (2, 24, 8, 8))
-    assert found == pytest.approx([16 + 1 / 6, 54 + 1 / 3, 5 + 5 / 6, 14 + 1 / 3])
+    assert found == pytest.approx([16 + 1 / 6, 11 + 5 / 6, 54 + 1 / 3, 4.5, 14 + 1 / 3])
+    assert passes(MBConv(24, 24, 3), (16, 24, 8, 8))[3] == pytest.approx(2.5)  # expansion inside the walk
 
 
 def test_sizes_follow_the_block():

@@ -16,7 +16,7 @@ from benchmarks.registry import Shape
 from fastmbconv.kernels.traffic import recorded, state
 
 ROOT = Path(__file__).resolve().parents[1]
-PASSES, SAVED = 14.5, 2.4
+PASSES, SAVED, INFERENCE = 14.5, 2.4, 4.6
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,32 @@ def test_saved_for_backward(report):
 @pytest.mark.xfail(strict=True, reason="pooled and gate, two fp32 vectors per image, are 0.08 E at 7 px")
 def test_saved_for_backward_at_7_pixels(report):
     assert not beyond(report, lambda row: row["fused"]["saved"], SAVED)
+
+
+def inferred(row):
+    return row["inference"]["fused"]
+
+
+def inferred_counting_all_above_20_px(row):
+    """Below, weights in fp32 and sums are no longer small beside an image's activations."""
+    return inferred(row) - row["inference"]["rest"] * (row["shape"]["size"] <= 20)
+
+
+def test_inference_moves_at_most_the_design_s_passes(report):
+    assert not beyond(report, inferred_counting_all_above_20_px, INFERENCE)
+    for row in report:
+        launches = [one for one in row["launches"] if one["phase"] == "inference"]
+        assert len(launches) <= 4, row["name"]
+
+
+def test_inference_moves_less_than_eager_with_folded_batch_norms(report):
+    for row in report:
+        if row["standard"]:
+            assert row["inference"]["eager"] == pytest.approx(16 + 1 / 6)
+            assert row["inference"]["folded"] == pytest.approx(11 + 5 / 6)
+        activations = inferred(row) - row["inference"]["rest"]
+        assert activations == pytest.approx(row["inference"]["modelled"], rel=0.02), row["name"]
+        assert inferred(row) < row["inference"]["folded"], row["name"]
 
 
 def test_launchers_and_model_agree(report):
