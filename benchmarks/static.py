@@ -108,7 +108,8 @@ def launches(shape: Shape, dtype: torch.dtype, archs: list[int], *, ops: bool = 
             found.setdefault(one.key, one)
 
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-    single = (subjects.depthwise, subjects.squeeze_excite, subjects.fused_mbconv, subjects.fused_mbconv_single)
+    around = (subjects.fused_mbconv, subjects.fused_mbconv_single, subjects.ends)
+    single = (subjects.depthwise, subjects.squeeze_excite, *around)
     for make in (subjects.mbconv, *(single if ops else ())):
         subject = make(shape)
         module = subject.make()

@@ -14,6 +14,7 @@ from fastmbconv import functional, reference
 from fastmbconv.block import BatchNorm, DenseBlock
 from fastmbconv.dense import dense_mbconv
 from fastmbconv.efficientnet import EfficientNet
+from fastmbconv.ends import ConvBNAct
 from fastmbconv.mbconv import MBConv, SqueezeExcitation, StochasticDepth
 from fastmbconv.scaling import COEFFICIENTS, Coefficients
 
@@ -145,6 +146,28 @@ def squeeze_excite(shape: Shape) -> Subject:
 
     elements = shape.elements * shape.out_size**2 // shape.size**2
     return Subject(name, make, size, elements, shape.model, shape.count)
+
+
+class Ends(nn.Module):
+    """A stem's BN and activation, and a head with its pool, on one image: what stands around the blocks."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.stem = ConvBNAct(in_channels, in_channels, 3, 2, 1, "silu", 1e-5, 0.1)
+        self.head = ConvBNAct(in_channels, out_channels, 1, 1, 0, "silu", 1e-5, 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head.pooled(self.stem(x))
+
+    def forward_eager(self, x: Tensor) -> Tensor:
+        stem, head = self.stem, self.head
+        return head.act(head.bn(head.conv(stem.act(stem.bn(stem.conv(x)))))).mean((2, 3))
+
+
+def ends(shape: Shape) -> Subject:
+    size = (shape.batch, shape.in_channels, shape.size, shape.size)
+    name = f"ends n{shape.batch} {shape.size}px {shape.in_channels}-{shape.hidden}"
+    return Subject(name, lambda: Ends(shape.in_channels, shape.hidden), size, shape.elements, shape.model, shape.count)
 
 
 def whole(model: str) -> Subject:

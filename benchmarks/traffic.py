@@ -192,7 +192,9 @@ def _line(name: str, blocks: int, of: Callable[[Callable[[Row], float]], float])
     ours = f"{of(lambda r: r.fused.forward):9.2f} {of(lambda r: r.fused.backward):5.2f} {fused:5.2f}"
     kept = f"{of(lambda r: r.rest):5.2f} {of(lambda r: r.fused.saved):5.2f}"
     folded, infers = of(lambda r: r.inference.folded), of(lambda r: r.inference.fused)
-    inference = f"{of(lambda r: r.inference.eager):9.2f} {folded:6.2f} {infers:5.2f} {of(lambda r: r.inference.rest):5.2f}"
+    inference = (
+        f"{of(lambda r: r.inference.eager):9.2f} {folded:6.2f} {infers:5.2f} {of(lambda r: r.inference.rest):5.2f}"
+    )
     training = f"{theirs} {of(lambda r: r.eager.saved):5.2f}  {ours} {kept}  {eager / fused:4.2f}x"
     return f"{name:42} {blocks:2}  {training}  | {inference}  {folded / infers:4.2f}x"
 

@@ -140,6 +140,11 @@ def refuse_transforms() -> None:
         )
 
 
+def eager_at_once(x: Tensor) -> bool:
+    """True where a call runs eager whatever the block, so that nothing of the block needs to be looked at."""
+    return _backend != "triton" and call_reason(x) is not None
+
+
 def supports(block: Block | DenseBlock, x: Tensor) -> str | None:
     """None where the kernels take this call, else the reason why eager does."""
     return call_reason(x) or block_reason(block)

@@ -21,7 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from fastmbconv.block import Activation
-from fastmbconv.mbconv import ACTIVATIONS, Conv2d, MBConv
+from fastmbconv.ends import ConvBNAct
+from fastmbconv.mbconv import MBConv
 from fastmbconv.scaling import ALPHA, BETA, COEFFICIENTS, GAMMA, SE_RATIO, Coefficients, compound, plan
 
 Family = Literal["torch", "tf"]
@@ -66,29 +67,6 @@ class Options(TypedDict, total=False):
     drop_path: float
     features_only: bool
     out_indices: Sequence[int] | None
-
-
-class ConvBNAct(nn.Module):
-    """act(BN(conv(x))): the stem and the head."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int,
-        padding: int | Literal["same"],
-        activation: Activation,
-        eps: float,
-        momentum: float,
-    ) -> None:
-        super().__init__()
-        self.conv = Conv2d(in_channels, out_channels, kernel_size, stride, padding)
-        self.bn = nn.BatchNorm2d(out_channels, eps, momentum)
-        self.act = ACTIVATIONS[activation]()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn(self.conv(x)))
 
 
 class EfficientNet(nn.Module):
@@ -245,20 +223,27 @@ class EfficientNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[N, in_chans, H, W] -> [N, num_features, ceil(H / 32), ceil(W / 32)], the head's convolution included."""
-        x = self.stem(self._checked(x))
-        for k in range(len(self.stages)):
-            x = self._stage(k, x)
+        x = self._trunk(x)
         return x if self.features_only else self.head(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool, dropout, classifier; with pre_logits, without the classifier."""
-        x = self.dropout(x.mean((2, 3)))
-        return x if pre_logits else self.classifier(x)
+        return self._classified(x.mean((2, 3)), pre_logits)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if self.features_only:
             return self.forward_stages(x)
-        return self.forward_head(self.forward_features(x))
+        return self._classified(self.head.pooled(self._trunk(x)))
+
+    def _trunk(self, x: Tensor) -> Tensor:
+        x = self.stem(self._checked(x))
+        for k in range(len(self.stages)):
+            x = self._stage(k, x)
+        return x
+
+    def _classified(self, pooled: Tensor, pre_logits: bool = False) -> Tensor:
+        pooled = self.dropout(pooled)
+        return pooled if pre_logits else self.classifier(pooled)
 
     def _stage(self, index: int, x: Tensor) -> Tensor:
         for block in self.stages[index].children():

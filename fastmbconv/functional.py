@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastmbconv import checks, dispatch, reference
@@ -122,6 +123,25 @@ def squeeze_excite(x: Tensor, se: SqueezeExcite) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         # Eager's product keeps x's own dtype under autocast: only the gate's convolutions are narrowed.
         return SqueezeExciteFunction.apply(x, *weights, se.activation).permute(0, 3, 1, 2)
+
+
+def bn_act(x: Tensor, bn: BatchNorm, activation: Activation) -> Tensor:
+    """act(BN(x)) with running statistics, without gradients, in one pass; x is [N, C, H, W]."""
+    if dispatch.call_reason(x) is not None or bn.batch_statistics:
+        return reference.ACTIVATIONS[activation](reference.batch_norm(x, bn))
+    from fastmbconv import inference_ops
+
+    return inference_ops.bn_act_inference(_nhwc(x, x.dtype), *_frozen(bn), activation).permute(0, 3, 1, 2)
+
+
+def pointwise_bn_act_pool(x: Tensor, weight: Tensor, bn: BatchNorm, activation: Activation) -> Tensor:
+    """[N, O]: the image's mean of act(BN(pointwise(x))), as `bn_act`; x is [N, I, H, W], weight [O, I, 1, 1]."""
+    if dispatch.call_reason(x) is not None or bn.batch_statistics:
+        return reference.ACTIVATIONS[activation](reference.batch_norm(F.conv2d(x, weight), bn)).mean((2, 3))
+    from fastmbconv import inference_ops
+
+    with torch.autocast(x.device.type, enabled=False):
+        return inference_ops.pointwise_pool(_nhwc(x, _compute_dtype(x)), weight, *_frozen(bn), activation)
 
 
 def _mbconv_inference(x: Tensor, block: Block, compute: torch.dtype) -> Tensor:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastmbconv.kernels import depthwise_inference, inference
+from fastmbconv.kernels import depthwise_inference, ends, inference
 from fastmbconv.kernels.inference import Running
 from fastmbconv.ops import _operator
 
@@ -55,7 +56,8 @@ def mbconv_inference(
     if expand_weight is not None:
         assert running_mean1 is not None and running_var1 is not None
         bn1 = Running(bn1_weight, bn1_bias, running_mean1, running_var1, eps1)
-        inside = depthwise_inference.expands_inside(x.shape[0], depthwise_weight.shape[-1], x.shape[3], x.dtype)
+        kernel_size = depthwise_weight.shape[-1]
+        inside = depthwise_inference.expands_inside(x.shape[0], kernel_size, stride, x.shape[3], x.dtype)
         if not inside:
             h = inference.pointwise_inference(x, expand_weight, None, bn1, None, activation)
     h, parts = depthwise_inference.depthwise_inference(
@@ -106,3 +108,42 @@ def depthwise_bn_act_inference(
 @depthwise_bn_act_inference.register_fake
 def _(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty(x.shape[0], *args[-2:], x.shape[3])
+
+
+@_operator()
+def bn_act_inference(
+    u: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """act(BN(u))."""
+    return ends.bn_act_inference(u, Running(bn_weight, bn_bias, running_mean, running_var, eps), activation)
+
+
+@bn_act_inference.register_fake
+def _(u: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(u)
+
+
+@_operator()
+def pointwise_pool(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """[N, O]: the mean over the image of act(BN(pointwise(x)))."""
+    return ends.pointwise_pool(x, weight, Running(bn_weight, bn_bias, running_mean, running_var, eps), activation)
+
+
+@pointwise_pool.register_fake
+def _(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])

@@ -17,7 +17,7 @@ from fastmbconv.block import Block, DenseBlock, pads
 class Sizes:
     """Elements of a block's tensors, and which of its optional parts it has.
 
-    `inside`: in half precision the depthwise walk computes the expansion itself where no gradient is needed.
+    `inside`: in bf16 the depthwise walk computes the expansion itself where no gradient is needed.
     """
 
     x: int
@@ -49,7 +49,10 @@ class Sizes:
             expand=block.expand_weight is not None,
             se=block.se is not None,
             residual=block.residual,
-            inside=block.expand_weight is not None and block.kernel_size == 3 and c <= 64 and n >= 16,
+            inside=block.expand_weight is not None
+            and block.kernel_size == 3
+            and c <= (128 if block.stride == 1 else 64)
+            and n >= 16,
         )
 
 
@@ -66,7 +69,7 @@ class Traffic:
 
 
 def count(sizes: Sizes) -> Traffic:
-    """Traffic of one forward (inference; eager also with BN folded) and of one forward and backward (training), eager and fused."""
+    """Traffic of one forward (inference) and of one forward and backward (training), eager and fused."""
     eager_forward, batch_statistics = _eager_forward(sizes), _eager_batch_statistics(sizes)
     return Traffic(
         eager_inference=eager_forward,

@@ -15,7 +15,7 @@ from .inference import PROGRAMS, Running, load_affine
 from .math import INTERPRETED, activate_halved, halved, stored
 from .tables import tiles as chosen
 from .traffic import state
-from .tuning import accumulator, numeric, precision, walk_tiles, walks_expansion
+from .tuning import MIN_DOT, accumulator, numeric, precision, walk_tiles
 
 FEWEST_COLUMNS = 4
 
@@ -235,6 +235,9 @@ def depthwise_inference(
     return y, parts
 
 
-def expands_inside(images: int, kernel_size: int, channels: int, dtype: torch.dtype) -> bool:
+def expands_inside(images: int, kernel_size: int, stride: int, channels: int, dtype: torch.dtype) -> bool:
     """Whether the walk computes the expansion itself: it has registers for it, and images for a matrix product."""
-    return (bool(INTERPRETED) or images >= 16) and walks_expansion(kernel_size, channels, dtype)
+    if INTERPRETED or images < MIN_DOT:
+        return bool(INTERPRETED) and kernel_size == 3
+    most = 128 if dtype == torch.bfloat16 and stride == 1 else 64
+    return kernel_size == 3 and channels <= most and dtype in (torch.bfloat16, torch.float16)

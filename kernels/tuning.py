@@ -76,6 +76,8 @@ SPACE: dict[str, dict[str, Choice]] = {
     ),
     "depthwise_inference": _WALK,
     "pointwise_inference": _POINTWISE,
+    "pointwise_pool": _POINTWISE,
+    "bn_act_inference": _ROWS,
     "pool": _ROWS,
     "bn_act_fwd": _ROWS,
     "bn_act_bwd": _ROWS,

@@ -21,6 +21,7 @@ FLOATS = [pytest.param(torch.float32, id="fp32"), *HALVES]
 PRECISE = torch.float64 if INTERPRETED else torch.float32  # the widest type that the kernels take here
 KERNEL_MODULES = (
     "depthwise", "pointwise", "batch_norm", "squeeze_excite", "project_sweep", "inference", "depthwise_inference",
+    "ends",
 )  # fmt: skip
 TILES = (
     "walk_tiles", "row_tiles", "matmul_tiles", "sweep_tiles", "_excite_tiles", "product_tiles", "walk_inference_tiles",

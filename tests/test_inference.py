@@ -1,6 +1,7 @@
 """Without gradients and batch statistics: at most four launches a block, eager's numbers, never an old statistic."""
 
 import copy
+import timeit
 from dataclasses import dataclass
 
 import pytest
@@ -17,12 +18,18 @@ from blocks import (  # noqa: F401
     make_block,
     nhwc,
     normal,
+    randomise,
     shrink,
 )
 from parity import assert_parity
 
+import fastmbconv
 from benchmarks.launches import counted
-from fastmbconv import functional, inference_ops, reference
+from fastmbconv import dispatch, functional, inference_ops, reference
+from fastmbconv.ends import ConvBNAct
+from fastmbconv.mbconv import MBConv
+
+interpreted = pytest.mark.skipif(not dispatch.interpreted(), reason="about CPU tensors under the interpreter")
 
 NAMES = sorted(n for n, op in vars(inference_ops).items() if isinstance(op, torch._library.custom_ops.CustomOpDef))
 
@@ -203,6 +210,73 @@ def test_depthwise_bn_act(device, triton_backend):
     assert_parity("y", ours, eager, truth)
 
 
+def ends(channels, out, dtype, device):
+    stem = ConvBNAct(3, channels, 3, 2, "same", "silu", 1e-3, 0.1)
+    head = ConvBNAct(channels, out, 1, 1, 0, "silu", 1e-3, 0.1)
+    return [randomise(part.double()).to(dtype).to(device).eval() for part in (stem, head)]
+
+
+def at_the_ends(x, stem, head):
+    h = stem(x)
+    return {"stem": h, "pooled": head.pooled(h)}
+
+
+@pytest.mark.parametrize("tiles", [None, TILED], ids=["large-tiles", "small-tiles"])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="fp32"), *HALVES])
+@torch.no_grad()
+def test_stem_and_head(dtype, tiles, device, monkeypatch):
+    if tiles:
+        shrink(monkeypatch, **tiles)
+    parts = ends(24, 40, dtype, device)
+    x = normal(2, 3, 9, 12, dtype=dtype, device=device)
+    with fastmbconv.backend("triton"), counted() as kernels:
+        ours = at_the_ends(x, *parts)
+    assert kernels == {"_bn_act_inference_kernel": 1, "_pointwise_pool_kernel": 1}
+    with fastmbconv.backend("eager"):
+        theirs = at_the_ends(x, *parts)
+        truth = at_the_ends(x.double(), *(copy.deepcopy(part).double() for part in parts))
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype
+        assert_parity(name, value, theirs[name], truth[name])
+
+
+def test_a_hooked_training_or_unfused_end_runs_its_own_layers(device, triton_backend):
+    stem, head = ends(4, 6, torch.float32, device)
+    x = normal(2, 3, 5, 5, dtype=torch.float32, device=device)
+    seen = []
+
+    def kernels():
+        with counted() as found:
+            at_the_ends(x, stem, head)
+        return set(found)
+
+    assert not kernels()  # the weights want gradients
+    with torch.no_grad():
+        assert len(kernels()) == 2
+        handles = [part.register_forward_hook(lambda *args: seen.append(args)) for part in (stem.bn, head)]
+        assert kernels() == {"_bn_act_inference_kernel"} and len(seen) == 2  # the head's own pass over its map
+        for handle in handles:
+            handle.remove()
+        stem.train()
+        assert kernels() == {"_pointwise_pool_kernel"}
+        fastmbconv.unfuse(torch.nn.Sequential(stem.eval(), head))
+        assert not kernels()
+        fastmbconv.fuse(torch.nn.Sequential(stem, head))
+        assert len(kernels()) == 2
+
+
+@interpreted
+def test_on_a_cpu_a_block_is_not_even_looked_at(monkeypatch):
+    """What `fuse` costs where no kernel runs is one look at the tensor; see benchmarks/NOTES.md."""
+    module, x = build(ROWS["residual"], torch.float32, "cpu")
+    monkeypatch.setattr(MBConv, "describe", None)
+    monkeypatch.setattr(dispatch, "module_reason", None)
+    with fastmbconv.backend("auto"):
+        assert torch.equal(module(x), module.forward_eager(x))
+    kept = min(timeit.repeat(lambda: dispatch.eager_at_once(x), number=200, repeat=20)) / 200
+    assert kept < 100e-6
+
+
 def arguments(device, dtype=torch.float32):
     """One or more calls of each operator, every optional tensor there once and missing once."""
     n, h, w, c, e, r, o = 2, 3, 2, 4, 5, 2, 4
@@ -230,6 +304,8 @@ def arguments(device, dtype=torch.float32):
              "relu6", "none", False, 2, 1, 1, 2, 1),
         ],
         "depthwise_bn_act_inference": [(image(e), taps, *norm(e), "silu", 1, 1, 1, h, w)],
+        "bn_act_inference": [(image(e), *norm(e), "silu"), (image(e), *bare(e), "none")],
+        "pointwise_pool": [(image(c), expand, *norm(e), "silu")],
     }  # fmt: skip
 
 

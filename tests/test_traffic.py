@@ -13,7 +13,11 @@ def passes(block, shape):
     return [
         getattr(traffic, name) / sizes.u1
         for name in (
-            "eager_inference", "eager_inference_folded", "eager_training", "fused_inference", "fused_training",
+            "eager_inference",
+            "eager_inference_folded",
+            "eager_training",
+            "fused_inference",
+            "fused_training",
         )  # fmt: skip
     ]
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from fastmbconv.block import Memory
 from fastmbconv.checks import check_memory
+from fastmbconv.ends import ConvBNAct
 from fastmbconv.swap.explain import Explanation, Row, rows
 from fastmbconv.swap.fused import fusible, swap_in, swap_out
 
@@ -27,7 +28,8 @@ def fuse(model: Model, filter_fn: Callable[[nn.Module, str], bool] | None = None
     Blocks of fastmbconv, timm (InvertedResidual, DepthwiseSeparableConv, EdgeResidual, ConvBnAct), torchvision (MBConv,
     FusedMBConv, InvertedResidual), efficientnet_pytorch and segmentation_models_pytorch (MBConvBlock), and transformers
     (EfficientNetBlock, AlignVisionBlock) are known; a block that can't be fused stays as it is, and `explain` says why.
-    Fusing twice is fusing once, with the later `memory`.
+    Fusing twice is fusing once, with the later `memory`. In fastmbconv's own models the stem and the head go through
+    kernels too, where no gradient is needed.
 
     Args:
         model: any module; a block itself too.
@@ -47,6 +49,8 @@ def fuse(model: Model, filter_fn: Callable[[nn.Module, str], bool] | None = None
         block = fusible(module)
         if block is not None and not isinstance(block, str) and (filter_fn is None or filter_fn(module, name)):
             swap_in(module, memory)
+        elif isinstance(module, ConvBNAct) and filter_fn is None:
+            module.fused = True
     return model
 
 
@@ -60,6 +64,8 @@ def unfuse(model: Model) -> Model:
     _check(model)
     for module in model.modules():
         swap_out(module)
+        if isinstance(module, ConvBNAct):
+            module.fused = False
     return model
 
 
