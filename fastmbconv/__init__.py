@@ -7,6 +7,7 @@ model = fastmbconv.unfuse(model)
 
 from fastmbconv._version import __version__
 from fastmbconv.dispatch import backend, get_backend, set_backend
+from fastmbconv.graphs import graph
 from fastmbconv.swap import explain, fuse, unfuse
 
-__all__ = ["__version__", "backend", "explain", "fuse", "get_backend", "set_backend", "unfuse"]
+__all__ = ["__version__", "backend", "explain", "fuse", "get_backend", "graph", "set_backend", "unfuse"]
