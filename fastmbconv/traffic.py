@@ -103,7 +103,8 @@ def count_dense(block: DenseBlock, shape: tuple[int, int, int, int]) -> tuple[in
     # the last BN's sums; the sweep and du, or du alone; conv; the gradients of the branch and of the residual
     rest = 4 * v + 3 * u if v else 3 * u
     fused_backward = 2 * last + rest + 2 * (u + x) + block.residual * 3 * x
-    return u, Traffic(eager, eager + u + v, eager + u + v + eager_backward, fused, fused + u + fused_backward)
+    forward, folded = eager + u + v, eager - 2 * (u + v)
+    return u, Traffic(eager, folded, forward, forward + eager_backward, fused, fused + u + fused_backward)
 
 
 def _eager_forward(s: Sizes) -> int:

@@ -31,7 +31,7 @@ def accumulated(
         for slot in tl.static_range(J):
             if (row - r * S >= 0) and (row - r * S < K) and ((step - slot + J) % J * S + column < K):
                 b_tap = b_w[(row - r * S) * K + (step - slot + J) % J * S + column]
-                updated = updated + (acc[r * J + slot] + b_v * b_tap,)
+                updated = updated + (tl.fma(b_v, b_tap, acc[r * J + slot]),)
             else:
                 updated = updated + (acc[r * J + slot],)
     return updated
