@@ -67,6 +67,11 @@ def channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
+def _runner(x: Tensor) -> Any:
+    """Where the operators of this call are looked up: their launchers themselves, or the dispatcher's operators."""
+    return ops.direct if ops.plain(x) else ops
+
+
 def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
     return None if gradient is None or like is None else gradient.reshape(like.shape).to(like.dtype)
 
@@ -91,10 +96,11 @@ class DepthwiseBNActFunction(torch.autograd.Function):
         *running: Tensor | None,
     ) -> Tensor:
         x = channels_last(x)
-        u, norm = ops.depthwise_bn(x, None, weight, None, "none", *depthwise, bn_weight, bn_bias, *running, *bn)
+        run = _runner(x)
+        u, norm = run.depthwise_bn(x, None, weight, None, "none", *depthwise, bn_weight, bn_bias, *running, *bn)
         ctx.save_for_backward(x, weight, bn_weight, bn_bias, u, norm)
         ctx.setting = (activation, depthwise, bn)
-        return ops.bn_act(u, norm, None, None, None, activation)
+        return run.bn_act(u, norm, None, None, None, activation)
 
     @staticmethod
     @once_differentiable
@@ -102,9 +108,10 @@ class DepthwiseBNActFunction(torch.autograd.Function):
         x, weight, bn_weight, bn_bias, u, norm = ctx.saved_tensors
         activation, depthwise, bn = ctx.setting
         dy = dy.contiguous()
-        grads, coef = ops.bn_bwd(dy, u, norm, None, activation, bn.batch_statistics)
-        du = ops.bn_act_bwd(dy, u, norm, coef, None, activation)
-        dx, d_weight, _, _ = ops.depthwise_bwd(du, x, None, weight, None, None, "none", *depthwise[:3], False)
+        run = _runner(dy)
+        grads, coef = run.bn_bwd(dy, u, norm, None, activation, bn.batch_statistics)
+        du = run.bn_act_bwd(dy, u, norm, coef, None, activation)
+        dx, d_weight, _, _ = run.depthwise_bwd(du, x, None, weight, None, None, "none", *depthwise[:3], False)
         return (
             dx.permute(0, 3, 1, 2), _cast(d_weight, weight), *_bn_grads(grads, bn_weight, bn_bias),
             *(None,) * 6,
@@ -126,16 +133,18 @@ class SqueezeExciteFunction(torch.autograd.Function):
     ) -> Tensor:
         x = channels_last(x)
         weights = (reduce_weight, reduce_bias, expand_weight, expand_bias)
-        pooled, r, gate = ops.pool_excite(x, None, *weights, "none", activation)
+        run = _runner(x)
+        pooled, r, gate = run.pool_excite(x, None, *weights, "none", activation)
         ctx.save_for_backward(x, pooled, r, gate, *weights)
         ctx.activation = activation
-        return ops.bn_act(x, None, gate, None, None, "none")
+        return run.bn_act(x, None, gate, None, None, "none")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, pooled, r, gate, *weights = ctx.saved_tensors
-        dx, *grads = ops.squeeze_excite_bwd(dy.contiguous(), x, pooled, r, gate, weights[0], weights[2], ctx.activation)
+        run = _runner(dy)
+        dx, *grads = run.squeeze_excite_bwd(dy.contiguous(), x, pooled, r, gate, weights[0], weights[2], ctx.activation)
         return dx.permute(0, 3, 1, 2), *(_cast(g, w) for g, w in zip(grads, weights, strict=True)), None
 
 
@@ -176,24 +185,25 @@ class MBConvFunction(torch.autograd.Function):
         *running: Tensor | None,
     ) -> Tensor:
         x = channels_last(x)
+        run = _runner(x)
         u1, norm1 = x, None
         walked = lean and walks_expansion(depthwise_weight.shape[-1], x.shape[3], x.dtype)
         if bn1 is not None and walked:
-            norm1 = ops.expand_norm(x, expand_weight, bn1_weight, bn1_bias, *running[:3], *bn1)
+            norm1 = run.expand_norm(x, expand_weight, bn1_weight, bn1_bias, *running[:3], *bn1)
         elif bn1 is not None:
-            u1, norm1 = ops.pointwise_bn(x, expand_weight, None, None, "none", bn1_weight, bn1_bias, *running[:3], *bn1)
-        u2, norm2 = ops.depthwise_bn(
+            u1, norm1 = run.pointwise_bn(x, expand_weight, None, None, "none", bn1_weight, bn1_bias, *running[:3], *bn1)
+        u2, norm2 = run.depthwise_bn(
             u1, expand_weight if walked else None, depthwise_weight, norm1, "none" if bn1 is None else activation,
             *depthwise, bn2_weight, bn2_bias, *running[3:6], *bn2,
         )  # fmt: skip
         pooled = r = gate = None
         if reduce_weight is not None:
             weights = (reduce_weight, reduce_bias, se_expand_weight, se_expand_bias)
-            pooled, r, gate = ops.pool_excite(u2, norm2, *weights, activation, se_activation)
-        u3, norm3 = ops.pointwise_bn(
+            pooled, r, gate = run.pool_excite(u2, norm2, *weights, activation, se_activation)
+        u3, norm3 = run.pointwise_bn(
             u2, project_weight, norm2, gate, activation, bn3_weight, bn3_bias, *running[6:], *bn3
         )
-        y = ops.bn_act(u3, norm3, None, keep, x if residual else None, "none")
+        y = run.bn_act(u3, norm3, None, keep, x if residual else None, "none")
         ctx.save_for_backward(
             x, None if bn1 is None or lean else u1, u2, u3, norm1, norm2, norm3, pooled, r, gate, keep,
             expand_weight, bn1_weight, bn1_bias, depthwise_weight, bn2_weight, bn2_bias,
@@ -213,29 +223,30 @@ class MBConvFunction(torch.autograd.Function):
         activation, se_activation, residual, walked, depthwise, bn1, bn2, bn3 = ctx.setting
         dy = dy.contiguous()
         shortcut = dy if residual else None
-        grads3, coef3 = ops.bn_bwd(dy, u3, norm3, keep, "none", bn3.batch_statistics)
-        du2, d_project, grads2, *d_excite = ops.project_bwd(
+        run = _runner(dy)
+        grads3, coef3 = run.bn_bwd(dy, u3, norm3, keep, "none", bn3.batch_statistics)
+        du2, d_project, grads2, *d_excite = run.project_bwd(
             dy, u3, coef3, keep, project_weight, u2, norm2, gate, pooled, r, reduce_weight, se_expand_weight,
             activation, se_activation, bn2.batch_statistics,
         )  # fmt: skip
         if not any(ctx.needs_input_grad[:5]):  # x, expand, bn1, depthwise: all frozen
             dx, d_expand, d_depthwise, d_bn1 = None, None, None, _bn_grads(coef3, None, None)
         elif bn1 is None:
-            dx, d_depthwise, _, _ = ops.depthwise_bwd(
+            dx, d_depthwise, _, _ = run.depthwise_bwd(
                 du2, x, None, depthwise_weight, None, shortcut, "none", *depthwise[:3], False
             )
             d_expand, d_bn1 = None, _bn_grads(coef3, None, None)
         else:
             if u1 is None:
-                u1 = x if walked else ops.pointwise(x, expand_weight)
-            dv1, d_depthwise, grads1, coef1 = ops.depthwise_bwd(
+                u1 = x if walked else run.pointwise(x, expand_weight)
+            dv1, d_depthwise, grads1, coef1 = run.depthwise_bwd(
                 du2, u1, expand_weight if walked else None, depthwise_weight, norm1, None, activation,
                 *depthwise[:3], bn1.batch_statistics,
             )  # fmt: skip
             d_bn1 = _bn_grads(grads1, bn1_weight, bn1_bias)
             dx = d_expand = None
             if any(ctx.needs_input_grad[:2]):
-                dx, d_expand = ops.expand_bwd(dv1, x, expand_weight, coef1, shortcut, bn1.batch_statistics)
+                dx, d_expand = run.expand_bwd(dv1, x, expand_weight, coef1, shortcut, bn1.batch_statistics)
         excite_weights = (reduce_weight, reduce_bias, se_expand_weight, se_expand_bias)
         return (
             None if dx is None else dx.permute(0, 3, 1, 2), _cast(d_expand, expand_weight), *d_bn1,

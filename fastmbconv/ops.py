@@ -8,7 +8,9 @@ Images are [N, H, W, C] contiguous. A BatchNorm that follows a convolution is fi
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,13 +35,38 @@ def _vectors(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=accumulator(like.dtype))
 
 
+direct = SimpleNamespace()  # the operators' launchers by name, for calls that nothing traces
+
+
+def plain(x: Tensor) -> bool:
+    """True where nobody watches operators (a compiler, a dispatch mode, a tensor subclass): their launchers will do.
+
+    An operator's way through the dispatcher costs the host as much as several launches.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
 def _operator(mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
     def register(function: Callable[..., Any]) -> Any:
+        names = list(inspect.signature(function).parameters)
+        mutated = [names.index(name) for name in mutates_args]
+
         @functools.wraps(function)
         def on_its_device(*args: Any) -> Any:
             with torch.cuda.device_of(args[0]):  # Triton launches on the current device
                 return function(*args)
 
+        def launched(*args: Any) -> Any:
+            for place in mutated:
+                if args[place] is not None:
+                    torch.autograd.graph.increment_version(args[place])
+            return on_its_device(*args)
+
+        setattr(direct, function.__name__, launched if mutated else on_its_device)
         return torch.library.custom_op(f"fastmbconv::{function.__name__}", on_its_device, mutates_args=mutates_args)
 
     return register

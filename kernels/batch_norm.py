@@ -12,7 +12,7 @@ from torch import Tensor
 from .math import activate, activate_grad, stored
 from .tables import tiles as chosen
 from .traffic import state
-from .tuning import accumulator, groups, numeric, pow2, row_tiles
+from .tuning import accumulator, cdiv, groups, numeric, pow2, row_tiles
 
 
 @triton.jit
@@ -297,7 +297,7 @@ def bn_finalize(
     assert owner is not None
     norm = torch.empty(4, channels, dtype=acc, device=owner.device)
     block = pow2(channels, 1, 256 if partials is None else 32)
-    _bn_finalize_kernel[(triton.cdiv(channels, block),)](
+    _bn_finalize_kernel[(cdiv(channels, block),)](
         partials_ptr=partials,
         weight_ptr=weight,
         bias_ptr=bias,
@@ -331,7 +331,7 @@ def bn_bwd_finalize(sums: Tensor, norm: Tensor, count: int, batch_statistics: bo
     grads = torch.empty(2, channels, dtype=norm.dtype, device=norm.device)
     coef = torch.empty(3, channels, dtype=norm.dtype, device=norm.device)
     block = pow2(channels, 1, 32)
-    _bn_bwd_finalize_kernel[(triton.cdiv(channels, block),)](
+    _bn_bwd_finalize_kernel[(cdiv(channels, block),)](
         sums_ptr=sums,
         norm_ptr=norm,
         grads_ptr=grads,
@@ -363,7 +363,7 @@ def bn_act_fwd(
     parts = dict(norm=norm, gate=gate, offset=offset, keep=keep, residual=residual)
     traits = {name: part is not None for name, part in parts.items()}
     tiles = chosen("bn_act_fwd", u, row_tiles, (n * h * w, c), activation=activation, **traits)
-    _bn_act_fwd_kernel[(triton.cdiv(n * h * w, tiles["BM"]), triton.cdiv(c, tiles["BC"]))](
+    _bn_act_fwd_kernel[(cdiv(n * h * w, tiles["BM"]), cdiv(c, tiles["BC"]))](
         u_ptr=u,
         norm_ptr=norm,
         gate_ptr=gate,
@@ -391,9 +391,9 @@ def bn_act_bwd_reduce(dy: Tensor, u: Tensor, norm: Tensor, keep: Tensor | None, 
     """Partial sums [P, 2, C] of dv and dv * xhat, dv = dy * keep[n] * act'(scale * u + shift)."""
     n, h, w, c = u.shape
     tiles = chosen("bn_act_bwd_reduce", u, row_tiles, (n * h * w, c), activation=activation, keep=keep is not None)
-    rows, columns = triton.cdiv(n * h * w, tiles["BM"]), triton.cdiv(c, tiles["BC"])
+    rows, columns = cdiv(n * h * w, tiles["BM"]), cdiv(c, tiles["BC"])
     per_program = groups(rows, columns)
-    programs = triton.cdiv(rows, per_program)
+    programs = cdiv(rows, per_program)
     sums = torch.empty(programs, 2, c, dtype=norm.dtype, device=u.device)
     _bn_act_bwd_reduce_kernel[(programs, columns)](
         dy_ptr=dy,
@@ -419,7 +419,7 @@ def bn_act_bwd(dy: Tensor, u: Tensor, norm: Tensor, coef: Tensor, keep: Tensor |
     n, h, w, c = u.shape
     du = torch.empty_like(u)
     tiles = chosen("bn_act_bwd", u, row_tiles, (n * h * w, c), activation=activation, keep=keep is not None)
-    _bn_act_bwd_kernel[(triton.cdiv(n * h * w, tiles["BM"]), triton.cdiv(c, tiles["BC"]))](
+    _bn_act_bwd_kernel[(cdiv(n * h * w, tiles["BM"]), cdiv(c, tiles["BC"]))](
         dy_ptr=dy,
         u_ptr=u,
         norm_ptr=norm,

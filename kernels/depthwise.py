@@ -16,7 +16,7 @@ from .batch_norm import load_norm, load_xhat, store_moments
 from .math import activate_grad_halved, activate_halved, dot, halved, stored
 from .tables import tiles as chosen
 from .traffic import state, summed
-from .tuning import accumulator, numeric, precision, walk_tiles
+from .tuning import accumulator, cdiv, numeric, precision, walk_tiles
 
 
 @triton.jit
@@ -350,10 +350,10 @@ def depthwise_fwd(
     shape = (n, out_height, c, weight.shape[-1], stride, x.dtype, False, _inputs(x, expand_weight))
     traits = dict(width=w, activation=activation, norm=norm is not None, moments=moments)
     tiles = chosen("depthwise_fwd", x, walk_tiles, shape, **traits)
-    strips = triton.cdiv(out_height, tiles["R"])
-    programs = strips * triton.cdiv(n, tiles["NB"])
+    strips = cdiv(out_height, tiles["R"])
+    programs = strips * cdiv(n, tiles["NB"])
     partials = torch.empty(programs, 3, c, dtype=accumulator(x.dtype), device=x.device) if moments else None
-    _depthwise_fwd_kernel[(triton.cdiv(c, tiles["BC"]), programs)](
+    _depthwise_fwd_kernel[(cdiv(c, tiles["BC"]), programs)](
         x_ptr=x,
         we_ptr=expand_weight,
         w_ptr=weight,
@@ -414,14 +414,14 @@ def depthwise_bwd(
     shape = (n, h, c, k, stride, x.dtype, True, _inputs(x, expand_weight))
     traits = dict(width=w, activation=activation, norm=norm is not None, residual=residual is not None)
     tiles = chosen("depthwise_bwd", x, walk_tiles, shape, **traits)
-    strips = triton.cdiv(h, tiles["R"])
-    programs = strips * triton.cdiv(n, tiles["NB"])
+    strips = cdiv(h, tiles["R"])
+    programs = strips * cdiv(n, tiles["NB"])
     acc = accumulator(x.dtype)
     dw = torch.empty(programs, c, 1, k, k, dtype=acc, device=x.device)
     sums = None if norm is None else torch.empty(programs, 2, c, dtype=acc, device=x.device)
     top, rows = window(k, stride, pad_top, tiles["R"])
     left, columns = window(k, stride, pad_left, stride)
-    _depthwise_bwd_kernel[(triton.cdiv(c, tiles["BC"]), programs)](
+    _depthwise_bwd_kernel[(cdiv(c, tiles["BC"]), programs)](
         dy_ptr=dy,
         x_ptr=x,
         we_ptr=expand_weight,

@@ -15,7 +15,7 @@ from .inference import PROGRAMS, Running, load_affine
 from .math import INTERPRETED, activate_halved, halved, stored
 from .tables import tiles as chosen
 from .traffic import state
-from .tuning import MIN_DOT, accumulator, numeric, precision, walk_tiles
+from .tuning import MIN_DOT, accumulator, cdiv, numeric, precision, walk_tiles
 
 FEWEST_COLUMNS = 4
 
@@ -154,15 +154,15 @@ def walk_inference_tiles(
     tiles["SPAN"] = width
     if INTERPRETED:
         return tiles
-    fixed = triton.cdiv(images, tiles["NB"]) * triton.cdiv(height, tiles["R"])
+    fixed = cdiv(images, tiles["NB"]) * cdiv(height, tiles["R"])
 
     def programs() -> int:
-        return fixed * triton.cdiv(channels, tiles["BC"]) * triton.cdiv(width, tiles["SPAN"])
+        return fixed * cdiv(channels, tiles["BC"]) * cdiv(width, tiles["SPAN"])
 
     while programs() < PROGRAMS and tiles["num_warps"] > 1 and not expand:
         tiles |= dict(BC=tiles["BC"] // 2, num_warps=tiles["num_warps"] // 2)
     while programs() < PROGRAMS and tiles["SPAN"] >= 2 * FEWEST_COLUMNS:
-        tiles["SPAN"] = triton.cdiv(tiles["SPAN"], 2)
+        tiles["SPAN"] = cdiv(tiles["SPAN"], 2)
     return tiles | dict(BX=tiles["BX"] if expand else tiles["BC"])
 
 
@@ -190,11 +190,11 @@ def depthwise_inference(
     expand = 0 if expand_weight is None else channels
     shape = (n, out_height, out_width, c, k, stride, x.dtype, expand)
     tiles = chosen("depthwise_inference", x, walk_inference_tiles, shape, activation=activation, pooled=pooled)
-    strips, spans = triton.cdiv(out_height, tiles["R"]), triton.cdiv(out_width, tiles["SPAN"])
+    strips, spans = cdiv(out_height, tiles["R"]), cdiv(out_width, tiles["SPAN"])
     y = torch.empty(n, out_height, out_width, c, dtype=x.dtype, device=x.device)
     parts = torch.empty(strips * spans, n, c, dtype=accumulator(x.dtype), device=x.device) if pooled else None
     first = (None,) * 4 if bn1 is None else bn1.tensors
-    programs = triton.cdiv(c, tiles["BC"]) * strips * spans * triton.cdiv(n, tiles["NB"])
+    programs = cdiv(c, tiles["BC"]) * strips * spans * cdiv(n, tiles["NB"])
     _depthwise_inference_kernel[(programs,)](
         x_ptr=x,
         we_ptr=expand_weight,

@@ -18,7 +18,7 @@ from .expand_statistics import SAMPLES, sampled_mean
 from .math import dot, stored
 from .tables import tiles as chosen
 from .traffic import state, summed
-from .tuning import INTERPRETED, MIN_DOT, numeric, pow2, precision
+from .tuning import INTERPRETED, MIN_DOT, cdiv, numeric, pow2, precision
 
 
 @triton.jit
@@ -214,8 +214,8 @@ def expand_tiles(rows: int, channels: int, expanded: int) -> dict[str, int]:
 
 def chunk_pixels(rows: int, channels: int, tile: int) -> int:
     """Pixels of a chunk, whole tiles: few enough for L2, enough that the parts of dWe are small beside dv1."""
-    pixels = 2 * tile if INTERPRETED else max(40 * channels, triton.cdiv(rows, 128))
-    return tile * triton.cdiv(pixels, tile)
+    pixels = 2 * tile if INTERPRETED else max(40 * channels, cdiv(rows, 128))
+    return tile * cdiv(pixels, tile)
 
 
 def expand_bwd(
@@ -228,7 +228,7 @@ def expand_bwd(
     pivot, mixed, bias = coef.new_empty(channels), coef.new_empty(channels, channels), coef.new_empty(channels)
     wide = pow2(channels, MIN_DOT, 4096)
     side = pow2(channels, MIN_DOT, 256 if INTERPRETED else 32)
-    _expand_prepare_kernel[(triton.cdiv(channels, side), triton.cdiv(channels, side))](
+    _expand_prepare_kernel[(cdiv(channels, side), cdiv(channels, side))](
         x_ptr=x,
         w_ptr=weight,
         coef_ptr=coef,
@@ -236,7 +236,7 @@ def expand_bwd(
         mixed_ptr=mixed,
         bias_ptr=bias,
         M=rows,
-        STEP=triton.cdiv(rows, SAMPLES),
+        STEP=cdiv(rows, SAMPLES),
         CI=channels,
         CE=expanded,
         BATCH=batch_statistics,
@@ -252,12 +252,12 @@ def expand_bwd(
     traits = dict(batch=batch_statistics, residual=residual is not None)
     tiles = chosen("expand_bwd", x, expand_tiles, (rows, channels, expanded), **traits)
     chunk = chunk_pixels(rows, channels, tiles["BM"])
-    chunks, per_chunk = triton.cdiv(rows, chunk), chunk // tiles["BM"]
-    gram_blocks = triton.cdiv(channels, tiles["BE"]) if batch_statistics else 0
-    slots = per_chunk + triton.cdiv(expanded, tiles["BE"]) + gram_blocks
+    chunks, per_chunk = cdiv(rows, chunk), chunk // tiles["BM"]
+    gram_blocks = cdiv(channels, tiles["BE"]) if batch_statistics else 0
+    slots = per_chunk + cdiv(expanded, tiles["BE"]) + gram_blocks
     dx = torch.empty_like(x)
     parts = coef.new_empty(chunks, expanded + (channels + 1 if batch_statistics else 0), channels)
-    _expand_bwd_kernel[(slots * triton.cdiv(channels, tiles["BI"]), chunks)](
+    _expand_bwd_kernel[(slots * cdiv(channels, tiles["BI"]), chunks)](
         dv_ptr=dv,
         x_ptr=x,
         w_ptr=weight,
@@ -282,7 +282,7 @@ def expand_bwd(
     # dv and x once: a chunk's programs read them again while they are in L2.
     state("expand_bwd", (dv, x, weight, coef, pivot, mixed, bias, residual), (dx, parts))
     dw, sums = coef.new_empty(expanded, channels, 1, 1), summed(parts)
-    _expand_finish_kernel[(triton.cdiv(expanded, side), triton.cdiv(channels, side))](
+    _expand_finish_kernel[(cdiv(expanded, side), cdiv(channels, side))](
         w_ptr=weight,
         coef_ptr=coef,
         pivot_ptr=pivot,

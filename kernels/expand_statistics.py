@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .math import dot
 from .traffic import state, summed
-from .tuning import INTERPRETED, MIN_DOT, accumulator, groups, numeric, pow2, precision
+from .tuning import INTERPRETED, MIN_DOT, accumulator, cdiv, groups, numeric, pow2, precision
 
 SAMPLES = 256
 
@@ -116,9 +116,9 @@ def expand_statistics(x: Tensor, weight: Tensor) -> Tensor:
     like = dict(dtype=accumulator(x.dtype), device=x.device)
     block = pow2(channels, MIN_DOT, 256 if INTERPRETED else 64)
     tile = pow2(rows, MIN_DOT, 1024) if INTERPRETED else 64
-    side = triton.cdiv(channels, block)
-    per_program = groups(triton.cdiv(rows, tile), side * side, programs=max(512, side * side))
-    programs = triton.cdiv(rows, tile * per_program)
+    side = cdiv(channels, block)
+    per_program = groups(cdiv(rows, tile), side * side, programs=max(512, side * side))
+    programs = cdiv(rows, tile * per_program)
     pivot = torch.empty(channels, **like)
     parts = torch.empty(programs, channels + 1, channels, **like)
     _gram_kernel[(side, side, programs)](
@@ -126,7 +126,7 @@ def expand_statistics(x: Tensor, weight: Tensor) -> Tensor:
         pivot_ptr=pivot,
         parts_ptr=parts,
         M=rows,
-        STEP=triton.cdiv(rows, SAMPLES),
+        STEP=cdiv(rows, SAMPLES),
         TILES=per_program,
         C=channels,
         SAMPLES=SAMPLES,
@@ -140,7 +140,7 @@ def expand_statistics(x: Tensor, weight: Tensor) -> Tensor:
     gram = summed(parts)
     moments = torch.empty(1, 3, expanded, **like)
     side = pow2(channels, MIN_DOT, 256 if INTERPRETED else 32)
-    _gram_moments_kernel[(triton.cdiv(expanded, side),)](
+    _gram_moments_kernel[(cdiv(expanded, side),)](
         w_ptr=weight,
         pivot_ptr=pivot,
         gram_ptr=gram,

@@ -15,7 +15,7 @@ from torch import Tensor
 from .math import INTERPRETED, activate, dot, stored
 from .tables import tiles as chosen
 from .traffic import state
-from .tuning import MIN_DOT, matmul_tiles, numeric, pow2, precision
+from .tuning import MIN_DOT, cdiv, matmul_tiles, numeric, pow2, precision
 
 PROGRAMS = 264  # two for each multiprocessor of an H100: fewer leave some idle
 
@@ -156,7 +156,7 @@ def product_tiles(rows: int, reduce: int, out: int, images: int = 1) -> dict[str
         return tiles
 
     def programs() -> int:
-        return images * triton.cdiv(rows, tiles["BM"] if images == 1 else rows) * triton.cdiv(out, tiles["BO"])
+        return images * cdiv(rows, tiles["BM"] if images == 1 else rows) * cdiv(out, tiles["BO"])
 
     while programs() < PROGRAMS and tiles["BO"] > MIN_DOT:
         shrunk = "BM" if images == 1 and tiles["BM"] > tiles["BO"] else "BO"
@@ -184,7 +184,7 @@ def pointwise_inference(
     y = torch.empty(n, h, w, out, dtype=x.dtype, device=x.device)
     traits = dict(activation=activation, gate=gate is not None, residual=residual is not None)
     tiles = chosen("pointwise_inference", x, product_tiles, (rows, channels, out), **traits)
-    _pointwise_inference_kernel[(triton.cdiv(out, tiles["BO"]) * triton.cdiv(rows, tiles["BM"]),)](
+    _pointwise_inference_kernel[(cdiv(out, tiles["BO"]) * cdiv(rows, tiles["BM"]),)](
         x_ptr=x,
         w_ptr=weight,
         gate_ptr=gate,

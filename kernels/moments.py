@@ -8,7 +8,7 @@ from torch import Tensor
 from .batch_norm import store_moments
 from .tables import tiles as chosen
 from .traffic import state
-from .tuning import accumulator, groups, numeric, row_tiles
+from .tuning import accumulator, cdiv, groups, numeric, row_tiles
 
 
 @triton.jit
@@ -47,9 +47,9 @@ def moments(u: Tensor) -> Tensor:
     """Partial moments [P, 3, C] of u [N, H, W, C]."""
     n, h, w, c = u.shape
     tiles = chosen("moments", u, row_tiles, (n * h * w, c))
-    rows, columns = triton.cdiv(n * h * w, tiles["BM"]), triton.cdiv(c, tiles["BC"])
+    rows, columns = cdiv(n * h * w, tiles["BM"]), cdiv(c, tiles["BC"])
     per_program = groups(rows, columns)
-    programs = triton.cdiv(rows, per_program)
+    programs = cdiv(rows, per_program)
     partials = torch.empty(programs, 3, c, dtype=accumulator(u.dtype), device=u.device)
     _moments_kernel[(programs, columns)](
         u_ptr=u, partials_ptr=partials, M=n * h * w, TILES=per_program, C=c, **numeric(u.dtype), **tiles

@@ -13,7 +13,7 @@ from .batch_norm import load_coef, load_norm, store_moments
 from .math import activate, activate_grad, dot, stored
 from .tables import tiles as chosen
 from .traffic import state
-from .tuning import accumulator, groups, matmul_tiles, numeric, precision
+from .tuning import accumulator, cdiv, groups, matmul_tiles, numeric, precision
 
 
 @triton.jit
@@ -173,9 +173,9 @@ def pointwise_fwd(
     u = torch.empty(n, h, w, out, dtype=x.dtype, device=x.device)
     traits = dict(activation=activation, norm=norm is not None, gate=gate is not None, moments=moments)
     tiles = chosen("pointwise_fwd", x, matmul_tiles, (rows, channels, out), **traits)
-    columns = triton.cdiv(out, tiles["BO"])
-    per_program = groups(triton.cdiv(rows, tiles["BM"]), columns) if moments else 1
-    programs = triton.cdiv(rows, tiles["BM"] * per_program)
+    columns = cdiv(out, tiles["BO"])
+    per_program = groups(cdiv(rows, tiles["BM"]), columns) if moments else 1
+    programs = cdiv(rows, tiles["BM"] * per_program)
     partials = torch.empty(programs, 3, out, dtype=accumulator(x.dtype), device=x.device) if moments else None
     _pointwise_fwd_kernel[(columns * programs,)](
         x_ptr=x,
@@ -223,7 +223,7 @@ def pointwise_dgrad(
     du = torch.empty_like(inputs)
     traits = dict(activation=activation, keep=keep is not None, gate=gate is not None)
     tiles = chosen("pointwise_dgrad", dy, matmul_tiles, (rows, out, channels), **traits)
-    _pointwise_dgrad_kernel[(triton.cdiv(channels, tiles["BO"]) * triton.cdiv(rows, tiles["BM"]),)](
+    _pointwise_dgrad_kernel[(cdiv(channels, tiles["BO"]) * cdiv(rows, tiles["BM"]),)](
         dy_ptr=dy,
         u_ptr=u,
         coef_ptr=coef,

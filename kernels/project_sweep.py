@@ -15,7 +15,7 @@ from .math import INTERPRETED, activate_grad, dot
 from .pointwise import load_grad
 from .tables import tiles as chosen
 from .traffic import state, summed
-from .tuning import MIN_DOT, groups, numeric, pow2, precision
+from .tuning import MIN_DOT, cdiv, groups, numeric, pow2, precision
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def sweep_tiles(pixels: int, out: int, channels: int) -> dict[str, int]:
     if INTERPRETED:
         return dict(BM=pow2(pixels, MIN_DOT, 1024), BO=pow2(out, MIN_DOT, 256), BC=pow2(channels, MIN_DOT, 256))
     rows = pow2(out, MIN_DOT, 32 if pixels >= 100 else 64)
-    wide = triton.cdiv(channels, 128) * 128 <= triton.cdiv(channels, 64) * 70
+    wide = cdiv(channels, 128) * 128 <= cdiv(channels, 64) * 70
     block = pow2(channels, MIN_DOT, 128 if wide and rows <= 32 else 64)
     return dict(BM=32, BO=rows, BC=block, num_warps=8 if rows * block > 2048 else 4, num_stages=2)
 
@@ -126,9 +126,9 @@ def project_sweep(
     channels = u2.shape[3]
     traits = dict(images=n, activation=activation, keep=keep is not None, gate=gate is not None)
     tiles = chosen("project_sweep", dy, sweep_tiles, (h * w, out, channels), **traits)
-    columns, parts = triton.cdiv(channels, tiles["BC"]), triton.cdiv(out, tiles["BO"])
+    columns, parts = cdiv(channels, tiles["BC"]), cdiv(out, tiles["BO"])
     images = groups(n, columns * parts, programs=256)
-    programs = triton.cdiv(n, images)
+    programs = cdiv(n, images)
     sums = torch.empty(parts, n, 2 if gate is None else 5, channels, dtype=norm.dtype, device=dy.device)
     dw = torch.empty(programs, out, channels, dtype=norm.dtype, device=dy.device)
     _project_sweep_kernel[(columns, parts, programs)](

@@ -14,7 +14,7 @@ from .batch_norm import load_norm
 from .math import activate, activate_grad, dot
 from .tables import tiles as chosen
 from .traffic import state
-from .tuning import INTERPRETED, MIN_DOT, numeric, pow2, row_tiles
+from .tuning import INTERPRETED, MIN_DOT, cdiv, numeric, pow2, row_tiles
 
 
 @triton.jit
@@ -209,7 +209,7 @@ def pool(u: Tensor, norm: Tensor | None, dy: Tensor | None, activation: str) -> 
     out = torch.empty(n, c, dtype=torch.float64 if u.dtype == torch.float64 else torch.float32, device=u.device)
     traits = dict(images=n, activation=activation, norm=norm is not None, dy=dy is not None)
     tiles = chosen("pool", u, row_tiles, (h * w, c), **traits)
-    _pool_kernel[(n, triton.cdiv(c, tiles["BC"]))](
+    _pool_kernel[(n, cdiv(c, tiles["BC"]))](
         u_ptr=u,
         norm_ptr=norm,
         dy_ptr=dy,
@@ -313,7 +313,7 @@ def excite_bwd(
     d_expand = torch.empty(c, reduced, dtype=gate.dtype, device=gate.device)
     d_reduce_bias = torch.empty(reduced, dtype=gate.dtype, device=gate.device)
     d_expand_bias = torch.empty(c, dtype=gate.dtype, device=gate.device)
-    _excite_wgrad_kernel[(triton.cdiv(c, tiles["BC"]),)](
+    _excite_wgrad_kernel[(cdiv(c, tiles["BC"]),)](
         p_ptr=pooled,
         r_ptr=r,
         dq_ptr=dq,

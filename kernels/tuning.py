@@ -104,9 +104,14 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
 
 
+def cdiv(size: int, part: int) -> int:
+    """Parts that hold `size`. Triton's own serves kernels too, and costs a launcher several microseconds a call."""
+    return -(-size // part)
+
+
 def pow2(size: int, low: int, high: int) -> int:
     """The power of two that holds `size`, within [low, high] (all powers of two)."""
-    return min(max(triton.next_power_of_2(size), low), high)
+    return min(max(1 << (size - 1).bit_length(), low), high)
 
 
 def matmul_tiles(rows: int, reduce: int, out: int) -> dict[str, int]:
@@ -125,7 +130,7 @@ def row_tiles(rows: int, channels: int) -> dict[str, int]:
 
 def channel_block(channels: int) -> int:
     """64 channels fill a 128-byte line in 16 bits; 32 where 64 would leave more than an eighth of the lanes idle."""
-    wide = triton.cdiv(channels, 64) * 64
+    wide = cdiv(channels, 64) * 64
     return pow2(channels, MIN_DOT, 64 if wide * 7 <= channels * 8 else 32)
 
 
@@ -159,7 +164,7 @@ def walk_tiles(
         most = 2 if backward or stride == 2 else 4
     step = stride if backward else 1
     halo = (kernel_size - stride) * (0.1 if backward else 0.25)
-    rows = min(range(step, most + 1, step), key=lambda r: triton.cdiv(height, r) * (r + halo))
+    rows = min(range(step, most + 1, step), key=lambda r: cdiv(height, r) * (r + halo))
     if expand:
         return dict(NB=MIN_DOT, BX=pow2(expand, MIN_DOT, 4096), BC=32, R=rows, num_warps=4)
     block = channel_block(channels)
