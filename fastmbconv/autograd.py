@@ -285,18 +285,19 @@ class DenseFunction(torch.autograd.Function):
         *running: Tensor | None,
     ) -> Tensor:
         u, x = channels_last(u), None if shortcut is None else channels_last(shortcut)
-        norm1 = ops.image_norm(u, bn1_weight, bn1_bias, *running[:3], *bn1)
+        run = _runner(u)
+        norm1 = run.image_norm(u, bn1_weight, bn1_bias, *running[:3], *bn1)
         pooled = r = gate = v = norm2 = None
         if reduce_weight is not None:
             weights = (reduce_weight, reduce_bias, se_expand_weight, se_expand_bias)
-            pooled, r, gate = ops.pool_excite(u, norm1, *weights, activation, se_activation)
+            pooled, r, gate = run.pool_excite(u, norm1, *weights, activation, se_activation)
         if bn2 is None:
-            y = ops.bn_act(u, norm1, None, keep, x, activation)
+            y = run.bn_act(u, norm1, None, keep, x, activation)
         else:
-            v, norm2 = ops.pointwise_bn(
+            v, norm2 = run.pointwise_bn(
                 u, project_weight, norm1, gate, activation, bn2_weight, bn2_bias, *running[3:], *bn2
             )
-            y = ops.bn_act(v, norm2, None, keep, x, "none")
+            y = run.bn_act(v, norm2, None, keep, x, "none")
         ctx.save_for_backward(
             u, v, norm1, norm2, pooled, r, gate, keep, bn1_weight, bn1_bias, reduce_weight, reduce_bias,
             se_expand_weight, se_expand_bias, project_weight, bn2_weight, bn2_bias,
@@ -315,12 +316,13 @@ class DenseFunction(torch.autograd.Function):
         dy = dy.contiguous()
         d_project, d_excite = None, (None,) * 4
         d_bn2: tuple[Tensor | None, ...] = (None, None)
+        run = _runner(dy)
         if bn2 is None:
-            grads1, coef1 = ops.bn_bwd(dy, u, norm1, keep, activation, bn1.batch_statistics)
-            du = ops.bn_act_bwd(dy, u, norm1, coef1, keep, activation)
+            grads1, coef1 = run.bn_bwd(dy, u, norm1, keep, activation, bn1.batch_statistics)
+            du = run.bn_act_bwd(dy, u, norm1, coef1, keep, activation)
         else:
-            grads2, coef2 = ops.bn_bwd(dy, v, norm2, keep, "none", bn2.batch_statistics)
-            du, d_project, grads1, *d_excite = ops.project_bwd(
+            grads2, coef2 = run.bn_bwd(dy, v, norm2, keep, "none", bn2.batch_statistics)
+            du, d_project, grads1, *d_excite = run.project_bwd(
                 dy, v, coef2, keep, project_weight, u, norm1, gate, pooled, r, reduce_weight, se_expand_weight,
                 activation, se_activation, bn1.batch_statistics,
             )  # fmt: skip
