@@ -18,11 +18,11 @@ Seen = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 
 @contextmanager
 def observed(seen: Seen, *, run: bool) -> Iterator[None]:
-    """Call `seen(kernel, args, kwargs)` for each launch inside the block; without `run` nothing is launched."""
+    """Call `seen(kernel, args, kwargs)` for each launch inside the block, its grid in kwargs; run it only if `run`."""
 
     def spy(original: Callable[..., Any]) -> Callable[..., Any]:
         def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-            seen(kernel, args, kwargs)
+            seen(kernel, args, {"grid": grid, **kwargs})
             return original(kernel, *args, grid=grid, warmup=warmup, **kwargs) if run else None
 
         return launch

@@ -1,11 +1,13 @@
 """Compile every kernel that a block launches, for GPUs that are not there, and read what the compiler made of it.
 
-    python -m benchmarks.static [--arch 80 90 100] [--shapes few|all|tiny] [--dtype bfloat16] [--json report.json]
+    python -m benchmarks.static [--arch 80 90 100] [--shapes few|held|tiny|all|b0..b7] [--jobs 2] [--json report.json]
 
 A block's forward and backward run on CPU tensors whose launches are caught, so kernels, tile sizes and specialisations
-are the launchers' own at that shape. Nothing is executed on a device and nothing is computed. Columns: registers per
-thread, spills (local loads and stores in the machine code), stack and shared memory in bytes, widest global load and
-store in bits, instructions, instructions of the longest loop, MUFU (ex2, rcp, tanh) and matrix instructions in it.
+are the launchers' own at that shape: what ships. Nothing is executed on a device and nothing is computed. Columns:
+registers per thread, spills (local loads and stores in the machine code), stack and shared memory in bytes, widest
+global load and store in bits, instructions, instructions of the longest loop, MUFU (ex2, rcp, tanh) and matrix
+instructions in it, and issued instructions per element (benchmarks/issue.py) next to the budget that tests hold, or
+after ~ next to what an H200 issues in the time of the kernel's bytes.
 """
 
 from __future__ import annotations
@@ -13,13 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass
-from itertools import zip_longest
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +31,21 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 import fastmbconv
-from benchmarks import subjects
+from benchmarks import issue, subjects
 from benchmarks.launches import caught
-from benchmarks.registry import Shape, by_weight
+from benchmarks.registry import BATCHES, Shape, by_weight, shapes
+from benchmarks.sass import disassemble
+from benchmarks.workers import Failed, spread
 
-BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
-INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", re.M)
 MATRIX = ("HMMA", "HGMMA", "IMMA", "QGMMA", "DMMA", "UTCHMMA")
+MODELS = [f"b{number}" for number in range(8)]
 FEW = 4
+HELD = (  # the shipped walks of B0 and B4 that tests hold to their budget
+    Shape("b0", 2, 128, 56, 24, 24, 6, 3, 1),
+    Shape("b0", 3, 128, 28, 40, 40, 6, 5, 1),
+    Shape("b0", 6, 128, 7, 192, 192, 6, 5, 1),
+    Shape("b4", 4, 64, 24, 112, 112, 6, 3, 1),
+)
 
 
 @dataclass
@@ -61,6 +66,9 @@ class Report:
     loop: int = 0
     loop_mufu: int = 0
     loop_matrix: int = 0
+    per_element: float | None = None
+    budget: float | None = None
+    aim: float | None = None
     error: str = ""
 
 
@@ -75,16 +83,18 @@ class Specialised:
     constexprs: dict[tuple[int, ...], Any]
     attrs: dict[tuple[int, ...], Any]
     options: Any
+    arguments: issue.Arguments
 
     @classmethod
     def of(cls, shape: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arch: int) -> Specialised:
         backend = make_backend(GPUTarget("cuda", arch, 32))
-        kwargs = {"debug": False, **kwargs}
+        grid, kwargs = kwargs["grid"], {"debug": False, **{k: v for k, v in kwargs.items() if k != "grid"}}
         bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
             *args, **kwargs
         )
+        arguments = {k: v for k, v in bound.items() if not isinstance(v, torch.Tensor)} | {"grid": grid}
         options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
-        return cls(shape, kernel, arch, signature, constexprs, attrs, options)
+        return cls(shape, kernel, arch, signature, constexprs, attrs, options, arguments)
 
     @property
     def key(self) -> str:
@@ -125,130 +135,117 @@ def launches(shape: Shape, dtype: torch.dtype, archs: list[int], *, ops: bool = 
     return list(found.values())
 
 
-def disassemble(cubin: bytes, report: Report) -> None:
-    """Fill in the figures that the machine code shows."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-
-        def tool(option: str) -> str:
-            return subprocess.run(
-                [BIN / "cuobjdump", option, file.name], check=True, capture_output=True, text=True
-            ).stdout
-
-        usage, sass = tool("--dump-resource-usage"), tool("-sass")
-    used = dict(re.findall(r"\b(REG|STACK):(\d+)", usage))
-    report.registers, report.stack = int(used["REG"]), int(used["STACK"])
-    code = [(int(at, 16), op, rest) for at, op, rest in INSTRUCTION.findall(sass) if op != "NOP"]
-    report.instructions = len(code)
-    report.spills = sum(op.split(".")[0] in ("LDL", "STL") for _, op, _ in code)
-    report.load_bits = max((_bits(op) for _, op, _ in code if op.startswith(("LDG", "LDGSTS"))), default=0)
-    report.store_bits = max((_bits(op) for _, op, _ in code if op.startswith("STG")), default=0)
-    longest: list[str] = []
-    for at, op, rest in code:
-        target = re.search(r"0x([0-9a-f]+)\s*$", rest) if op.startswith("BRA") else None
-        if target and int(target[1], 16) < at:
-            body = [name for place, name, _ in code if int(target[1], 16) <= place <= at]
-            longest = max(longest, body, key=len)
-    kinds = Counter(name.split(".")[0] for name in longest)
-    report.loop, report.loop_mufu = len(longest), kinds["MUFU"]
-    report.loop_matrix = sum(kinds[name] for name in MATRIX)
-
-
-def _bits(opcode: str) -> int:
-    parts = opcode.split(".")
-    wide = [int(p) for p in parts if p in ("64", "128", "256")]
-    narrow = {"U8": 8, "S8": 8, "U16": 16, "S16": 16}
-    return max(wide, default=min((narrow[p] for p in parts if p in narrow), default=32))
-
-
 def compile_one(work: Specialised) -> Report:
-    report = Report(work.shape, work.kernel.__name__, work.settings, work.arch)
-    try:
-        source = ASTSource(work.kernel, work.signature, work.constexprs, work.attrs)
-        compiled = triton.compile(source, target=GPUTarget("cuda", work.arch, 32), options=work.options.__dict__)
-        report.shared = compiled.metadata.shared
-        disassemble(compiled.asm["cubin"], report)
-    except Exception as error:  # one kernel that doesn't compile must not hide the others
-        report.error = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"[:300]
-    return report
+    source = ASTSource(work.kernel, work.signature, work.constexprs, work.attrs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", work.arch, 32), options=work.options.__dict__)
+    used, code = disassemble(compiled.asm["cubin"])
+    loads = [i.bits for i in code.instructions if i.kind in ("LDG", "LDGSTS")]
+    longest = max((code.body(cycle) for cycle in code.cycles), key=len, default=[])
+    kinds = Counter(i.kind for i in longest)
+    return replace(
+        _empty(work),
+        registers=used["REG"],
+        spills=sum(i.kind in ("LDL", "STL") for i in code.instructions),
+        stack=used["STACK"],
+        shared=compiled.metadata.shared,
+        load_bits=max(loads, default=0),
+        store_bits=max((i.bits for i in code.instructions if i.kind == "STG"), default=0),
+        instructions=len(code.instructions),
+        loop=len(longest),
+        loop_mufu=kinds["MUFU"],
+        loop_matrix=sum(kinds[name] for name in MATRIX),
+        per_element=issue.per_element(work.kernel.__name__, work.arguments, code, 32 * work.options.num_warps),
+    )
 
 
-def reports(shapes: list[Shape], archs: list[int], dtype: torch.dtype, part: int = 0, parts: int = 1) -> list[Report]:
-    """A report per distinct kernel, or every `parts`-th of them."""
-    distinct: dict[str, Specialised] = {}
-    for shape in shapes:
-        for one in launches(shape, dtype, archs, ops=shape is shapes[0]):
-            distinct.setdefault(one.key, one)
-    return [compile_one(one) for one in list(distinct.values())[part::parts]]
+def _empty(work: Specialised) -> Report:
+    name, arguments = work.kernel.__name__, work.arguments
+    held = issue.budget(name, arguments, work.arch)
+    return Report(
+        work.shape, name, work.settings, work.arch, budget=held, aim=issue.AIMS.get(name) if held is None else None
+    )
 
 
-def shared_out(args: argparse.Namespace) -> list[Report]:
-    """The same as `reports`, by one fresh process per job: a kernel that kills the compiler ends with its process."""
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f"{job}.json" for job in range(args.jobs)]
-        same = ["--shapes", args.shapes, "--dtype", args.dtype, "--arch", *map(str, args.arch)]
-        command = [sys.executable, "-m", "benchmarks.static", *same, "--jobs", "1"]
-        children = [
-            subprocess.Popen([*command, "--part", f"{job}/{args.jobs}", "--json", str(file)], stdout=subprocess.DEVNULL)
-            for job, file in enumerate(files)
-        ]
-        for child in children:
-            child.wait()
-        if not all(file.exists() for file in files):
-            raise SystemExit(
-                f"a compiling process ended early: {[child.returncode for child in children]} (try --jobs 1)"
-            )
-        shares = [[Report(**row) for row in json.loads(file.read_text())["rows"]] for file in files]
-    return [row for rows in zip_longest(*shares) for row in rows if row is not None]
+def reports(work: list[Specialised], jobs: int, timeout: float) -> list[Report]:
+    """A report per kernel; one that doesn't compile, ends its process or takes too long has its `error`."""
+    return [
+        replace(_empty(one), error=found.reason) if isinstance(found, Failed) else found
+        for one, found in zip(work, spread(compile_one, work, jobs, timeout), strict=True)
+    ]
+
+
+def distinct(blocks: list[Shape], archs: list[int], dtype: torch.dtype, held: bool = False) -> list[Specialised]:
+    """Every kernel that the blocks launch, once per specialisation; only those with a budget if `held`."""
+    found: dict[str, Specialised] = {}
+    for shape in blocks:
+        for one in launches(shape, dtype, archs, ops=shape is blocks[0] and not held):
+            if not held or issue.budget(one.kernel.__name__, one.arguments, one.arch):
+                found.setdefault(one.key, one)
+    return list(found.values())
 
 
 def table(rows: list[Report]) -> str:
     columns = f"{'regs':>4} {'spill':>5} {'stack':>5} {'smem':>6} {'ld':>3} {'st':>3} {'sass':>5} {'loop':>5}"
-    lines, last = [f"{'kernel':32} {'sm':>3} {columns} {'mufu':>4} {'mma':>4}  settings"], ""
+    lines, last = [f"{'kernel':32} {'sm':>3} {columns} {'mufu':>4} {'mma':>4} {'issued':>14}  settings"], ""
     for r in rows:
         if r.shape != last:
             lines.append(f"-- first launched by {r.shape}")
             last = r.shape
         figures = (
             f"{r.registers:4} {r.spills:5} {r.stack:5} {r.shared:6} {r.load_bits:3} {r.store_bits:3} "
-            f"{r.instructions:5} {r.loop:5} {r.loop_mufu:4} {r.loop_matrix:4}  {r.settings}"
+            f"{r.instructions:5} {r.loop:5} {r.loop_mufu:4} {r.loop_matrix:4} {issued(r):>14}  {r.settings}"
         )
         lines.append(f"{r.kernel:32} {r.arch:3} {r.error or figures}")
     return "\n".join(lines)
 
 
+def issued(report: Report) -> str:
+    """Instructions per element / budget."""
+    figure = "-" if report.per_element is None else f"{report.per_element:.1f}"
+    if report.budget is not None:
+        return f"{figure} / {report.budget:g}"
+    return f"{figure} / ~{report.aim:g}" if report.aim is not None else f"{figure} / -"
+
+
 def chosen(which: str) -> list[Shape]:
     if which == "tiny":
         return [Shape("tiny", 0, 16, 14, 24, 24, 6, 3, 1), Shape("tiny", 0, 16, 14, 24, 40, 6, 5, 2)]
-    return by_weight() if which == "all" else by_weight()[:FEW]
+    if which == "held":
+        return list(HELD)
+    if which == "few":
+        return by_weight()[:FEW]
+    models = MODELS if which == "all" else [which]
+    return [shape for model in models for shape in shapes(model, BATCHES.get(model, 32))]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="compile the kernels ahead of time and report registers, spills and machine code"
+        description="compile the kernels ahead of time and report registers, spills and machine code",
+        epilog="few: the four blocks that cost B0 and B4 most; held: the walks that tests hold to a budget; "
+        "b0 to b7: every block of that model, B0 with batch 128, B4 64, others 32; all: every block of all of them, so "
+        "every tile size that ships. A kernel takes a second or two of a core, once (Triton caches it): few is 100 "
+        "kernels per architecture, b0 200, all 1500.",
     )
     parser.add_argument("--arch", type=int, nargs="+", default=[90], help="compute capabilities, 90 for Hopper")
-    parser.add_argument("--shapes", choices=("few", "all", "tiny"), default="few", help="few: the four that cost most")
+    parser.add_argument("--shapes", choices=("few", "held", "tiny", "all", *MODELS), default="few")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile side by side")
-    parser.add_argument("--part", default="0/1", help=argparse.SUPPRESS)
+    parser.add_argument("--timeout", type=float, default=120, help="seconds that one kernel may take")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
     args = parser.parse_args()
-    if args.jobs > 1:
-        rows = shared_out(args)
-    else:
-        part, parts = map(int, args.part.split("/"))
-        rows = reports(chosen(args.shapes), args.arch, getattr(torch, args.dtype), part, parts)
-    if not rows:
+    work = distinct(chosen(args.shapes), args.arch, getattr(torch, args.dtype), held=args.shapes == "held")
+    if not work:
         print("no kernel was launched: this tree has none, or the block runs eager", file=sys.stderr)
         return 2
+    rows = reports(work, args.jobs, args.timeout)
     print(table(rows))
     if args.json:
         head = {"triton": triton.__version__, "torch": torch.__version__, "dtype": args.dtype}
         args.json.write_text(json.dumps({"head": head, "rows": [asdict(r) for r in rows]}, indent=1))
     failed, spilled = sum(bool(r.error) for r in rows), sum(r.spills > 0 for r in rows)
-    print(f"{len(rows)} kernels, {failed} did not compile, {spilled} spill (Triton {triton.__version__})")
+    over = sum(r.budget is not None and r.per_element is not None and r.per_element > r.budget for r in rows)
+    shown = f"{failed} did not compile, {spilled} spill, {over} over budget"
+    print(f"{len(rows)} kernels, {shown} (Triton {triton.__version__})")
     return 1 if failed else 0
 
 

@@ -74,6 +74,17 @@ def expanded(
 
 
 @triton.jit
+def store_output(p_y, b_y, pivot, s1, s2, m, HAS_MOMENTS: tl.constexpr):
+    """Store a finished column of one row, and add it to the sums about the pivot."""
+    tl.store(p_y, stored(b_y, p_y.dtype.element_ty), mask=m)
+    if HAS_MOMENTS:
+        b_y = b_y - pivot
+        s1 += b_y
+        s2 += b_y * b_y
+    return s1, s2
+
+
+@triton.jit
 def _depthwise_fwd_kernel(
     x_ptr,
     we_ptr,
@@ -107,6 +118,9 @@ def _depthwise_fwd_kernel(
     R: tl.constexpr,
 ):
     J: tl.constexpr = (K + S - 1) // S  # output columns in flight
+    # Steps that only see padding add nothing: the walk starts after them, and its last outputs are stored behind it.
+    FIRST: tl.constexpr = min(PL // S, J - 1)
+    LAST: tl.constexpr = FIRST + (max((W - 1 + PL) // S + 1, WO) - FIRST + J - 1) // J * J
     ROWS: tl.constexpr = (R - 1) * S + K
     h0 = (tl.program_id(1) % STRIPS) * R
     n0 = (tl.program_id(1) // STRIPS) * NB
@@ -126,6 +140,7 @@ def _depthwise_fwd_kernel(
     acc = ()  # slot r * J + t % J: output row h0 + r, the column that step t starts
     for _ in tl.static_range(R * J):
         acc = acc + (tl.zeros((NB, BC), ACC),)
+    pivot = tl.zeros((1, BC), ACC)
     if HAS_MOMENTS:
         # Sums about the middle output of a constant image of one pixel's value, so that no large mean cancels.
         b_v = expanded(load_column(p_x, W // 2, h0 * S, m_x, H, W, CX, 1)[0], b_we, NB, BC, EXPAND, PRECISION, ACC)
@@ -141,8 +156,8 @@ def _depthwise_fwd_kernel(
     s2 = tl.zeros((NB, BC), ACC)
     ahead = ()
     for s in tl.static_range(S):
-        ahead = ahead + load_column(p_x, s - PL, h0 * S - PT, m_x, H, W, CX, ROWS)
-    for t0 in range(0, WO + J - 1, J):
+        ahead = ahead + load_column(p_x, FIRST * S + s - PL, h0 * S - PT, m_x, H, W, CX, ROWS)
+    for t0 in range(FIRST, LAST, J):
         for step in tl.static_range(J):
             t = t0 + step
             b_x = ahead
@@ -172,18 +187,20 @@ def _depthwise_fwd_kernel(
             cleared = ()
             for r in tl.static_range(R):
                 if (wo >= 0) & (wo < WO) & (h0 + r < HO):
-                    b_y = acc[r * J + (step + 1) % J]
-                    tl.store(p_y + ((h0 + r) * WO + wo) * C, stored(b_y, y_ptr.dtype.element_ty), mask=m)
-                    if HAS_MOMENTS:
-                        b_y = b_y - pivot
-                        s1 += b_y
-                        s2 += b_y * b_y
+                    p_out = p_y + ((h0 + r) * WO + wo) * C
+                    s1, s2 = store_output(p_out, acc[r * J + (step + 1) % J], pivot, s1, s2, m, HAS_MOMENTS)
                 for slot in tl.static_range(J):
                     if slot == (step + 1) % J:
                         cleared = cleared + (tl.zeros((NB, BC), ACC),)
                     else:
                         cleared = cleared + (acc[r * J + slot],)
             acc = cleared
+    for step in tl.static_range(J - 1):
+        if LAST + step >= J - 1 and LAST + step - (J - 1) < WO:
+            for r in tl.static_range(R):
+                if h0 + r < HO:
+                    p_out = p_y + ((h0 + r) * WO + LAST + step - (J - 1)) * C
+                    s1, s2 = store_output(p_out, acc[r * J + (step + 1) % J], pivot, s1, s2, m, HAS_MOMENTS)
     if HAS_MOMENTS:
         count = tl.zeros((BC,), ACC) + (tl.minimum(N - n0, NB) * tl.minimum(HO - h0, R) * WO)
         delta = tl.sum(tl.where(m, s1, 0.0), 0) / count

@@ -1,0 +1,118 @@
+"""Issued instructions per element: each kernel's loops and elements, from its launch, and the budgets they are held to.
+
+A figure is what all threads of a launch issue, idle lanes, prologue and epilogue included, over the elements of the
+launch's own work: outputs of a forward convolution, inputs of a depthwise backward, elements of u2 for the sweep and
+the projection's data gradient, of dv1 for the expand backward, and elements read for pool, Gram matrix and BatchNorm's
+passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil, prod
+from typing import Any
+
+from benchmarks.sass import Code, Loop, Path
+
+Arguments = dict[str, Any]
+Model = Callable[[Arguments], tuple[int, tuple[Path, ...]]]
+
+
+def _depthwise_fwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    columns = -(-a["K"] // a["S"])
+    first = min(a["PL"] // a["S"], columns - 1)
+    rounds = ceil((max((a["W"] - 1 + a["PL"]) // a["S"] + 1, a["WO"]) - first) / columns)
+    walked = min(first + rounds * columns - (columns - 1), a["WO"])
+    inside = walked * a["HO"] / (rounds * columns * ceil(a["HO"] / a["R"]) * a["R"])
+    return a["N"] * a["HO"] * a["WO"] * a["C"], _one(Loop(rounds, guarded=inside, fixed=True))
+
+
+def _depthwise_bwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    rounds = ceil(ceil(a["W"] / a["S"]) / a["COLUMNS"])
+    strips = ceil(a["H"] / a["R"])
+    inside = a["W"] * a["H"] / (rounds * a["COLUMNS"] * a["S"] * strips * a["R"])
+    return a["N"] * a["H"] * a["W"] * a["C"], _one(Loop(rounds, guarded=inside, fixed=True))
+
+
+def _pointwise_fwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    products = Loop(ceil(a["CI"] / a["BK"]), fixed=True)
+    return a["M"] * a["CO"], _one(Loop(a["TILES"], (products,), guarded=1 / a["TILES"]))
+
+
+def _pointwise_dgrad(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    return a["M"] * a["CI"], _one(Loop(ceil(a["CO"] / a["BK"]), fixed=True))
+
+
+def _project_sweep(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    pixels = Loop(ceil(a["HW"] / a["BM"]), guarded=1 / ceil(a["CO"] / a["BO"]))
+    return a["N"] * a["HW"] * a["CI"], _one(Loop(a["IMAGES"], (pixels,)))
+
+
+def _expand_bwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    expanded, gram = ceil(a["CE"] / a["BE"]), ceil(a["CI"] / a["BE"]) if a["BATCH"] else 0
+    mixed = (Loop(ceil(a["CI"] / a["BI"]), fixed=True),) if a["BATCH"] else ()
+    rows, programs = Loop(ceil(a["ROWS"] / a["BM"])), a["TILES"] + expanded + gram
+    data = Path(a["TILES"] / programs, (Loop(expanded, fixed=True), *mixed))
+    weight = Path(expanded / programs, (rows,))
+    products = (Path(gram / programs, (Loop(rows.trips),)),) if gram else ()
+    return a["M"] * a["CE"], (data, weight, *products)
+
+
+def _gram(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    samples = Loop(ceil(a["SAMPLES"] / a["BS"]), fixed=True)
+    return a["M"] * a["C"], _one(samples, Loop(samples.trips, fixed=True), Loop(a["TILES"]))
+
+
+def _pool(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    return a["grid"][0] * a["HW"] * a["C"], _one(Loop(ceil(a["HW"] / a["BM"])))
+
+
+def _rows(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    return a["M"] * a["C"], _one(*([Loop(a["TILES"])] if "TILES" in a else []))
+
+
+def _one(*loops: Loop) -> tuple[Path, ...]:
+    return (Path(1.0, loops),)
+
+
+MODELS: dict[str, Model] = {
+    "_depthwise_fwd_kernel": _depthwise_fwd,
+    "_depthwise_bwd_kernel": _depthwise_bwd,
+    "_pointwise_fwd_kernel": _pointwise_fwd,
+    "_pointwise_dgrad_kernel": _pointwise_dgrad,
+    "_project_sweep_kernel": _project_sweep,
+    "_expand_bwd_kernel": _expand_bwd,
+    "_gram_kernel": _gram,
+    "_pool_kernel": _pool,
+    "_bn_act_fwd_kernel": _rows,
+    "_bn_act_bwd_reduce_kernel": _rows,
+    "_bn_act_bwd_kernel": _rows,
+}
+
+# Of a stride-1 walk in bf16 on sm_90 with BatchNorm, SiLU and sums, by (kernel, kernel size): no more than this.
+BUDGETS = {
+    ("_depthwise_fwd_kernel", 3): 28,
+    ("_depthwise_fwd_kernel", 5): 50,
+    ("_depthwise_bwd_kernel", 3): 55,
+    ("_depthwise_bwd_kernel", 5): 95,
+}
+# What an H200 issues in the time of the kernel's passes over E, 14.4 each (benchmarks/NOTES.md): more is issue-bound.
+AIMS = {"_project_sweep_kernel": 19, "_pointwise_dgrad_kernel": 34, "_expand_bwd_kernel": 22, "_pool_kernel": 14}
+
+
+def budget(kernel: str, arguments: Arguments, arch: int) -> float | None:
+    """The limit of issue per element, or None where nothing is held."""
+    a = arguments
+    if (kernel, a.get("K")) not in BUDGETS or arch != 90:
+        return None
+    walked = a["S"] == 1 and a["HAS_NORM"] and a.get("HAS_MOMENTS", True) and not a["EXPAND"]
+    return BUDGETS[kernel, a["K"]] if walked and a["FAST"] and a["ACT"] == "silu" else None
+
+
+def per_element(kernel: str, arguments: Arguments, code: Code, threads: int) -> float | None:
+    """What a launch issues per element of its work; None for a kernel of vectors, or where the loops don't fit."""
+    if kernel not in MODELS:
+        return None
+    elements, paths = MODELS[kernel](arguments)
+    issued = code.issued(paths)
+    return None if issued is None else issued * threads * prod(arguments["grid"]) / elements
