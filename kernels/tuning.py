@@ -18,7 +18,7 @@ MIN_DOT = 16  # smallest tile side that tl.dot takes
 # (backward, kernel size, stride): elements of a register tile and most rows in flight, for 4 warps. Taps, accumulators
 # and the loads ahead must fit 255 registers without a spill; benchmarks/NOTES.md has the sweep behind each pair.
 WALK = {
-    (False, 3, 1): (512, 6),
+    (False, 3, 1): (512, 7),
     (False, 3, 2): (512, 3),
     (False, 5, 1): (256, 5),
     (False, 5, 2): (256, 3),
