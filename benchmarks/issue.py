@@ -1,9 +1,9 @@
 """Issued instructions per element: each kernel's loops and elements, from its launch, and the budgets they are held to.
 
-A figure is what all threads of a launch issue, idle lanes, prologue and epilogue included, over the elements of the
-launch's own work: outputs of a forward convolution, inputs of a depthwise backward, elements of u2 for the sweep and
-the projection's data gradient, of dv1 for the expand backward, and elements read for pool, Gram matrix and BatchNorm's
-passes.
+`per_element` is what all threads of a launch issue, idle lanes and rows, prologue and epilogue included, over the
+elements of the launch's own work: outputs of a forward convolution, inputs of a depthwise backward, elements of u2 for
+the sweep and the projection's data gradient, of dv1 for the expand backward, and elements read for pool, Gram matrix
+and BatchNorm's passes. `in_loop` leaves all but the walk's loop out: what the image's size can't change.
 """
 
 from __future__ import annotations
@@ -34,9 +34,20 @@ def _depthwise_bwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     return a["N"] * a["H"] * a["W"] * a["C"], _one(Loop(rounds, guarded=inside, fixed=True))
 
 
+def _depthwise_inference(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    columns = -(-a["K"] // a["S"])
+    rounds = ceil((a["SPAN"] + columns - 1) / columns)
+    inside = a["WO"] * a["HO"] / (rounds * columns * a["SPANS"] * ceil(a["HO"] / a["R"]) * a["R"])
+    return a["N"] * a["HO"] * a["WO"] * a["C"], _one(Loop(rounds, guarded=inside, fixed=True))
+
+
 def _pointwise_fwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     products = Loop(ceil(a["CI"] / a["BK"]), fixed=True)
     return a["M"] * a["CO"], _one(Loop(a["TILES"], (products,), guarded=1 / a["TILES"]))
+
+
+def _pointwise_inference(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    return a["M"] * a["CO"], _one(Loop(ceil(a["CI"] / a["BK"]), fixed=True))
 
 
 def _pointwise_dgrad(a: Arguments) -> tuple[int, tuple[Path, ...]]:
@@ -78,6 +89,8 @@ def _one(*loops: Loop) -> tuple[Path, ...]:
 MODELS: dict[str, Model] = {
     "_depthwise_fwd_kernel": _depthwise_fwd,
     "_depthwise_bwd_kernel": _depthwise_bwd,
+    "_depthwise_inference_kernel": _depthwise_inference,
+    "_pointwise_inference_kernel": _pointwise_inference,
     "_pointwise_fwd_kernel": _pointwise_fwd,
     "_pointwise_dgrad_kernel": _pointwise_dgrad,
     "_project_sweep_kernel": _project_sweep,
@@ -89,7 +102,8 @@ MODELS: dict[str, Model] = {
     "_bn_act_bwd_kernel": _rows,
 }
 
-# Of a stride-1 walk in bf16 on sm_90 with BatchNorm, SiLU and sums, by (kernel, kernel size): no more than this.
+# A stride-1 walk in bf16 on sm_90 with BatchNorm, SiLU and sums issues no more in its loop, per element that a round
+# finishes, by (kernel, kernel size).
 BUDGETS = {
     ("_depthwise_fwd_kernel", 3): 28,
     ("_depthwise_fwd_kernel", 5): 50,
@@ -101,12 +115,22 @@ AIMS = {"_project_sweep_kernel": 19, "_pointwise_dgrad_kernel": 34, "_expand_bwd
 
 
 def budget(kernel: str, arguments: Arguments, arch: int) -> float | None:
-    """The limit of issue per element, or None where nothing is held."""
+    """The limit of `in_loop`, or None where nothing is held."""
     a = arguments
     if (kernel, a.get("K")) not in BUDGETS or arch != 90:
         return None
     walked = a["S"] == 1 and a["HAS_NORM"] and a.get("HAS_MOMENTS", True) and not a["EXPAND"]
     return BUDGETS[kernel, a["K"]] if walked and a["FAST"] and a["ACT"] == "silu" else None
+
+
+def in_loop(kernel: str, arguments: Arguments, code: Code, threads: int) -> float | None:
+    """Of a depthwise walk: what one round of its loop issues per element that the round finishes, every lane in use."""
+    a = arguments
+    if not kernel.startswith("_depthwise"):
+        return None
+    columns = -(-a["K"] // a["S"]) if "bwd" not in kernel else a["COLUMNS"] * a["S"]
+    body = max((code.body(cycle) for cycle in code.cycles), key=len, default=[])
+    return len(body) * threads / (columns * a["R"] * a["NB"] * a["BC"]) if body else None
 
 
 def per_element(kernel: str, arguments: Arguments, code: Code, threads: int) -> float | None:

@@ -54,6 +54,7 @@ def spread(work: Callable[[T], R], items: list[T], jobs: int, timeout: float) ->
         for worker in [w for w in workers if w.item is not None and time.monotonic() - w.since > timeout]:
             results[worker.item] = Failed(f"took over {timeout:g} s")
             worker.process.kill()
+            worker.process.join()
             workers.remove(worker)
         _progress(len(results), len(items), started)
     for worker in workers:
