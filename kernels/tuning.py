@@ -160,6 +160,8 @@ def walk_tiles(
     if dtype != torch.bfloat16:  # wider loads ahead, or an exact exponential: fewer registers for rows
         most = min(most, 4 if kernel_size == 3 and stride == 1 else 2)
         tile = 256 if stride == 2 else tile
+    if height > 7 or channels % 64 or images % 8:  # seven rows fit where one strip needs no masks
+        most = min(most, 6)
     if expand:  # a matrix product per tile: at least 16 images, and registers for its operands
         most = 2 if backward or stride == 2 else 4
     step = stride if backward else 1
