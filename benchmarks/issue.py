@@ -97,6 +97,7 @@ MODELS: dict[str, Model] = {
     "_expand_bwd_kernel": _expand_bwd,
     "_gram_kernel": _gram,
     "_pool_kernel": _pool,
+    "_moments_kernel": _rows,
     "_bn_act_fwd_kernel": _rows,
     "_bn_act_bwd_reduce_kernel": _rows,
     "_bn_act_bwd_kernel": _rows,
