@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from benchmarks import subjects, timing, training
-from benchmarks.comparison import COMPILE, EAGER, Plan, compare
+from benchmarks.comparison import COMPILE, EAGER, LATENCY, Plan, compare
 from benchmarks.registry import BATCHES, Shape, by_weight
 from benchmarks.session import ROOT, Session
 from benchmarks.subjects import MODES, Subject
 
 MODEL_COMPILE_SCALE = 4.0  # a whole model's graph against one block's
+INFERENCE_BATCHES = (1, 32, 256)
 TESTS_SECONDS, MEMCHECK_SECONDS = 130.0, 50.0
 
 
@@ -138,6 +139,14 @@ def ops(session: Session, dtype: torch.dtype) -> None:
     _run(session, "ops", ((make(s), m, plan) for s in shapes for m in reversed(MODES) for make in makers))
 
 
+def inference(session: Session, dtype: torch.dtype) -> None:
+    """Whole models without gradients, by themselves and as a CUDA graph: latency of one image, then throughput."""
+    plan = _plan(session, dtype, 0.74, peers=tuple(EAGER), rounds=8, graphed=True)
+    chosen = [subjects.whole(name, batch) for batch in INFERENCE_BATCHES for name in BATCHES]
+    chosen = [subjects.tiny_model()] if session.dry else chosen
+    _run(session, "inference", ((subject, "fwd_no_grad", plan) for subject in chosen))
+
+
 def learning(session: Session, dtype: torch.dtype) -> None:
     """200 steps on digits, fused and eager: the same loss curve? The given dtype first, others as time allows."""
     if session.dry:
@@ -168,6 +177,9 @@ def _compiled_work(session: Session, dtype: torch.dtype) -> Iterator[tuple[str, 
     everything = (*EAGER, *COMPILE)
     block = _plan(session, dtype, 1.0, peers=everything)
     model = _plan(session, dtype, 1.0, peers=everything, rounds=8, compile_scale=MODEL_COMPILE_SCALE)
+    latency = replace(model, peers=(*EAGER, *LATENCY), graphed=True)
+    for name in BATCHES:
+        yield "inference-compiled", subjects.whole(name, 1), "fwd_no_grad", latency
     train = [("models-compiled", subjects.whole(n), "fwd_bwd", model) for n in BATCHES]
     infer = [("models-compiled", subjects.whole(n), "fwd_no_grad", model) for n in BATCHES]
     for i, shape in enumerate(by_weight()):
@@ -198,6 +210,7 @@ SECTIONS: dict[str, Callable[..., None]] = {
     "blocks": blocks,
     "models": models,
     "ops": ops,
+    "inference": inference,
     "training": learning,
     "compiled": compiled,
 }

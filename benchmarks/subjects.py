@@ -170,11 +170,11 @@ def ends(shape: Shape) -> Subject:
     return Subject(name, lambda: Ends(shape.in_channels, shape.hidden), size, shape.elements, shape.model, shape.count)
 
 
-def whole(model: str) -> Subject:
+def whole(model: str, batch: int | None = None) -> Subject:
     """timm's model where timm is installed, since that is what people swap into; else the package's own."""
     name = f"efficientnet_{model}"
     resolution = COEFFICIENTS[model].resolution
-    size = (BATCHES[model], 3, resolution, resolution)
+    size = (batch or BATCHES[model], 3, resolution, resolution)
     title = f"{name} n{size[0]} {resolution}px"
     try:
         import timm

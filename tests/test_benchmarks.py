@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-FIGURES = ("blocks", "models", "ops")
+FIGURES = ("blocks", "models", "ops", "inference")
 
 
 def _python(*args, **environment):
@@ -76,7 +76,7 @@ def test_dry_rows_say_that_they_measure_nothing(dry_run):
     _, result = dry_run
     assert result["head"]["measured"] is False
     rows = [row for row in result["rows"] if row["section"] in FIGURES]
-    assert len(rows) == 10
+    assert len(rows) == 11
     for row in rows:
         assert row["note"] == "interpreted, not a measurement"
         assert {"fastmbconv", "eager-nchw", "eager-nhwc"} == set(row["results"])
