@@ -48,7 +48,8 @@ GPUS = {
 WALK_FORWARD = {(3, 1): 25, (5, 1): 49, (3, 2): 48, (5, 2): 86}
 WALK_BACKWARD = {(3, 1): 45, (5, 1): 87, (3, 2): 21, (5, 2): 34}
 POOL, OUTPUT, REDUCE = 9, 10, 8.5  # per element read
-SWEEP, SWEEP_SMALL = 22, 46  # per element of u2 and tile of 32 outputs, or of 64 on images below 100 pixels
+SWEEP, SWEEP_SMALL = 26, 110  # per element of u2 and tile of 32 outputs, or of 64 on images below 100 pixels
+SWEEP_WIDE = 75  # per element of u2 and up to 192 outputs
 LOAD_PLAIN, LOAD_ACTIVATED, STORE_PLAIN, STORE_MOMENTS = 6, 17, 8, 20  # 1x1 convolution: per input and tile, per output
 DGRAD_LOAD, DGRAD_STORE = 14, 34
 EXPAND = 25  # estimated: per element of dv1 and tile of C_in, both of its readings together
@@ -89,6 +90,10 @@ def work(launch: Launch) -> Work:
         out = shapes[0][3]
         tiled = SWEEP * -(-out // 32) if inputs[1] * inputs[2] >= 100 else SWEEP_SMALL * _tiles(out)
         return Work(size, 3 * 2 * first * inputs[3], prod(inputs) * tiled)
+    if launch.kernel == "project_wide":
+        inputs, outputs = max(shapes, key=prod), shapes[0][3]
+        padded = prod(inputs[:3]) * -(-inputs[3] // 128) * 128
+        return Work(size, 2 * 2 * first * inputs[3], padded * SWEEP_WIDE * -(-outputs // 192))
     if launch.kernel == "pointwise_dgrad":
         return Work(size, 2 * first * out[3], first * DGRAD_LOAD * _tiles(out[3]) + prod(out) * DGRAD_STORE)
     if launch.kernel == "expand_bwd":

@@ -80,7 +80,7 @@ class Row:
 def moved(launch: Launch, *, images: bool | None = None) -> int:
     """Bytes of a launch; `images` chooses activations or what is none."""
     tensors = (*launch.reads, *launch.writes)
-    return sum(t.size for t in tensors if images is None or (t.dtype == DTYPE) is images)
+    return sum(t.size for t in tensors if images is None or (t.dtype == DTYPE and len(t.shape) == 4) is images)
 
 
 @contextmanager

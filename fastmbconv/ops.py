@@ -253,7 +253,7 @@ def pool_excite(
 @pool_excite.register_fake
 def _(u: Tensor, norm: Tensor | None, reduce_weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     n, _, _, c = u.shape
-    return _vectors(u, n, c), _vectors(u, n, reduce_weight.shape[0]), _vectors(u, n, c)
+    return u.new_empty(n, c), _vectors(u, n, reduce_weight.shape[0]), _vectors(u, n, c)
 
 
 @_operator()

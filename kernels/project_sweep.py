@@ -13,6 +13,7 @@ from torch import Tensor
 from .batch_norm import load_norm, load_xhat
 from .math import INTERPRETED, activate_grad, dot
 from .pointwise import load_grad
+from .project_wide import project_wide, takes, wide_tiles
 from .tables import tiles as chosen
 from .traffic import state, summed
 from .tuning import MIN_DOT, cdiv, groups, numeric, pow2, precision
@@ -124,7 +125,14 @@ def project_sweep(
     """
     n, h, w, out = dy.shape
     channels = u2.shape[3]
+    given = (dy, u3, coef, keep, weight, u2, norm, gate)
     traits = dict(images=n, activation=activation, keep=keep is not None, gate=gate is not None)
+    if takes(h * w, out, dy.dtype):
+        sums, dw = project_wide(
+            *given, activation, chosen("project_wide", dy, wide_tiles, (h * w, out, channels, dy.dtype), **traits)
+        )
+        state("project_wide", given, (sums, dw))
+        return sums, summed(dw).reshape(out, channels, 1, 1)
     tiles = chosen("project_sweep", dy, sweep_tiles, (h * w, out, channels), **traits)
     columns, parts = cdiv(channels, tiles["BC"]), cdiv(out, tiles["BO"])
     images = groups(n, columns * parts, programs=256)
@@ -154,5 +162,5 @@ def project_sweep(
         **numeric(dy.dtype),
         **tiles,
     )
-    state("project_sweep", (dy, u3, coef, keep, weight, u2, norm, gate), (sums, dw))
+    state("project_sweep", given, (sums, dw))
     return sums, summed(dw).reshape(out, channels, 1, 1)

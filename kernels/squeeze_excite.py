@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm import load_norm
-from .math import activate, activate_grad, dot
+from .math import activate, activate_grad, dot, stored
 from .tables import tiles as chosen
 from .traffic import state
-from .tuning import INTERPRETED, MIN_DOT, cdiv, numeric, pow2, row_tiles
+from .tuning import INTERPRETED, MIN_DOT, accumulator, cdiv, numeric, pow2, row_tiles
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def _pool_kernel(
         if HAS_DY:
             b_a = b_a * tl.load(dy_ptr + o, mask=m, other=0.0).to(ACC)
         acc += b_a
-    tl.store(out_ptr + n * C + o_c, tl.sum(acc, 0) / SCALE, mask=m_c)
+    tl.store(out_ptr + n * C + o_c, stored(tl.sum(acc, 0) / SCALE, out_ptr.dtype.element_ty), mask=m_c)
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def _excite_fwd_kernel(
     b_r = tl.load(br_ptr + o_r, mask=m_r, other=0.0).to(ACC)
     for c0 in range(0, C, BC):
         o_c = c0 + tl.arange(0, BC)
-        b_p = tl.load(p_ptr + n * C + o_c, mask=o_c < C, other=0.0)
+        b_p = tl.load(p_ptr + n * C + o_c, mask=o_c < C, other=0.0).to(ACC)
         m = m_r[:, None] & (o_c < C)[None, :]
         b_w = tl.load(wr_ptr + o_r[:, None] * C + o_c[None, :], mask=m, other=0.0).to(ACC)  # [BR, BC]
         b_r += tl.sum(b_w * b_p[None, :], 1)
@@ -187,7 +187,7 @@ def _excite_wgrad_kernel(
         o_n = n0 + tl.arange(0, BN)
         m_nc = (o_n < N)[:, None] & m_c[None, :]
         m_nr = (o_n < N)[:, None] & m_r[None, :]
-        b_p = tl.load(p_ptr + o_n[:, None] * C + o_c[None, :], mask=m_nc, other=0.0)  # [BN, BC]
+        b_p = tl.load(p_ptr + o_n[:, None] * C + o_c[None, :], mask=m_nc, other=0.0).to(ACC)  # [BN, BC]
         b_dq = tl.load(dq_ptr + o_n[:, None] * C + o_c[None, :], mask=m_nc, other=0.0)
         b_r = tl.load(r_ptr + o_n[:, None] * R + o_r[None, :], mask=m_nr, other=0.0)  # [BN, BR]
         b_dr = tl.load(dr_ptr + o_n[:, None] * R + o_r[None, :], mask=m_nr, other=0.0)
@@ -203,10 +203,12 @@ def _excite_wgrad_kernel(
 
 
 def pool(u: Tensor, norm: Tensor | None, dy: Tensor | None, activation: str) -> Tensor:
-    """[N, C]: per image and channel the mean of a = act(scale * u + shift), or with `dy` the sum of a * dy."""
+    """[N, C]: per image and channel the mean of a = act(scale * u + shift), or with `dy` the sum of a * dy.
+
+    The mean is kept for the backward and comes in u's dtype, as eager's does; the sum is as wide as accumulators.
+    """
     n, h, w, c = u.shape
-    acc = numeric(u.dtype)
-    out = torch.empty(n, c, dtype=torch.float64 if u.dtype == torch.float64 else torch.float32, device=u.device)
+    out = torch.empty(n, c, dtype=u.dtype if dy is None else accumulator(u.dtype), device=u.device)
     traits = dict(images=n, activation=activation, norm=norm is not None, dy=dy is not None)
     tiles = chosen("pool", u, row_tiles, (h * w, c), **traits)
     _pool_kernel[(n, cdiv(c, tiles["BC"]))](
@@ -220,7 +222,7 @@ def pool(u: Tensor, norm: Tensor | None, dy: Tensor | None, activation: str) -> 
         ACT=activation,
         HAS_NORM=norm is not None,
         HAS_DY=dy is not None,
-        **acc,
+        **numeric(u.dtype),
         **tiles,
     )
     state("pool", (u, norm, dy), (out,))
@@ -242,8 +244,8 @@ def excite_fwd(
     """(pre-activation of the reduced vector [N, R], gate [N, C]) of pooled [N, C]."""
     n, c = pooled.shape
     reduced = reduce_weight.shape[0]
-    r = torch.empty(n, reduced, dtype=pooled.dtype, device=pooled.device)
-    gate = torch.empty_like(pooled)
+    r = torch.empty(n, reduced, dtype=accumulator(pooled.dtype), device=pooled.device)
+    gate = torch.empty(n, c, dtype=r.dtype, device=pooled.device)
     _excite_fwd_kernel[(n,)](
         p_ptr=pooled,
         wr_ptr=reduce_weight,

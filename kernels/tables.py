@@ -160,6 +160,12 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@cache
+def processors(device: torch.device) -> int:
+    """A GPU's multiprocessors; for what is no GPU those of an H100 or H200."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 def forget() -> None:
     """Read the tables anew at the next launch."""
     _answers.clear()

@@ -4,6 +4,7 @@ The interpreter gets larger tiles: it pays per operation.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -64,6 +65,13 @@ SPACE: dict[str, dict[str, Choice]] = {
         BO=Choice((16, 32, 64), "out"),
         BC=Choice((16, 32, 64, 128), "channels"),
         BM=Choice((16, 32, 64, 128), "pixels"),
+        num_warps=_WARPS,
+        num_stages=_STAGES,
+    ),
+    "project_wide": dict(
+        BO=Choice((16, 32, 64), "out"),
+        BC=Choice((64, 128), "channels"),
+        BM=Choice((16, 32), "pixels"),
         num_warps=_WARPS,
         num_stages=_STAGES,
     ),
@@ -182,6 +190,8 @@ def relieved(kernel: str, tiles: dict[str, int], sizes: dict[str, Any], capabili
             return tiles | dict(BM=32)
         if kernel == "project_sweep" and tiles["BO"] > 32:
             return tiles | dict(BO=32, num_warps=4)
+        if kernel == "project_wide" and tiles["BO"] > 32:
+            return tiles | dict(BO=32, TILES=3)
         if kernel == "expand_bwd" and tiles["BI"] == MIN_DOT:
             return tiles | dict(num_stages=3)
         if kernel == "depthwise_fwd" and sizes["expand"] and not sizes["moments"]:
@@ -197,6 +207,20 @@ def relieved(kernel: str, tiles: dict[str, int], sizes: dict[str, Any], capabili
     return tiles
 
 
-def groups(tiles: int, columns: int, programs: int = 2048) -> int:
+def groups(tiles: int, columns: int, programs: int = 1024) -> int:
     """Row tiles per program: enough programs to fill a GPU several times, few enough that partial sums stay small."""
     return max(1, tiles * columns // programs)
+
+
+@cache
+def group_of(tiles: int, columns: int, slots: int, most: int | None = None) -> int:
+    """Tiles, `most` at most, for each program of a column to take in turn, where `slots` programs run at a time.
+
+    A program writes one part of each sum, so the largest group that ends within an eighth of the soonest end.
+    """
+
+    def end(group: int) -> int:
+        return cdiv(columns * cdiv(tiles, group), slots) * group
+
+    ends = {group: end(group) for group in range(1, min(tiles, most or tiles) + 1)}
+    return max(group for group, steps in ends.items() if steps * 8 <= min(ends.values()) * 9)

@@ -21,6 +21,7 @@ class Row(NamedTuple):
     keep: bool = False
     small: bool = False  # tiles of 16
     images: int | None = None  # per program
+    wide: int | None = None  # the form for many outputs, in tiles of 16 and so many of them a program
 
 
 ROWS = {
@@ -33,8 +34,14 @@ ROWS = {
     "tiled-no-gate": Row((2, 20, 3, 6), 17, gate=False, small=True),
     "images-per-program": Row((3, 20, 2, 3), 17, keep=True, small=True, images=2),
     "images-per-program-no-gate": Row((5, 4, 2, 3), 3, gate=False, images=2),
+    "wide": Row((2, 8, 5, 7), 70, keep=True),
+    "wide-one-part": Row((3, 20, 4, 5), 40, keep=True, wide=3),
+    "wide-parts": Row((3, 20, 3, 7), 40, "relu6", wide=1),
+    "wide-no-gate": Row((2, 16, 4, 4), 32, gate=False, keep=True, wide=2),
+    "wide-more-images-than-columns": Row((18, 3, 4, 4), 5, wide=1),
+    "wide-images-per-program": Row((5, 7, 3, 7), 17, "relu", keep=True, wide=2, images=2),
 }
-KERNELS = {"keep", "tiled-no-gate", "images-per-program"}
+KERNELS = {"keep", "tiled-no-gate", "images-per-program", "wide-images-per-program"}
 
 
 def rows(names=None):
@@ -45,6 +52,12 @@ def rows(names=None):
 
 
 def shrunk(monkeypatch, row):
+    if row.wide is not None:
+        sweep, wide = (import_module(f"fastmbconv.kernels.project_{name}") for name in ("sweep", "wide"))
+        sizes = dict(BM=16, BO=16, BC=16, TILES=row.wide)
+        monkeypatch.setattr(sweep, "takes", lambda *args: True)
+        monkeypatch.setattr(sweep, "wide_tiles", lambda pixels, out, channels, dtype: sizes)
+        monkeypatch.setattr(wide, "group_of", lambda *args: row.images or 16)
     if row.small:
         shrink(monkeypatch, BM=16, BK=16, BO=16, BC=16)
         module = import_module("fastmbconv.kernels.project_sweep")
@@ -109,10 +122,11 @@ def test_sums_and_weight_gradient(row, device, monkeypatch):
     assert_row(row, PRECISE, device)
 
 
+@pytest.mark.parametrize("name", ["tiled", "wide-one-part"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-def test_narrow_types(dtype, device, monkeypatch):
-    shrunk(monkeypatch, ROWS["tiled"])
-    assert_row(ROWS["tiled"], dtype, device)
+def test_narrow_types(dtype, name, device, monkeypatch):
+    shrunk(monkeypatch, ROWS[name])
+    assert_row(ROWS[name], dtype, device)
 
 
 PROJECT = {
