@@ -20,7 +20,7 @@ variants have a table, `COEFFICIENTS`, and the formula, `compound`, serves every
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -29,6 +29,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmbconv import dispatch
+from fastmbconv.search import Ranking as Ranking
+from fastmbconv.search import search as search
 
 ALPHA, BETA, GAMMA = 1.2, 1.1, 1.15
 STEM_CHANNELS, HEAD_CHANNELS = 32, 1280
@@ -177,34 +179,102 @@ def compound(phi: float, alpha: float = ALPHA, beta: float = BETA, gamma: float 
     return Coefficients(width, depth, resolution, dropout)
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of a scaled network's table: the stem, a stage, the head or the classifier.
+
+    Args:
+        operator: what runs, as "MBConv6 5x5"; repeats: how often, one after the other; channels: of the output.
+        size: (height, width) of the output.
+        parameters: weights, biases, and BN's weights and biases.
+        macs: multiply-accumulates of convolutions and linear layers, for one image.
+        activations: elements that convolutions and linear layers write, for one image.
+    """
+
+    name: str
+    operator: str
+    repeats: int
+    channels: int
+    size: tuple[int, int]
+    parameters: int
+    macs: int
+    activations: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a network costs, row by row and in all; see `Row` for the units."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def macs(self) -> int:
+        return sum(row.macs for row in self.rows)
+
+    @property
+    def activations(self) -> int:
+        return sum(row.activations for row in self.rows)
+
+
+def cost(
+    coefficients: Coefficients,
+    resolution: int | tuple[int, int] | None = None,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+) -> Cost:
+    """Exact parameters, multiply-accumulates and activations of a network that is not built: plain arithmetic.
+
+    Args:
+        resolution: side of the image, or (height, width); default: the coefficients' own.
+        num_classes: 0 for a network without a classifier.
+        in_chans: channels of the image.
+
+    Raises:
+        ValueError: if resolution or in_chans is below 1, or num_classes is negative.
+    """
+    for name, value, low in (("num_classes", num_classes, 0), ("in_chans", in_chans, 1)):
+        if value < low:
+            raise ValueError(f"{name} is {value}: allowed are whole numbers >= {low}")
+    height, width = _sides(coefficients.resolution if resolution is None else resolution)
+    return Cost(tuple(_rows(coefficients, height, width, num_classes, in_chans)))
+
+
 def count_macs(model: nn.Module | Coefficients, resolution: int | tuple[int, int] | None = None) -> int:
     """Multiply-accumulates of one image's forward pass: convolutions and linear layers, as papers count them.
 
     Args:
-        model: coefficients (3 channels in, 1000 classes; plain arithmetic, so a search can ask often), or any module
-            that takes [N, C, H, W]: it runs on the meta device, in inference, without data, and is left as it was.
+        model: coefficients (3 channels in, 1000 classes; see `cost` for others), or any module that takes [N, C, H, W]:
+            it runs on the meta device, in inference, without data, and is left as it was.
         resolution: side of the image, or (height, width); default: the model's own `resolution`.
 
     Raises:
         ValueError: if resolution is below 1, or is left out and the model has none.
     """
+    if isinstance(model, Coefficients):
+        return cost(model, resolution).macs
     if resolution is None:
         resolution = getattr(model, "resolution", None)
         if not isinstance(resolution, int):
             raise ValueError(f"resolution is None and {type(model).__name__} has none of its own: give it in pixels")
-    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-    if min(height, width) < 1:
-        raise ValueError(f"resolution is {resolution}: allowed are whole numbers >= 1")
-    if isinstance(model, Coefficients):
-        return sum(layer.macs for layer in _layers(plan(model), height, width, not model.lite))
-    return _count_on_meta(model, height, width)
+    return _count_on_meta(model, *_sides(resolution))
 
 
 def count_parameters(model: nn.Module | Coefficients) -> int:
     """Parameters of a module, or of the network with these coefficients (3 channels in, 1000 classes)."""
     if isinstance(model, Coefficients):
-        return sum(layer.parameters for layer in _layers(plan(model), 1, 1, not model.lite))
+        return cost(model).parameters
     return sum(p.numel() for p in model.parameters())
+
+
+def _sides(resolution: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    if min(height, width) < 1:
+        raise ValueError(f"resolution is {resolution}: allowed are whole numbers >= 1")
+    return height, width
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,29 +295,56 @@ class _Layer:
     def parameters(self) -> int:
         return self.in_channels * self.window * self.out_channels + self.vectors * self.out_channels
 
+    @property
+    def activations(self) -> int:
+        return self.out_channels * self.pixels
 
-def _layers(
-    plan: Plan, height: int, width: int, se: bool, in_chans: int = 3, num_classes: int = 1000
-) -> Iterator[_Layer]:
+
+def _rows(coefficients: Coefficients, height: int, width: int, num_classes: int, in_chans: int) -> Iterator[Row]:
+    scaled, se = plan(coefficients), not coefficients.lite
     height, width = -(-height // 2), -(-width // 2)
-    yield _Layer(in_chans, plan.stem, height * width, window=9)
-    channels = plan.stem
-    for stage in plan.stages:
-        for i in range(stage.repeats):
-            hidden = channels * stage.expand_ratio
-            if stage.expand_ratio != 1:
-                yield _Layer(channels, hidden, height * width)
-            if i == 0:
-                height, width = -(-height // stage.stride), -(-width // stage.stride)
-            yield _Layer(1, hidden, height * width, window=stage.kernel_size**2)
-            if se:
-                reduced = max(1, int(channels * SE_RATIO))
-                yield _Layer(hidden, reduced, 1, vectors=1)
-                yield _Layer(reduced, hidden, 1, vectors=1)
-            yield _Layer(hidden, stage.channels, height * width)
-            channels = stage.channels
-    yield _Layer(channels, plan.head, height * width)
-    yield _Layer(plan.head, num_classes, 1, vectors=1)
+    yield _row("stem", "conv 3x3", (height, width), [_Layer(in_chans, scaled.stem, height * width, window=9)])
+    channels = scaled.stem
+    for number, stage in enumerate(scaled.stages, 1):
+        entered = height * width
+        height, width = -(-height // stage.stride), -(-width // stage.stride)
+        first = list(_block(stage, channels, entered, height * width, se))
+        channels = stage.channels
+        others = list(_block(stage, channels, height * width, height * width, se))
+        operator = f"MBConv{stage.expand_ratio} {stage.kernel_size}x{stage.kernel_size}"
+        yield _row(f"stage {number}", operator, (height, width), first, others, stage.repeats)
+    yield _row("head", "conv 1x1", (height, width), [_Layer(channels, scaled.head, height * width)])
+    if num_classes:
+        yield _row("classifier", "linear", (1, 1), [_Layer(scaled.head, num_classes, 1, vectors=1)])
+
+
+def _block(stage: Stage, channels: int, entered: int, left: int, se: bool) -> Iterator[_Layer]:
+    """The layers of an MBConv block, from `entered` pixels to `left`."""
+    hidden = channels * stage.expand_ratio
+    if stage.expand_ratio != 1:
+        yield _Layer(channels, hidden, entered)
+    yield _Layer(1, hidden, left, window=stage.kernel_size**2)
+    if se:
+        reduced = max(1, int(channels * SE_RATIO))
+        yield _Layer(hidden, reduced, 1, vectors=1)
+        yield _Layer(reduced, hidden, 1, vectors=1)
+    yield _Layer(hidden, stage.channels, left)
+
+
+def _row(
+    name: str,
+    operator: str,
+    size: tuple[int, int],
+    first: list[_Layer],
+    others: Sequence[_Layer] = (),
+    repeats: int = 1,
+) -> Row:
+    def total(of: Callable[[_Layer], int]) -> int:
+        return sum(map(of, first)) + (repeats - 1) * sum(map(of, others))
+
+    parameters = total(lambda layer: layer.parameters)
+    macs, activations = total(lambda layer: layer.macs), total(lambda layer: layer.activations)
+    return Row(name, operator, repeats, first[-1].out_channels, size, parameters, macs, activations)
 
 
 def _count_on_meta(model: nn.Module, height: int, width: int) -> int:

@@ -8,7 +8,7 @@ from libraries import library
 
 from fastmbconv import scaling
 from fastmbconv.efficientnet import EfficientNet
-from fastmbconv.scaling import COEFFICIENTS, Coefficients, compound, count_macs, count_parameters
+from fastmbconv.scaling import COEFFICIENTS, Coefficients, compound, cost, count_macs, count_parameters
 
 # As measured on timm, torchvision, efficientnet_pytorch and transformers; multiply-accumulates in G.
 PARAMETERS = {
@@ -67,6 +67,45 @@ def test_arithmetic_counts_what_the_model_runs(coefficients, family, size):
     with torch.device("meta"):
         model = EfficientNet(coefficients, family=family)
     assert count_macs(model, size) == count_macs(coefficients, size)
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "size", "num_classes", "in_chans"),
+    [
+        pytest.param(COEFFICIENTS["b3"], (97, 64), 10, 1, id="b3"),
+        pytest.param(COEFFICIENTS["lite4"], (33, 47), 1000, 3, id="lite4"),
+        pytest.param(compound(-1.3, 1.3, 1.05, 1.2), (40, 40), 0, 4, id="no-classifier"),
+    ],
+)
+def test_cost_is_that_of_the_model(coefficients, size, num_classes, in_chans):
+    with torch.device("meta"):
+        model = EfficientNet(coefficients, num_classes=num_classes, in_chans=in_chans).eval()
+        rows = [model.stem, *model.stages, model.head, *([model.classifier] if num_classes else [])]
+        written = dict.fromkeys(rows, 0)
+        for row in rows:
+            for layer in row.modules():
+                if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+
+                    def add(layer, x, y, row=row):
+                        written[row] += y.numel()
+
+                    layer.register_forward_hook(add)
+        model(torch.empty(1, in_chans, *size))
+    found = cost(coefficients, size, num_classes, in_chans)
+    assert [r.parameters for r in found.rows] == [count_parameters(row) for row in rows]
+    assert [r.activations for r in found.rows] == list(written.values())
+    assert [r.repeats for r in found.rows[1:8]] == [len(stage) for stage in model.stages]
+    assert (found.parameters, found.macs) == (count_parameters(model), count_macs(model, size))
+
+
+@pytest.mark.parametrize(("variant", "millions"), [("b0", 6.75), ("b1", 10.88), ("lite2", 12.9)])
+def test_activations_are_those_that_others_count(variant, millions):
+    """Source: fvcore's count in timm's results/benchmark-infer-fp32-nchw-pt240-cpu-i7_12700h-dynamo.csv."""
+    assert cost(COEFFICIENTS[variant]).activations / 1e6 == pytest.approx(millions, rel=1e-3)
+
+
+def test_a_huge_network_costs_no_time():
+    assert cost(compound(200)).macs > 2.0**180 * cost(COEFFICIENTS["b0"]).macs
 
 
 def test_counting_leaves_the_model_alone():
@@ -184,5 +223,9 @@ def test_count_macs_rejects():
         count_macs(torch.nn.Conv2d(3, 8, 3))
     with pytest.raises(ValueError, match="resolution is 0"):
         count_macs(COEFFICIENTS["b0"], 0)
+    with pytest.raises(ValueError, match="num_classes is -1: allowed are whole numbers >= 0"):
+        cost(COEFFICIENTS["b0"], num_classes=-1)
+    with pytest.raises(ValueError, match="in_chans is 0: allowed are whole numbers >= 1"):
+        cost(COEFFICIENTS["b0"], in_chans=0)
     with pytest.raises(ValueError, match="no Conv2d"):
         count_macs(torch.nn.Linear(3, 8), 4)
