@@ -13,7 +13,7 @@ from fastmbconv.scaling import ALPHA, BETA, COEFFICIENTS, GAMMA, Coefficients, c
 from fastmbconv.search import Ranking, product
 
 ACCURACY = {"b0": 77.1, "b1": 79.1, "b2": 80.1, "b3": 81.6, "b4": 82.9, "b5": 83.6, "b6": 84.0, "b7": 84.3}
-SOURCE = "Top-1 on ImageNet, one crop, with AutoAugment: Tan & Le 2019, arXiv 1905.11946v5, table 2."
+SOURCE = "Top-1 on ImageNet, trained with AutoAugment: Tan & Le 2019, arXiv 1905.11946v5, table 2."
 DEPTH, WIDTH, RESOLUTION, TOGETHER = "#c2571a", "#6a51a3", "#2e7d32", FUSED
 STEPS = 48
 
@@ -136,6 +136,6 @@ def _save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
-        raise CommandError(f"{path} can't be written: {error}") from error
+        raise CommandError(f"the picture {path} can't be written: {error}") from error
     finally:
         plt.close(figure)
