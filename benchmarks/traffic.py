@@ -7,6 +7,7 @@ Figures are in passes: bytes over the bytes of E, the expanded tensor at the dep
   launches caught. "images" are the activations; "rest" is partial sums, fp32 weights and vectors.
 * eager: the count of fastmbconv/traffic.py: activations alone, while fused's sum has the rest too.
 * inference: one forward without gradients; "folded" is eager with its BatchNorms folded into the convolutions.
+* lean: the same as fused, with `memory="lean"`, which keeps no expanded tensor before the depthwise convolution.
 * saved: bytes that autograd keeps for backward, from its own hooks, without parameters and buffers; a storage once.
 It is a count, not a measurement: each launch takes its tensors from memory once, and no cache spans two launches.
 """
@@ -29,6 +30,7 @@ if __name__ == "__main__":  # tile sizes, and with them partial sums, are a GPU'
 import torch
 from torch import Tensor, nn
 
+import fastmbconv
 from benchmarks.launches import caught
 from benchmarks.registry import Shape, shapes
 from fastmbconv.kernels.traffic import Launch, recorded
@@ -66,13 +68,17 @@ class Inference:
 
 @dataclass(frozen=True)
 class Row:
-    """One block in passes: `rest` is the part of fused that is not activations, `modelled` what is expected of them."""
+    """One block in passes: `rest` is the part of fused that is not activations, `modelled` what is expected of them.
+
+    `lean` is fused with memory="lean".
+    """
 
     shape: Shape
     eager: Side
     fused: Side
     rest: float
     modelled: float
+    lean: Side
     inference: Inference
     launches: tuple[tuple[str, Launch], ...]
 
@@ -104,11 +110,12 @@ def _input(shape: Shape, device: str) -> Tensor:
     return torch.empty(size, dtype=DTYPE, device=device, memory_format=torch.channels_last).requires_grad_()
 
 
-def fused_launches(shape: Shape) -> tuple[list[Launch], list[Launch], list[Launch], int]:
+def fused_launches(shape: Shape, memory: str = "fast") -> tuple[list[Launch], list[Launch], list[Launch], int]:
     """Launches of forward, backward and inference, and the bytes kept; activations are allocated, never touched."""
     with torch.device("meta"):
         module = shape.block()
     module.to_empty(device="cpu")
+    fastmbconv.fuse(module, memory=memory)
     x = _input(shape, "cpu")
     with caught(lambda *_: None):
         with kept(module) as found, recorded() as forward, torch.autocast("cpu", DTYPE):
@@ -138,6 +145,7 @@ def modelled(shape: Shape) -> Traffic:
 
 def row(shape: Shape) -> Row:
     forward, backward, inference, saved = fused_launches(shape)
+    lean_forward, lean_backward, _, lean_saved = fused_launches(shape, "lean")
     model, e = modelled(shape), shape.elements
     per_pass = e * DTYPE.itemsize
 
@@ -154,6 +162,7 @@ def row(shape: Shape) -> Row:
         Side(passes(forward), passes(backward), saved / per_pass),
         passes([*forward, *backward], images=False),
         model.fused_training / e,
+        Side(passes(lean_forward), passes(lean_backward), lean_saved / per_pass),
         Inference(
             model.eager_inference / e,
             model.eager_inference_folded / e,
@@ -173,7 +182,7 @@ def table(rows: list[Row]) -> str:
     """A line per distinct block, and each model's sum weighted by its blocks' bytes."""
     head = f"{'block':42} {'x':>2}  {'eager fwd':>9} {'bwd':>5} {'sum':>5} {'saved':>5}"
     lines = [f"{head}  {'fused fwd':>9} {'bwd':>5} {'sum':>5} {'rest':>5} {'saved':>5}  {'less':>5}"]
-    lines[0] += f"  | {'inference':>9} {'folded':>6} {'fused':>5} {'rest':>5}  {'less':>5}"
+    lines[0] += f"  | {'lean':>5} {'saved':>5}  | {'inference':>9} {'folded':>6} {'fused':>5} {'rest':>5}  {'less':>5}"
     for model in dict.fromkeys(r.shape.model for r in rows):
         mine = [r for r in rows if r.shape.model == model]
         lines += [_line(r.shape.name, r.shape.count, lambda f, r=r: f(r)) for r in mine]
@@ -196,7 +205,8 @@ def _line(name: str, blocks: int, of: Callable[[Callable[[Row], float]], float])
         f"{of(lambda r: r.inference.eager):9.2f} {folded:6.2f} {infers:5.2f} {of(lambda r: r.inference.rest):5.2f}"
     )
     training = f"{theirs} {of(lambda r: r.eager.saved):5.2f}  {ours} {kept}  {eager / fused:4.2f}x"
-    return f"{name:42} {blocks:2}  {training}  | {inference}  {folded / infers:4.2f}x"
+    lean = f"{of(lambda r: r.lean.total):5.2f} {of(lambda r: r.lean.saved):5.2f}"
+    return f"{name:42} {blocks:2}  {training}  | {lean}  | {inference}  {folded / infers:4.2f}x"
 
 
 def standard(r: Row) -> bool:
@@ -212,6 +222,8 @@ def summary(rows: list[Row]) -> str:
         "fused passes": [r.fused.total for r in chosen],
         "of them activations": [r.fused.total - r.rest for r in chosen],
         "saved": [r.fused.saved for r in chosen],
+        "lean passes": [r.lean.total for r in chosen],
+        "lean saved": [r.lean.saved for r in chosen],
         "inference": [r.inference.fused for r in chosen],
     }
     spans = "; ".join(f"{name} {min(v):.2f} / {median(v):.2f} / {max(v):.2f}" for name, v in figures.items())
@@ -233,7 +245,7 @@ def as_json(r: Row) -> dict[str, Any]:
         {"phase": phase, "kernel": one.kernel, "images": moved(one, images=True), "rest": moved(one, images=False)}
         for phase, one in r.launches
     ]
-    figures = {key: asdict(getattr(r, key)) for key in ("shape", "eager", "fused", "inference")}
+    figures = {key: asdict(getattr(r, key)) for key in ("shape", "eager", "fused", "lean", "inference")}
     return {
         "name": r.shape.name,
         **figures,

@@ -13,11 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm import load_norm, load_xhat, store_moments
-from .math import INTERPRETED, activate_grad_halved, activate_halved, dot, halved, stored
-from .tables import processors
+from .math import activate_grad_halved, activate_halved, dot, halved, stored
 from .tables import tiles as chosen
 from .traffic import state, summed
-from .tuning import accumulator, cdiv, group_of, numeric, precision, walk_tiles
+from .tuning import accumulator, cdiv, numeric, precision, walk_tiles
 
 
 @triton.jit
@@ -224,7 +223,6 @@ def _depthwise_bwd_kernel(
     H,
     HO,
     STRIPS,
-    GROUP,
     W: tl.constexpr,
     WO: tl.constexpr,
     CX: tl.constexpr,
@@ -240,7 +238,6 @@ def _depthwise_bwd_kernel(
     ACT: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    GROUPED: tl.constexpr,
     EXPAND: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
@@ -267,75 +264,72 @@ def _depthwise_bwd_kernel(
         b_dw = b_dw + (tl.zeros((NB, BC), ACC),)
     b_db = tl.zeros((NB, BC), ACC)
     b_dg = tl.zeros((NB, BC), ACC)
-    first = tl.program_id(1) // STRIPS * GROUP
-    count = tl.minimum(GROUP, (N + NB - 1) // NB - first) if GROUPED else 1  # a loop of one is no loop
-    for tile in range(0, count):
-        o_n = (first + tile) * NB + tl.arange(0, NB)
-        m = tile_mask(o_n, o_c, N, C, EVEN, NB, BC)
-        o_u = o_n[:, None].to(tl.int64) * H * (W * C) + o_c[None, :]  # [NB, BC]
-        m_x = (o_n < N)[:, None] & (o_x < CX)[None, :] if EXPAND else m
-        p_x = x_ptr + o_n[:, None].to(tl.int64) * H * (W * CX) + o_x[None, :]  # [NB, BX]
-        p_y = dy_ptr + o_n[:, None].to(tl.int64) * HO * (WO * C) + o_c[None, :]
-        # Window of dy: slot i * COLUMNS + (t + j) % COLUMNS is row top + i, column t + LEFT + j at step t.
-        window = ()
-        for i in tl.static_range(ROWS):
-            for j in tl.static_range(COLUMNS):
-                b_d = tl.zeros((NB, BC), ACC)
-                if j < COLUMNS - 1:
-                    inside = ((top + i >= 0) & (top + i < HO)) & ((LEFT + j >= 0) & (LEFT + j < WO))
-                    b_d = tl.where(inside, load_column(p_y, LEFT + j, top + i, m, HO, WO, C, 1)[0].to(ACC), 0.0)
-                window = window + (b_d,)
-        d_ahead = load_column(p_y, LEFT + COLUMNS - 1, top, m, HO, WO, C, ROWS)
-        x_ahead = ()
-        for s in tl.static_range(S):
-            x_ahead = x_ahead + load_column(p_x, s, h0, m_x, H, W, CX, R)
-        for t0 in range(0, (W + S - 1) // S, COLUMNS):
-            for step in tl.static_range(COLUMNS):
-                t = t0 + step
-                wo = t + LEFT + COLUMNS - 1
-                slid = ()
-                for i in tl.static_range(ROWS):
-                    for slot in tl.static_range(COLUMNS):
-                        if slot == (step + COLUMNS - 1) % COLUMNS:
-                            inside = ((top + i >= 0) & (top + i < HO)) & ((wo >= 0) & (wo < WO))
-                            slid = slid + (tl.where(inside, d_ahead[i].to(ACC), 0.0),)
-                        else:
-                            slid = slid + (window[i * COLUMNS + slot],)
-                window = slid
-                b_x = x_ahead
-                d_ahead = load_column(p_y, wo + 1, top, m, HO, WO, C, ROWS)
-                x_ahead = ()
-                for s in tl.static_range(S):
-                    x_ahead = x_ahead + load_column(p_x, (t + 1) * S + s, h0, m_x, H, W, CX, R)
-                for s in tl.static_range(S):
-                    wi = t * S + s
-                    for r in tl.static_range(R):
-                        b_u = expanded(b_x[s * R + r], b_we, NB, BC, EXPAND, PRECISION, ACC)
+    o_n = (tl.program_id(1) // STRIPS) * NB + tl.arange(0, NB)
+    m = tile_mask(o_n, o_c, N, C, EVEN, NB, BC)
+    o_u = o_n[:, None].to(tl.int64) * H * (W * C) + o_c[None, :]  # [NB, BC]
+    m_x = (o_n < N)[:, None] & (o_x < CX)[None, :] if EXPAND else m
+    p_x = x_ptr + o_n[:, None].to(tl.int64) * H * (W * CX) + o_x[None, :]  # [NB, BX]
+    p_y = dy_ptr + o_n[:, None].to(tl.int64) * HO * (WO * C) + o_c[None, :]
+    # Window of dy: slot i * COLUMNS + (t + j) % COLUMNS is row top + i, column t + LEFT + j at step t.
+    window = ()
+    for i in tl.static_range(ROWS):
+        for j in tl.static_range(COLUMNS):
+            b_d = tl.zeros((NB, BC), ACC)
+            if j < COLUMNS - 1:
+                inside = ((top + i >= 0) & (top + i < HO)) & ((LEFT + j >= 0) & (LEFT + j < WO))
+                b_d = tl.where(inside, load_column(p_y, LEFT + j, top + i, m, HO, WO, C, 1)[0].to(ACC), 0.0)
+            window = window + (b_d,)
+    d_ahead = load_column(p_y, LEFT + COLUMNS - 1, top, m, HO, WO, C, ROWS)
+    x_ahead = ()
+    for s in tl.static_range(S):
+        x_ahead = x_ahead + load_column(p_x, s, h0, m_x, H, W, CX, R)
+    for t0 in range(0, (W + S - 1) // S, COLUMNS):
+        for step in tl.static_range(COLUMNS):
+            t = t0 + step
+            wo = t + LEFT + COLUMNS - 1
+            slid = ()
+            for i in tl.static_range(ROWS):
+                for slot in tl.static_range(COLUMNS):
+                    if slot == (step + COLUMNS - 1) % COLUMNS:
+                        inside = ((top + i >= 0) & (top + i < HO)) & ((wo >= 0) & (wo < WO))
+                        slid = slid + (tl.where(inside, d_ahead[i].to(ACC), 0.0),)
+                    else:
+                        slid = slid + (window[i * COLUMNS + slot],)
+            window = slid
+            b_x = x_ahead
+            d_ahead = load_column(p_y, wo + 1, top, m, HO, WO, C, ROWS)
+            x_ahead = ()
+            for s in tl.static_range(S):
+                x_ahead = x_ahead + load_column(p_x, (t + 1) * S + s, h0, m_x, H, W, CX, R)
+            for s in tl.static_range(S):
+                wi = t * S + s
+                for r in tl.static_range(R):
+                    b_u = expanded(b_x[s * R + r], b_we, NB, BC, EXPAND, PRECISION, ACC)
+                    if HAS_NORM:
+                        b_a, b_g = activate_grad_halved(b_u * b_scale + b_shift, ACT, FAST)
+                    else:
+                        b_a = b_u
+                    if (h0 + r < H) & (wi < W):
+                        b_da = tl.zeros((NB, BC), ACC)
+                        taps = ()
+                        for i in tl.static_range(K):
+                            for j in tl.static_range(K):
+                                # Tap (i, j) links input (r, s) to output ((r + PT - i) / S, (s + PL - j) / S).
+                                if ((r + PT - i) % S == 0) and ((s + PL - j) % S == 0):
+                                    b_d = window[tap_slot(r + PT - i, s + PL - j, step, S, TOP, LEFT, COLUMNS)]
+                                    b_da = tl.fma(b_d, b_w[i * K + j], b_da)
+                                    taps = taps + (tl.fma(b_d, b_a, b_dw[i * K + j]),)
+                                else:
+                                    taps = taps + (b_dw[i * K + j],)
+                        b_dw = taps
                         if HAS_NORM:
-                            b_a, b_g = activate_grad_halved(b_u * b_scale + b_shift, ACT, FAST)
-                        else:
-                            b_a = b_u
-                        if (h0 + r < H) & (wi < W):
-                            b_da = tl.zeros((NB, BC), ACC)
-                            taps = ()
-                            for i in tl.static_range(K):
-                                for j in tl.static_range(K):
-                                    # Tap (i, j) links input (r, s) to output ((r + PT - i) / S, (s + PL - j) / S).
-                                    if ((r + PT - i) % S == 0) and ((s + PL - j) % S == 0):
-                                        b_d = window[tap_slot(r + PT - i, s + PL - j, step, S, TOP, LEFT, COLUMNS)]
-                                        b_da = tl.fma(b_d, b_w[i * K + j], b_da)
-                                        taps = taps + (tl.fma(b_d, b_a, b_dw[i * K + j]),)
-                                    else:
-                                        taps = taps + (b_dw[i * K + j],)
-                            b_dw = taps
-                            if HAS_NORM:
-                                b_da = b_da * b_g
-                                b_db += b_da
-                                b_dg += b_da * (b_u * b_rstd[None, :] + b_nmr[None, :])
-                            o = o_u + ((h0 + r) * W + wi) * C
-                            if HAS_RESIDUAL:
-                                b_da += tl.load(residual_ptr + o, mask=m, other=0.0).to(ACC)
-                            tl.store(dx_ptr + o, stored(b_da, dx_ptr.dtype.element_ty), mask=m)
+                            b_da = b_da * b_g
+                            b_db += b_da
+                            b_dg += b_da * (b_u * b_rstd[None, :] + b_nmr[None, :])
+                        o = o_u + ((h0 + r) * W + wi) * C
+                        if HAS_RESIDUAL:
+                            b_da += tl.load(residual_ptr + o, mask=m, other=0.0).to(ACC)
+                        tl.store(dx_ptr + o, stored(b_da, dx_ptr.dtype.element_ty), mask=m)
     p_dw = dw_ptr + tl.program_id(1).to(tl.int64) * C * (K * K) + o_c * (K * K)
     for i in tl.static_range(K * K):
         tl.store(p_dw + i, tl.sum(b_dw[i], 0), mask=m_c)
@@ -437,11 +431,8 @@ def depthwise_bwd(
     shape = (n, h, c, k, stride, x.dtype, True, _inputs(x, expand_weight))
     traits = dict(width=w, activation=activation, norm=norm is not None, residual=residual is not None)
     tiles = chosen("depthwise_bwd", x, walk_tiles, shape, **traits)
-    strips, images = cdiv(h, tiles["R"]), cdiv(n, tiles["NB"])
-    # The loop over image tiles has no registers in the other walks; instructions bound those, not bytes.
-    grouped = INTERPRETED or (k == 3 and stride == 1 and expand_weight is None)
-    group = group_of(images, strips * cdiv(c, tiles["BC"]), 2 * processors(x.device)) if grouped else 1
-    programs = strips * cdiv(images, group)
+    strips = cdiv(h, tiles["R"])
+    programs = strips * cdiv(n, tiles["NB"])
     acc = accumulator(x.dtype)
     dw = torch.empty(programs, c, 1, k, k, dtype=acc, device=x.device)
     sums = None if norm is None else torch.empty(programs, 2, c, dtype=acc, device=x.device)
@@ -461,7 +452,6 @@ def depthwise_bwd(
         H=h,
         HO=dy.shape[1],
         STRIPS=strips,
-        GROUP=group,
         W=w,
         WO=dy.shape[2],
         CX=channels,
@@ -477,7 +467,6 @@ def depthwise_bwd(
         ACT=activation,
         HAS_NORM=norm is not None,
         HAS_RESIDUAL=residual is not None,
-        GROUPED=group > 1,
         EXPAND=expand_weight is not None,
         PRECISION=precision(x.dtype),
         EVEN=n % tiles["NB"] == 0 and c % tiles["BC"] == 0,

@@ -173,7 +173,7 @@ def walk_tiles(
     if expand:  # a matrix product per tile: at least 16 images, and registers for its operands
         most = 2 if backward or stride == 2 else 4
     step = stride if backward else 1
-    halo = (kernel_size - stride) * (0.1 if backward else 0.25)
+    halo = max(0.3, (kernel_size - stride) * 0.1) if backward else (kernel_size - stride) * 0.25
     rows = min(range(step, most + 1, step), key=lambda r: cdiv(height, r) * (r + halo))
     if expand:
         return dict(NB=MIN_DOT, BX=pow2(expand, MIN_DOT, 4096), BC=32, R=rows, num_warps=4)

@@ -1,6 +1,5 @@
 """The depthwise column walk against float64: both directions, every parity of stride and padding, many small tiles."""
 
-from importlib import import_module
 from typing import NamedTuple
 
 import pytest
@@ -20,7 +19,6 @@ class Row(NamedTuple):
     activation: str | None = None  # of the prologue; None for no prologue
     residual: bool = False
     tiles: dict[str, int] = {}
-    group: int = 1  # image tiles that a program of the backward takes in turn
 
 
 ROWS = {
@@ -60,8 +58,6 @@ ROWS = {
     "tiled-rows-k5-strided": Row(5, 2, "same", (2, 3, 10, 3), "silu", tiles=dict(R=2)),
     "tiled-rows-k3-strided": Row(3, 2, 1, (2, 3, 9, 4), None, residual=True, tiles=dict(R=2)),
     "tiled-rows-unpadded-strided": Row(3, 2, 0, (1, 3, 10, 4), "silu", tiles=dict(R=2)),
-    "grouped-images": Row(3, 1, 1, (5, 20, 5, 3), "silu", tiles=dict(NB=2, R=2), group=2),
-    "grouped-images-k5-strided": Row(5, 2, "same", (4, 3, 6, 3), "silu", tiles=dict(NB=1, R=2), group=3),
     "tiled-everywhere": Row(3, 1, 1, (3, 20, 5, 3), "silu", tiles=dict(NB=2, BC=16, R=2)),
     "tiled-everywhere-strided": Row(3, 2, "same", (3, 20, 6, 3), "silu", tiles=dict(NB=2, BC=16, R=2)),
 }
@@ -138,7 +134,6 @@ def assert_row(row, dtype, device, mean=0.0):
 @pytest.mark.parametrize("row", rows())
 def test_both_directions(row, device, monkeypatch):
     shrink(monkeypatch, **row.tiles)
-    monkeypatch.setattr(import_module("fastmbconv.kernels.depthwise"), "group_of", lambda *args: row.group)
     assert_row(row, PRECISE, device)
 
 

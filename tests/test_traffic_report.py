@@ -94,6 +94,15 @@ def test_inference_moves_less_than_eager_with_folded_batch_norms(report):
         assert inferred(row) < row["inference"]["folded"], row["name"]
 
 
+def test_lean_keeps_no_expanded_tensor_before_the_walk(report):
+    assert not beyond(report, lambda row: row["lean"]["saved"], SAVED_LEAN)
+
+
+def test_lean_moves_less_where_the_walk_computes_the_expansion(report):
+    walked = [row for row in report if row["shape"]["kernel_size"] == 3 and row["shape"]["in_channels"] <= 64]
+    assert not beyond(walked, lambda row: row["lean"]["forward"] + row["lean"]["backward"], PASSES_LEAN, least=5)
+
+
 def test_launchers_and_model_agree(report):
     for row in report:
         assert fused(row) - row["rest"] == pytest.approx(row["modelled"], rel=0.02), row["name"]
