@@ -17,6 +17,7 @@ from fastmbconv.kernels.traffic import recorded, state
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSES, SAVED, INFERENCE = 14.5, 2.4, 4.6
+PASSES_LEAN, SAVED_LEAN = 12, 1.4
 
 
 @pytest.fixture(scope="module")
