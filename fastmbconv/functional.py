@@ -6,13 +6,13 @@ Images are [N, C, H, W] in any memory format; the kernels work in channels_last 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmbconv import checks, dispatch, reference
+from fastmbconv import ahead, checks, dispatch, reference
 from fastmbconv.block import Activation, BatchNorm, Block, DenseBlock, Memory, Padding, SqueezeExcite, pads
 
 if TYPE_CHECKING:
@@ -59,23 +59,35 @@ def mbconv(
 
     # As in eager under autocast: the branch is computed in autocast's dtype, a wider shortcut is added in its own.
     wide = block.residual and compute != x.dtype
-    bns = (block.bn1, block.bn2, block.bn3)
-    se = block.se
+    ahead.block_called(x, block, memory, _unstarted)
     with torch.autocast(x.device.type, enabled=False):
         keep = _keep(x, block, compute)
-        for bn in bns:
+        for bn in (block.bn1, block.bn2, block.bn3):
             _count_batch(bn)
-        y = MBConvFunction.apply(
-            x.to(compute), block.expand_weight, *_affine(block.bn1), block.depthwise_weight, *_affine(block.bn2),
-            *((None,) * 4 if se is None else (se.reduce_weight, se.reduce_bias, se.expand_weight, se.expand_bias)),
-            block.project_weight, *_affine(block.bn3), keep,
-            block.activation, "none" if se is None else se.activation, block.residual and not wide,
-            _lean(x, block, memory, compute),
-            _geometry(x, block.depthwise_weight, block.stride, block.padding),
-            *(None if bn is None else _setting(bn) for bn in bns),
-            *(tensor for bn in bns for tensor in _running(bn)),
-        ).permute(0, 3, 1, 2)  # fmt: skip
+        y = MBConvFunction.apply(*_arguments(x, block, memory, compute, keep)).permute(0, 3, 1, 2)
         return x + y if wide else y
+
+
+def _arguments(x: Tensor, block: Block, memory: Memory, compute: torch.dtype, keep: Tensor | None) -> tuple[Any, ...]:
+    """What MBConvFunction takes."""
+    bns, se = (block.bn1, block.bn2, block.bn3), block.se
+    return (
+        x.to(compute), block.expand_weight, *_affine(block.bn1), block.depthwise_weight, *_affine(block.bn2),
+        *((None,) * 4 if se is None else (se.reduce_weight, se.reduce_bias, se.expand_weight, se.expand_bias)),
+        block.project_weight, *_affine(block.bn3), keep,
+        block.activation, "none" if se is None else se.activation, block.residual and compute == x.dtype,
+        _lean(x, block, memory, compute),
+        _geometry(x, block.depthwise_weight, block.stride, block.padding),
+        *(None if bn is None else _setting(bn) for bn in bns),
+        *(tensor for bn in bns for tensor in _running(bn)),
+    )  # fmt: skip
+
+
+def _unstarted(x: Tensor, block: Block, memory: Memory) -> tuple[Any, ...]:
+    """The same of a call that has not begun: no seed is drawn."""
+    drops = block.residual and block.drop is not None
+    keep = x.new_empty(x.shape[0], dtype=torch.float32) if drops else None
+    return _arguments(x, block, memory, _compute_dtype(x), keep)
 
 
 def depthwise_bn_act(

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import kernel
 from .math import activate, activate_grad, stored
 from .tables import tiles as chosen
 from .traffic import state
@@ -47,6 +48,7 @@ def store_moments(partials_ptr, row, count, mean, m2, o_c, m_c, C):
     tl.store(p_out + 2 * C, m2, mask=m_c)
 
 
+@kernel
 @triton.jit
 def _bn_finalize_kernel(
     partials_ptr,
@@ -117,6 +119,7 @@ def _bn_finalize_kernel(
     tl.store(norm_ptr + 3 * C + o_c, b_shift, mask=m_c)
 
 
+@kernel
 @triton.jit
 def _bn_bwd_finalize_kernel(
     sums_ptr,
@@ -154,6 +157,7 @@ def _bn_bwd_finalize_kernel(
     tl.store(coef_ptr + 2 * C + o_c, b_r, mask=m_c)
 
 
+@kernel
 @triton.jit
 def _bn_act_fwd_kernel(
     u_ptr,
@@ -199,6 +203,7 @@ def _bn_act_fwd_kernel(
     tl.store(y_ptr + o, stored(b_v, y_ptr.dtype.element_ty), mask=m)
 
 
+@kernel
 @triton.jit
 def _bn_act_bwd_reduce_kernel(
     dy_ptr,
@@ -241,6 +246,7 @@ def _bn_act_bwd_reduce_kernel(
     tl.store(p_out + C, tl.sum(b_dw, 0), mask=m_c)
 
 
+@kernel
 @triton.jit
 def _bn_act_bwd_kernel(
     dy_ptr,

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm import load_norm, load_xhat, store_moments
+from .launching import kernel
 from .math import activate_grad_halved, activate_halved, dot, halved, stored
 from .tables import tiles as chosen
 from .traffic import state, summed
@@ -84,6 +85,7 @@ def store_output(p_y, b_y, pivot, s1, s2, m, HAS_MOMENTS: tl.constexpr):
     return s1, s2
 
 
+@kernel
 @triton.jit
 def _depthwise_fwd_kernel(
     x_ptr,
@@ -208,6 +210,7 @@ def _depthwise_fwd_kernel(
         store_moments(partials_ptr, tl.program_id(1), count, tl.max(pivot, 0) + delta, m2, o_c, m_c, C)
 
 
+@kernel
 @triton.jit
 def _depthwise_bwd_kernel(
     dy_ptr,

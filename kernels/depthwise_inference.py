@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .depthwise import expanded, load_column, load_expand, load_taps, tile_mask
 from .inference import PROGRAMS, Running, load_affine
+from .launching import kernel
 from .math import INTERPRETED, activate_halved, halved, stored
 from .tables import tiles as chosen
 from .traffic import state
@@ -37,6 +38,7 @@ def accumulated(
     return updated
 
 
+@kernel
 @triton.jit
 def _depthwise_inference_kernel(
     x_ptr,

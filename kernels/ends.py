@@ -10,12 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .inference import Running, load_affine, product, product_tiles
+from .launching import kernel
 from .math import activate, stored
 from .tables import tiles as chosen
 from .traffic import state
 from .tuning import numeric, precision, row_tiles
 
 
+@kernel
 @triton.jit
 def _pointwise_pool_kernel(
     x_ptr,
@@ -52,6 +54,7 @@ def _pointwise_pool_kernel(
     tl.store(y_ptr + n * CO + o_o, stored(tl.sum(b_sum, 0) / HW, y_ptr.dtype.element_ty), mask=m_o)
 
 
+@kernel
 @triton.jit
 def _bn_act_inference_kernel(
     u_ptr,

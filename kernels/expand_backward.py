@@ -15,12 +15,14 @@ from torch import Tensor
 
 from .batch_norm import load_coef
 from .expand_statistics import SAMPLES, sampled_mean
+from .launching import kernel
 from .math import dot, stored
 from .tables import tiles as chosen
 from .traffic import state, summed
 from .tuning import INTERPRETED, MIN_DOT, cdiv, numeric, pow2, precision
 
 
+@kernel
 @triton.jit
 def _expand_prepare_kernel(
     x_ptr,
@@ -78,6 +80,7 @@ def load_centred(x_ptr, pivot_ptr, o_m, m_m, o_i, CI, ACC: tl.constexpr):
     return tl.where(m, b_x - tl.load(pivot_ptr + o_i, mask=o_i < CI, other=0.0)[None, :], 0.0)
 
 
+@kernel
 @triton.jit
 def _expand_bwd_kernel(
     dv_ptr,
@@ -167,6 +170,7 @@ def _expand_bwd_kernel(
                 tl.store(p_part + (CE + CI) * CI, b_sum[None, :], mask=m_i[None, :])
 
 
+@kernel
 @triton.jit
 def _expand_finish_kernel(
     w_ptr,

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import kernel
 from .math import dot
 from .traffic import state, summed
 from .tuning import INTERPRETED, MIN_DOT, accumulator, cdiv, groups, numeric, pow2, precision
@@ -28,6 +29,7 @@ def sampled_mean(
     return tl.sum(b_sum, 0) / tl.minimum((M + STEP - 1) // STEP, SAMPLES)
 
 
+@kernel
 @triton.jit
 def _gram_kernel(
     x_ptr,
@@ -70,6 +72,7 @@ def _gram_kernel(
             tl.store(pivot_ptr + o_j, b_pj, mask=m_j)
 
 
+@kernel
 @triton.jit
 def _gram_moments_kernel(
     w_ptr,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import kernel
 from .math import INTERPRETED, activate, dot, stored
 from .tables import tiles as chosen
 from .traffic import state
@@ -67,6 +68,7 @@ def product(
     return acc
 
 
+@kernel
 @triton.jit
 def _pointwise_inference_kernel(
     x_ptr,
@@ -105,6 +107,7 @@ def _pointwise_inference_kernel(
     tl.store(y_ptr + o, stored(b_y, y_ptr.dtype.element_ty), mask=m)
 
 
+@kernel
 @triton.jit
 def _excite_inference_kernel(
     parts_ptr,

@@ -6,11 +6,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm import store_moments
+from .launching import kernel
 from .tables import tiles as chosen
 from .traffic import state
 from .tuning import accumulator, cdiv, groups, numeric, row_tiles
 
 
+@kernel
 @triton.jit
 def _moments_kernel(
     u_ptr,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm import load_coef, load_norm, store_moments
+from .launching import kernel
 from .math import activate, activate_grad, dot, stored
 from .tables import tiles as chosen
 from .traffic import state
@@ -49,6 +50,7 @@ def load_grad(
     return b_p[None, :] * b_d + b_q[None, :] * b_u + b_r[None, :]
 
 
+@kernel
 @triton.jit
 def _pointwise_fwd_kernel(
     x_ptr,
@@ -111,6 +113,7 @@ def _pointwise_fwd_kernel(
         store_moments(partials_ptr, group, count, tl.sum(pivot, 0) + delta, m2, o_o, m_o, CO)
 
 
+@kernel
 @triton.jit
 def _pointwise_dgrad_kernel(
     dy_ptr,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm import load_norm, load_xhat
+from .launching import kernel
 from .math import INTERPRETED, activate_grad, dot
 from .pointwise import load_grad
 from .project_wide import project_wide, takes, wide_tiles
@@ -19,6 +20,7 @@ from .traffic import state, summed
 from .tuning import MIN_DOT, cdiv, groups, numeric, pow2, precision
 
 
+@kernel
 @triton.jit
 def _project_sweep_kernel(
     dy_ptr,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm import load_coef, load_norm, load_xhat
+from .launching import kernel
 from .math import INTERPRETED, activate_grad, dot
 from .tables import processors
 from .tuning import MIN_DOT, cdiv, group_of, numeric, pow2, precision
@@ -19,6 +20,7 @@ from .tuning import MIN_DOT, cdiv, group_of, numeric, pow2, precision
 COLUMNS = 16  # of the matrix of ones: so many images a program at most
 
 
+@kernel
 @triton.jit
 def _project_wide_kernel(
     dy_ptr,

@@ -11,12 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm import load_norm
+from .launching import kernel
 from .math import activate, activate_grad, dot, stored
 from .tables import tiles as chosen
 from .traffic import state
 from .tuning import INTERPRETED, MIN_DOT, accumulator, cdiv, numeric, pow2, row_tiles
 
 
+@kernel
 @triton.jit
 def _pool_kernel(
     u_ptr,
@@ -54,6 +56,7 @@ def _pool_kernel(
     tl.store(out_ptr + n * C + o_c, stored(tl.sum(acc, 0) / SCALE, out_ptr.dtype.element_ty), mask=m_c)
 
 
+@kernel
 @triton.jit
 def _excite_fwd_kernel(
     p_ptr,
@@ -101,6 +104,7 @@ def load_sum(
     return b_s
 
 
+@kernel
 @triton.jit
 def _excite_bwd_kernel(
     sums_ptr,
@@ -157,6 +161,7 @@ def _excite_bwd_kernel(
             tl.store(bn_sums_ptr + n * 2 * C + C + o_c, b_dg, mask=m_c)
 
 
+@kernel
 @triton.jit
 def _excite_wgrad_kernel(
     p_ptr,

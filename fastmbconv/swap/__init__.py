@@ -6,12 +6,14 @@ Storing a whole fused model (not its state dict) names fastmbconv in the file: `
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
 from torch import nn
 
-from fastmbconv.block import Memory
+from fastmbconv import ahead
+from fastmbconv.block import Block, Memory
 from fastmbconv.checks import check_memory
 from fastmbconv.ends import ConvBNAct
 from fastmbconv.swap.explain import Explanation, Row, rows
@@ -45,13 +47,28 @@ def fuse(model: Model, filter_fn: Callable[[nn.Module, str], bool] | None = None
     check_memory(memory)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn is a {type(filter_fn).__name__}: allowed is a function (module, name) -> bool")
+    before: Block | None = None
     for name, module in list(model.named_modules()):
         block = fusible(module)
         if block is not None and not isinstance(block, str) and (filter_fn is None or filter_fn(module, name)):
             swap_in(module, memory)
+            if before is not None:
+                ahead.follows(before.depthwise_weight, _described(weakref.ref(module), memory))
+            before = block if isinstance(block, Block) else None
         elif isinstance(module, ConvBNAct) and filter_fn is None:
             module.fused = True
     return model
+
+
+def _described(module: weakref.ref[nn.Module], memory: Memory) -> ahead.Next:
+    """A block as data when somebody asks, None once it is gone or no MBConv block."""
+
+    def describe() -> tuple[Block, Memory] | None:
+        alive = module()
+        block = None if alive is None else fusible(alive)
+        return (block, memory) if isinstance(block, Block) else None
+
+    return describe
 
 
 def unfuse(model: Model) -> Model:

@@ -1,0 +1,146 @@
+"""Cold kernels compile side by side: a block's first training call submits its forward's and backward's to threads.
+
+A block is followed by others (`fuse` says by which), and their shapes follow from its own, so the first call of a
+model's first block submits the whole model's. A launch waits for its own kernel only. What can't be said ahead, or
+fails to compile in a thread, compiles at its launch, as Triton does without this.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fastmbconv import dispatch
+from fastmbconv.block import Block, Memory
+
+if TYPE_CHECKING:
+    from fastmbconv.kernels.launching import Written
+
+Arguments = Callable[[Tensor, Block, Memory], tuple[Any, ...]]
+Next = Callable[[], tuple[Block, Memory] | None]
+
+_log = logging.getLogger(__name__)
+_following: Any = WeakIdKeyDictionary()  # a block's depthwise weight -> what describes the block after it
+_seen: set[tuple[Any, ...]] = set()
+MOST_THREADS = 32
+
+
+def follows(weight: Tensor, describe: Next) -> None:
+    """The block with this depthwise weight is followed by the one that `describe` describes, if it still exists."""
+    _following[weight] = describe
+
+
+def wanted(x: Tensor) -> bool:
+    """Whether this call's kernels compile for a GPU, now, and nobody traces or captures it."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.is_cuda
+        and torch.is_grad_enabled()
+        and not dispatch.interpreted()
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def key(x: Tensor, block: Block, memory: Memory) -> tuple[Any, ...]:
+    """Blocks of one key need the same kernels, as far as it matters here."""
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    expanded, bn1, bn2 = block.expand_weight is not None, block.bn1, block.bn2
+    traits = (expanded, block.se is None, block.stride, block.residual, block.drop is None, block.activation, memory)
+    frozen = (bn1 is None or bn1.batch_statistics, bn2.batch_statistics, block.bn3.batch_statistics)
+    return x.device, x.shape, x.dtype, autocast, block.depthwise_weight.shape, len(block.project_weight), traits, frozen
+
+
+def block_called(x: Tensor, block: Block, memory: Memory, arguments: Arguments) -> None:
+    """Submit what this call and the blocks after it will launch, unless that was done; never an error."""
+    if not wanted(x) or (own := key(x, block, memory)) in _seen:
+        return
+    _seen.add(own)
+    try:
+        with torch.cuda.device_of(x), torch.no_grad():
+            submit(model_launches(x, block, memory, arguments))
+    except Exception as error:
+        _log.debug("kernels compile at their launches: %s", error)
+
+
+def model_launches(x: Tensor, block: Block, memory: Memory, arguments: Arguments) -> list[Written]:
+    """The launches of a training step of this block and of those that follow it; nothing runs and nothing changes."""
+    from fastmbconv.kernels.launching import written
+
+    passed: set[int] = set()
+    with written() as launches:
+        following: tuple[Block, Memory] | None = (block, memory)
+        while following is not None and following[0].in_channels == x.shape[1]:
+            block, memory = following
+            if id(block.depthwise_weight) in passed:
+                break
+            passed.add(id(block.depthwise_weight))
+            _seen.add(key(x, block, memory))
+            x = _step(x, arguments(x, block, memory))
+            describe = _following.get(block.depthwise_weight)
+            following = None if describe is None else describe()
+    return launches
+
+
+def _step(x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+    """The tensor that a block's output will be, after its forward and its backward were written down."""
+    from fastmbconv.autograd import MBConvFunction
+
+    saved: list[Any] = []
+    ctx = SimpleNamespace(save_for_backward=lambda *tensors: saved.extend(tensors))
+    y = MBConvFunction.forward(ctx, *arguments)
+    ctx.saved_tensors = saved
+    ctx.needs_input_grad = (True,) * len(arguments)
+    MBConvFunction.backward(ctx, y)
+    return y.permute(0, 3, 1, 2)
+
+
+def submit(launches: Iterable[Written], threads: int | None = None) -> list[Compiled]:
+    """Start compiling each kernel that isn't there, the longest first, and leave; launches find what is under way."""
+    from triton import AsyncCompileMode
+
+    threads = min(MOST_THREADS, len(os.sched_getaffinity(0))) if threads is None else threads
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="fastmbconv")
+    executor: Any = SimpleNamespace(submit=lambda compile_kernel: Compiled(pool, compile_kernel))
+    mode = AsyncCompileMode(executor, ignore_errors=True)
+
+    def start() -> None:
+        mode.__enter__()  # for this context only, and for ever: its end would wait for every kernel
+        for function, arguments in sorted(launches, key=_weight, reverse=True):
+            function.warmup(grid=(1,), **arguments)
+
+    try:
+        contextvars.copy_context().run(start)
+    finally:
+        pool.shutdown(wait=False)
+    return mode.raw_futures
+
+
+def _weight(launch: Written) -> int:
+    """Grows with the time that a kernel takes to compile: the walks are unrolled over taps, rows and columns."""
+    sizes = launch.arguments
+    return sizes.get("K", 0) ** 2 * sizes.get("R", 0) * (2 if "ROWS" in sizes else 1)
+
+
+class Compiled:
+    """A kernel under way. If a thread fails at it, who needs it compiles it: an error is the launch's own."""
+
+    def __init__(self, pool: ThreadPoolExecutor, compile_kernel: Callable[[], Any]) -> None:
+        self.compile_kernel = compile_kernel
+        self.future: Future[Any] = pool.submit(compile_kernel)
+
+    def result(self) -> Any:
+        try:
+            return self.future.result()
+        except Exception as error:
+            _log.debug("compiling again: %s", error)
+            return self.compile_kernel()
