@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ("tests", "memcheck", "ceilings", "blocks", "models", "ops", "inference", "training", "compiled")
+SECTIONS = ("tests", "memcheck", "ceilings", "start", "blocks", "models", "ops", "inference", "training", "compiled")
 GRACE = 10.0  # seconds kept for the summary; whatever still compiles then is given up
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -24,7 +26,7 @@ from benchmarks.subjects import MODES, Subject
 
 MODEL_COMPILE_SCALE = 4.0  # a whole model's graph against one block's
 INFERENCE_BATCHES = (1, 32, 256)
-TESTS_SECONDS, MEMCHECK_SECONDS = 130.0, 50.0
+TESTS_SECONDS, MEMCHECK_SECONDS, START_SECONDS = 130.0, 50.0, 90.0
 
 
 def _captured(
@@ -165,6 +167,18 @@ def learning(session: Session, dtype: torch.dtype) -> None:
         training.draw(session.path.with_name(f"{session.path.stem}-training.png"), rows, title)
 
 
+def start(session: Session) -> None:
+    """From `fuse` to the end of B0's first step in a fresh process: with an empty cache of kernels, then a full one."""
+    command = [sys.executable, "-m", "benchmarks.start", *(["--dry"] if session.dry else [])]
+    with tempfile.TemporaryDirectory() as cache:
+        for mode in ("cold", "warm"):
+            seconds = min(START_SECONDS, session.left())
+            status, output = _captured(session, f"start-{mode}", command, seconds, {"TRITON_CACHE_DIR": cache})
+            found = re.findall(r"^\{.*\}$", output, re.M)
+            row = json.loads(found[-1]) if found else {"what": "start", "error": f"exit status {status}, see the log"}
+            session.add("start", row | {"mode": mode})
+
+
 def compiled(session: Session, dtype: torch.dtype) -> None:
     """The comparisons again with torch.compile's peers beside ours and eager, the weightiest first, as time allows."""
     if session.dry:
@@ -207,6 +221,7 @@ SECTIONS: dict[str, Callable[..., None]] = {
     "tests": tests,
     "memcheck": memcheck,
     "ceilings": ceilings,
+    "start": start,
     "blocks": blocks,
     "models": models,
     "ops": ops,
@@ -215,12 +230,14 @@ SECTIONS: dict[str, Callable[..., None]] = {
     "compiled": compiled,
 }
 
+WITHOUT_DTYPE = ("tests", "memcheck", "ceilings", "start")
+
 
 def run(session: Session, sections: list[str], dtype: torch.dtype) -> None:
     for name in sections:
         began = time.monotonic()
         try:
-            SECTIONS[name](session) if name in ("tests", "memcheck", "ceilings") else SECTIONS[name](session, dtype)
+            SECTIONS[name](*((session,) if name in WITHOUT_DTYPE else (session, dtype)))
         except Exception as error:  # a step that fails must not lose the ones after it
             session.add(name, {"what": name, "error": f"{type(error).__name__}: {error}"[:400]})
         session.head.setdefault("seconds", {})[name] = round(time.monotonic() - began, 1)
