@@ -59,6 +59,16 @@ def _project_sweep(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     return a["N"] * a["HW"] * a["CI"], _one(Loop(a["IMAGES"], (pixels,)))
 
 
+def _project_wide(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    return a["N"] * a["HW"] * a["CI"], _one(Loop(ceil(a["IMAGES"] * a["HW"] / a["BM"])))
+
+
+def _pointwise_pool(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    products = Loop(ceil(a["CI"] / a["BK"]), fixed=True)
+    images = a["grid"][0] // ceil(a["CO"] / a["BO"])
+    return images * a["HW"] * a["CO"], _one(Loop(ceil(a["HW"] / a["BM"]), (products,)))
+
+
 def _expand_bwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     expanded, gram = ceil(a["CE"] / a["BE"]), ceil(a["CI"] / a["BE"]) if a["BATCH"] else 0
     mixed = (Loop(ceil(a["CI"] / a["BI"]), fixed=True),) if a["BATCH"] else ()
@@ -94,6 +104,9 @@ MODELS: dict[str, Model] = {
     "_pointwise_fwd_kernel": _pointwise_fwd,
     "_pointwise_dgrad_kernel": _pointwise_dgrad,
     "_project_sweep_kernel": _project_sweep,
+    "_project_wide_kernel": _project_wide,
+    "_pointwise_pool_kernel": _pointwise_pool,
+    "_bn_act_inference_kernel": _rows,
     "_expand_bwd_kernel": _expand_bwd,
     "_gram_kernel": _gram,
     "_pool_kernel": _pool,
@@ -112,7 +125,13 @@ BUDGETS = {
     ("_depthwise_bwd_kernel", 5): 95,
 }
 # What an H200 issues in the time of the kernel's passes over E, 14.4 each (benchmarks/NOTES.md): more is issue-bound.
-AIMS = {"_project_sweep_kernel": 19, "_pointwise_dgrad_kernel": 34, "_expand_bwd_kernel": 22, "_pool_kernel": 14}
+AIMS = {
+    "_project_sweep_kernel": 19,
+    "_project_wide_kernel": 19,
+    "_pointwise_dgrad_kernel": 34,
+    "_expand_bwd_kernel": 22,
+    "_pool_kernel": 14,
+}
 
 
 def budget(kernel: str, arguments: Arguments, arch: int) -> float | None:
@@ -130,7 +149,7 @@ def in_loop(kernel: str, arguments: Arguments, code: Code, threads: int) -> floa
     if not kernel.startswith("_depthwise"):
         return None
     columns = -(-a["K"] // a["S"]) if "bwd" not in kernel else a["COLUMNS"] * a["S"]
-    body = max((code.body(cycle) for cycle in code.cycles), key=len, default=[])
+    body = max((code.body(cycle) for cycle in code.innermost), key=len, default=[])
     return len(body) * threads / (columns * a["R"] * a["NB"] * a["BC"]) if body else None
 
 

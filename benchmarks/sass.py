@@ -164,6 +164,10 @@ class Code:
             found.append(Cycle(head, frozenset(body), frozenset(ends)))
         return sorted(found, key=lambda c: (c.head, -len(c.blocks)))
 
+    @property
+    def innermost(self) -> list[Cycle]:
+        return [c for c in self.cycles if not self._inside(c)]
+
     def body(self, cycle: Cycle) -> list[Instruction]:
         return [one for i in cycle.blocks for one in self.blocks[i]]
 

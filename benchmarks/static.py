@@ -212,7 +212,7 @@ def issued(report: Report) -> str:
 
 def chosen(which: str) -> list[Shape]:
     if which == "tiny":
-        return [Shape("tiny", 0, 16, 14, 24, 24, 6, 3, 1)]
+        return [Shape("tiny", 0, 16, 14, 24, 24, 6, 3, 1), Shape("tiny", 0, 16, 14, 24, 80, 6, 3, 2)]
     if which == "held":
         return list(HELD)
     if which == "few":
@@ -224,8 +224,8 @@ def chosen(which: str) -> list[Shape]:
 def main() -> int:
     parser = argparse.ArgumentParser(
         description="compile the kernels ahead of time and report registers, spills and machine code",
-        epilog="few: the four blocks that cost B0 and B4 most; held: the walks that tests hold to a budget; tiny: one "
-        "small block; b0 to b7: every block of that model, B0 with batch 128, B4 64, others 32; all: every block of "
+        epilog="few: the four blocks that cost B0 and B4 most; held: the walks that tests hold to a budget; tiny: two "
+        "small blocks; b0 to b7: every block of that model, B0 with batch 128, B4 64, others 32; all: every block of "
         "all of them, so every tile size that ships. A kernel takes a second or two of a core, a 5x5 backward half a "
         "minute, once (Triton caches it): few is 130 kernels per architecture, b0 250, all 1700.",
     )

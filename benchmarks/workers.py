@@ -6,6 +6,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -37,7 +38,7 @@ def spread(work: Callable[[T], R], items: list[T], jobs: int, timeout: float) ->
     workers: list[_Worker] = []
     while len(results) < len(items):
         while todo and len(workers) < jobs:
-            workers.append(_start(work, items))
+            workers.append(_start(work, items, [worker.pipe for worker in workers]))
         for worker in workers:
             if worker.item is None and todo:
                 worker.item, worker.since = todo.pop(), time.monotonic()
@@ -63,23 +64,26 @@ def spread(work: Callable[[T], R], items: list[T], jobs: int, timeout: float) ->
     return [results[i] for i in range(len(items))]
 
 
-def _start(work: Callable[[Any], Any], items: list[Any]) -> _Worker:
+def _start(work: Callable[[Any], Any], items: list[Any], others: list[Connection]) -> _Worker:
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(work, items, there), daemon=True)
+    process = context.Process(target=_serve, args=(work, items, there, [here, *others]), daemon=True)
     process.start()
     there.close()
     return _Worker(process, here)
 
 
-def _serve(work: Callable[[Any], Any], items: list[Any], pipe: Connection) -> None:
-    while (index := pipe.recv()) is not None:
-        try:
-            result = work(items[index])
-        except Exception as error:  # one item must not hide the others
-            lines = str(error).strip().splitlines()
-            result = Failed(f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300])
-        pipe.send(result)
+def _serve(work: Callable[[Any], Any], items: list[Any], pipe: Connection, inherited: list[Connection]) -> None:
+    for end in inherited:  # with a copy open here, nobody would see that the parent ended
+        end.close()
+    with suppress(EOFError):
+        while (index := pipe.recv()) is not None:
+            try:
+                result = work(items[index])
+            except Exception as error:  # one item must not hide the others
+                lines = str(error).strip().splitlines()
+                result = Failed(f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300])
+            pipe.send(result)
 
 
 def _progress(done: int, total: int, started: float) -> None:
