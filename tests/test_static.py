@@ -26,7 +26,7 @@ def rows(tmp_path_factory):
         env=env,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=600,
     )
     assert path.exists(), done.stdout + done.stderr
     return json.loads(path.read_text())["rows"]
