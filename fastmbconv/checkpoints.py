@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastmbconv.efficientnet import FAMILIES, EfficientNet
-from fastmbconv.scaling import COEFFICIENTS
+from fastmbconv.scaling import COEFFICIENTS, Coefficients, plan
 
 Scheme = Literal["fastmbconv", "timm", "torchvision", "lukemelas", "huggingface"]
 Source = Mapping[str, Any] | str | os.PathLike[str]
@@ -150,6 +150,7 @@ _SCHEMES: dict[Scheme, _Names] = {
 }
 SCHEMES: tuple[Scheme, ...] = tuple(_SCHEMES)
 
+_CLASSIFIER = 2  # entries: weight and bias
 _BLOCK_KEY = re.compile(r"(stages\.(\d+)\.(\d+)\.)(.+)\.(\w+)")
 
 
@@ -207,7 +208,7 @@ def load(
         raise ValueError("model is on the meta device and has no memory to load into: call model.to_empty(device=...)")
     if scheme is not None and scheme not in (*SCHEMES, "position"):
         raise ValueError(f"scheme is {scheme!r}: allowed are {', '.join(SCHEMES)}, position, None")
-    entries = _read(source)
+    entries = read(source)
     if scheme == "position":
         found = _by_position(model, entries)
         unused: list[str] = []
@@ -236,12 +237,69 @@ def convert(model: EfficientNet, source: Source, to: Scheme) -> dict[str, Tensor
         raise ValueError(f"to is {to!r}: allowed are {', '.join(SCHEMES)}")
     if model.coefficients.lite and to in ("torchvision", "huggingface"):
         raise ValueError(f"to is {to!r}: it has no EfficientNet-Lite")
-    scheme, theirs = _recognised(model, _read(source), SCHEMES)
+    scheme, theirs = _recognised(model, read(source), SCHEMES)
     found, _ = _matched(model, scheme, theirs, strict=True)
     return dict(zip(_translated(found, to), found.values(), strict=True))
 
 
-def _read(source: Source) -> dict[str, Tensor]:
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Whose names a checkpoint has, and which model it fits; num_classes is 0 where it has no classifier."""
+
+    scheme: Scheme
+    variant: str
+    num_classes: int
+    in_chans: int
+
+    def model(self, **options: Any) -> EfficientNet:
+        """A model of ours with random weights that takes this checkpoint."""
+        return EfficientNet(COEFFICIENTS[self.variant], num_classes=self.num_classes, in_chans=self.in_chans, **options)
+
+
+def identify(source: Source) -> Identity:
+    """Find out, from names and shapes, which variant's checkpoint this is and which library's names it has.
+
+    Args:
+        source: as in `load`.
+
+    Raises:
+        CheckpointError: if it fits no variant; the message says which comes nearest, and what doesn't fit.
+        TypeError: if source holds something else than tensors.
+    """
+    entries, mismatch = read(source), ""
+    present = sum(not name.endswith("num_batches_tracked") for name in entries)
+    gaps = {variant: abs(_size(coefficients) - present) for variant, coefficients in COEFFICIENTS.items()}
+    nearest = sorted(gaps, key=gaps.__getitem__)
+    for variant in [name for name in nearest if gaps[name] <= _CLASSIFIER] or nearest[:1]:
+        with torch.device("meta"):
+            model = EfficientNet(COEFFICIENTS[variant])
+        scheme, theirs = _recognised(model, entries, SCHEMES)
+        stem, bias = (theirs.get(name) for name in _translated(["stem.conv.weight", "classifier.bias"], scheme))
+        channels = 3 if stem is None or stem.ndim != 4 else stem.shape[1]
+        identity = Identity(scheme, variant, 0 if bias is None else len(bias), channels)
+        try:
+            with torch.device("meta"):
+                _matched(identity.model(), scheme, theirs, strict=True)
+        except CheckpointError as error:
+            mismatch = mismatch or f"{variant} comes nearest, but {error}"
+        else:
+            return identity
+    raise CheckpointError(f"source fits none of {', '.join(COEFFICIENTS)}: {mismatch}")
+
+
+def _size(coefficients: Coefficients) -> int:
+    """Entries of a whole model, but for num_batches_tracked: 5 for a convolution with its BN."""
+    excite = 0 if coefficients.lite else 4
+    blocks = sum(s.repeats * ((10 if s.expand_ratio == 1 else 15) + excite) for s in plan(coefficients).stages)
+    return 5 + blocks + 5 + _CLASSIFIER
+
+
+def read(source: Source) -> dict[str, Tensor]:
+    """A checkpoint's entries, without what they are wrapped in and without the prefixes; see `load`.
+
+    Raises:
+        TypeError: if source holds something else than tensors.
+    """
     content: Any = source
     if isinstance(source, str | os.PathLike):
         path = Path(source)

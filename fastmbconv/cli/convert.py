@@ -1,0 +1,181 @@
+"""`fastmbconv convert SRC DST --to LIBRARY`: an EfficientNet's weights under another library's names.
+
+Nothing but names changes. Before DST is written, our model with SRC's weights runs beside the models of both libraries,
+where they are installed, on random input in float64, and the largest difference is printed.
+
+The libraries come in two numeric families: torch (timm's efficientnet_*, torchvision) pads symmetrically, tf (timm's
+tf_efficientnet_*, lukemelas, transformers) as TensorFlow does, with another BN eps. Weights of one lose accuracy in the
+other, so that is refused. The names in timm's and in our files are the same in both families: --family says which.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fastmbconv.cli.extras import CommandError, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastmbconv.checkpoints import Identity
+    from fastmbconv.cli.peers import Numerics
+
+LIBRARIES = {
+    "fastmbconv": "fastmbconv",
+    "timm": "timm",
+    "torchvision": "torchvision",
+    "lukemelas": "lukemelas",
+    "transformers": "huggingface",
+}
+SUFFIXES = (".pt", ".pth", ".safetensors")
+
+
+class Plan(NamedTuple):
+    """Between which libraries, for which model, with which numerics, and why these."""
+
+    source: str
+    target: str
+    identity: Identity
+    numerics: Numerics
+    reason: str
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser(
+        "convert", help="rename a checkpoint's entries for another library", description=__doc__
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("source", metavar="SRC", type=Path, help="a state dict: .pt, .pth, .bin or .safetensors")
+    parser.add_argument("target", metavar="DST", type=Path, help=f"the file to write: {', '.join(SUFFIXES)}")
+    parser.add_argument("--from", dest="origin", choices=LIBRARIES, help="whose names SRC has (default: found out)")
+    parser.add_argument("--to", choices=LIBRARIES, required=True, help="whose names DST shall have")
+    parser.add_argument("--model", help="b0 to b8, l2, lite0 to lite4; tf_... for family tf (default: found out)")
+    parser.add_argument("--family", choices=("torch", "tf"), help="numeric family of SRC's weights")
+    parser.add_argument("--force", action="store_true", help="overwrite DST")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    _check_paths(options)
+    from fastmbconv import checkpoints
+
+    content = _contents(options.source)
+    plan = _plan(options, content)
+    import torch
+
+    with torch.device("meta"):
+        model = plan.identity.model()
+    try:
+        renamed = checkpoints.convert(model, content, LIBRARIES[plan.target])  # type: ignore[arg-type]
+    except ValueError as error:
+        raise CommandError(f"SRC is {options.source}: {error}") from error
+    print(f"{options.source}: {plan.source}'s efficientnet {plan.identity.variant}, {len(content)} entries")
+    print(f"family {plan.numerics.family}, BN eps {plan.numerics.eps:g}: {plan.reason}")
+    if not _agrees(plan, content, renamed):
+        print(f"fastmbconv: {options.target} is not written: the outputs differ")
+        return 1
+    _write(options.target, renamed)
+    print(f"{options.target}: {plan.target}'s names, {len(renamed)} entries")
+    return 0
+
+
+def _check_paths(options: argparse.Namespace) -> None:
+    source, target = options.source, options.target
+    if not source.is_file():
+        raise CommandError(f"SRC is {source}: there is no such file")
+    if target.suffix not in SUFFIXES:
+        raise CommandError(f"DST is {target}: allowed are names that end in {', '.join(SUFFIXES)}")
+    if not target.parent.is_dir():
+        raise CommandError(f"DST is {target}: {target.parent} is not a folder")
+    if target.exists() and (target.is_dir() or target.samefile(source)):
+        raise CommandError(f"DST is {target}: it is {'a folder' if target.is_dir() else 'SRC itself'}")
+    if target.exists() and not options.force:
+        raise CommandError(f"DST is {target}: it exists; --force overwrites it")
+    if ".safetensors" in (source.suffix, target.suffix):
+        require("safetensors", "train")
+
+
+def _contents(path: Path) -> dict[str, Tensor]:
+    from fastmbconv import checkpoints
+
+    try:
+        return checkpoints.read(path)
+    except TypeError as error:
+        raise CommandError(f"SRC is {path}: not a state dict: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise CommandError(
+            f"SRC is {path}: it is no checkpoint, or holds more than tensors; save model.state_dict(), not the model"
+        ) from error
+    except Exception as error:  # torch and safetensors raise many kinds for a damaged file
+        raise CommandError(f"SRC is {path}: it can't be read: {str(error).splitlines()[0]}") from error
+
+
+def _plan(options: argparse.Namespace, content: dict[str, Tensor]) -> Plan:
+    from fastmbconv import checkpoints
+    from fastmbconv.cli import peers
+    from fastmbconv.scaling import COEFFICIENTS
+
+    wanted, tf = None, None
+    if options.model is not None:
+        tf = options.model.startswith("tf_")
+        wanted = options.model.removeprefix("tf_").removeprefix("efficientnet").lstrip("_-").lower()
+        if wanted not in COEFFICIENTS:
+            raise CommandError(f"--model is {options.model!r}: allowed are {', '.join(COEFFICIENTS)}, also with tf_")
+    try:
+        identity = checkpoints.identify(content)
+    except ValueError as error:
+        raise CommandError(f"SRC is {options.source}: {error}") from error
+    source = next(name for name, scheme in LIBRARIES.items() if scheme == identity.scheme)
+    if options.origin not in (None, source):
+        raise CommandError(f"--from is {options.origin}: SRC has the names of {source}")
+    if wanted not in (None, identity.variant):
+        raise CommandError(f"--model is {options.model}: SRC fits efficientnet {identity.variant}")
+    family = options.family or ("tf" if tf or options.source.name.startswith("tf_") else None)
+    numerics, reason = peers.numerics(source, options.to, identity, family)
+    return Plan(source, options.to, identity, numerics, reason)
+
+
+def _agrees(plan: Plan, content: dict[str, Tensor], renamed: dict[str, Tensor]) -> bool:
+    """Compare our model with both libraries' own, and print the largest differences."""
+    from fastmbconv import parity
+    from fastmbconv.cli import peers
+
+    x, agrees = peers.images(plan.identity), True
+    ours = peers.outputs("fastmbconv", plan.identity, plan.numerics, content, x)
+    for file, library, entries in (("SRC", plan.source, content), ("DST", plan.target, renamed)):
+        try:
+            theirs = peers.outputs(library, plan.identity, plan.numerics, entries, x)
+        except CommandError as error:
+            print(f"{file} in {library}'s own model: not compared, {error}")
+            continue
+        largest, within = float((theirs - ours).abs().max()), parity.relative_error(theirs, ours)
+        fine = within <= parity.ATOL[x.dtype]
+        verdict = "agrees" if fine else f"DIFFERS, allowed is {parity.ATOL[x.dtype]:.0e} of the norm"
+        print(f"{file} in {library}'s own model, against ours: largest difference {largest:.1e} in float64, {verdict}")
+        agrees &= fine
+    return agrees
+
+
+def _write(path: Path, entries: dict[str, Tensor]) -> None:
+    """Put the entries into their file, whole or not at all."""
+    import torch
+
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in entries.items()}
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            if path.suffix == ".safetensors":
+                require("safetensors.torch", "train").save_file(tensors, file.name, metadata={"format": "pt"})
+            else:
+                torch.save(tensors, file.name)
+            os.replace(file.name, path)
+        except OSError as error:
+            os.unlink(file.name)
+            raise CommandError(f"DST is {path}: it can't be written: {error}") from error
+        except BaseException:
+            os.unlink(file.name)
+            raise
