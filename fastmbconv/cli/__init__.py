@@ -1,4 +1,4 @@
-"""The command `fastmbconv`: demo, explain, check, tune, scale, convert, info. One file each, which imports late."""
+"""The command `fastmbconv`, with one file for each subcommand, which imports late."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from fastmbconv._version import __version__
-from fastmbconv.cli import check, convert, demo, explain, info, scale, tune
+from fastmbconv.cli import check, convert, demo, eval, explain, info, predict, scale, train, tune
 from fastmbconv.cli.extras import CommandError
 
-COMMANDS = (demo, explain, check, tune, scale, convert, info)
+COMMANDS = (demo, explain, train, eval, predict, scale, convert, check, tune, info)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,85 @@
+"""`fastmbconv eval [DATA]`: top-1, top-5, loss and confusion matrix of a model that `fastmbconv train` left.
+
+DATA is as in `train`; without it, the run's own held-out pictures. --checkpoint also takes the weights of timm,
+torchvision, lukemelas or Hugging Face; name their --model then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastmbconv.cli.extras import CommandError
+from fastmbconv.cli.predict import add_model_options, restored
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser("eval", help="accuracy, loss and confusion matrix of a trained model")
+    parser.description = __doc__
+    parser.add_argument("data", metavar="DATA", nargs="?", help="a folder of pictures, mnist5k, or digits")
+    add_model_options(parser)
+    parser.add_argument(
+        "--split",
+        choices=("val", "train"),
+        default="val",
+        help="the pictures held out, or those trained on (default: %(default)s)",
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures (default: %(default)s)")
+    parser.add_argument(
+        "--picture", type=Path, default=Path("confusion.png"), help="the confusion matrix (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a line")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    for name, low in (("batch_size", 1), ("workers", 0)):
+        if getattr(options, name) < low:
+            raise CommandError(f"--{name.replace('_', '-')} is {getattr(options, name)}: allowed are {low} and more")
+    from fastmbconv.training.errors import TrainingError
+
+    try:
+        return _evaluate(options)
+    except TrainingError as error:
+        raise CommandError(str(error)) from error
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    trained, model, device = restored(options)
+    import torch
+
+    from fastmbconv.training.data import open_data
+    from fastmbconv.training.distributed import World
+    from fastmbconv.training.evaluate import evaluate
+    from fastmbconv.training.loader import Pictures, eval_transform, loader, shard
+    from fastmbconv.training.report import draw_confusion
+    from fastmbconv.training.restore import same_classes
+
+    config = replace(trained.config, data=options.data or trained.config.data)
+    train, val = open_data(config)
+    samples = train if options.split == "train" else val
+    same_classes(trained, samples.classes, config.data)
+    batches = loader(
+        Pictures(samples, eval_transform(trained.look), replace=False),
+        shard(len(samples), options.batch_size, 0, 1),
+        options.workers,
+        device.type == "cuda",
+    )
+    classes = len(trained.classes)
+    result = evaluate(model, batches, classes, World(device), lambda: torch.autocast(device.type, enabled=False))
+    for name, reason in result.broken.items():
+        print(f"skipped {name}: {reason}")
+    draw_confusion(options.picture, result.confusion, trained.classes)
+    row = {"pictures": result.count, "top1": result.top1, "top5": result.top5, "loss": result.loss}
+    if options.json:
+        print(json.dumps({**row, "confusion": result.confusion.tolist(), "skipped": result.broken}))
+    else:
+        print(
+            f"{trained.source}: {result.count} pictures, top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "
+            f"loss {result.loss:.4f}\npicture: {options.picture}"
+        )
+    return 0

@@ -1,0 +1,96 @@
+"""`fastmbconv predict IMAGE...`: the likeliest classes of pictures, with a model that `fastmbconv train` left.
+
+Prints names and probabilities, and draws the pictures with them. --checkpoint also takes the weights of timm,
+torchvision, lukemelas or Hugging Face with ImageNet's classes; name their --model then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastmbconv.cli.extras import CommandError, require, require_vision
+
+DRAWN = 24
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser("predict", help="the likeliest classes of pictures, printed and drawn")
+    parser.description = __doc__
+    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="a picture, or a folder of pictures")
+    add_model_options(parser)
+    parser.add_argument("--top", type=int, default=5, help="classes to name (default: %(default)s)")
+    parser.add_argument(
+        "--picture", type=Path, default=Path("predictions.png"), help="what to draw (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    parser.set_defaults(run=run)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What `eval` and `predict` ask of a model."""
+    parser.add_argument(
+        "--checkpoint", default="runs/train", help="a run's folder, or a checkpoint (default: %(default)s)"
+    )
+    parser.add_argument("--model", help="whose checkpoint it is, where no run of ours wrote it")
+    parser.add_argument("--family", choices=("torch", "tf"), help="padding and BN constants of such a model")
+    parser.add_argument("--device", help="cuda, cpu, ... (default: a GPU if there is one)")
+    parser.add_argument("--eager", action="store_true", help="never run fused blocks")
+
+
+def restored(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The trained model with what it knows, the module that runs on the device, and the device."""
+    for module in ("rich", "matplotlib", "PIL"):
+        require(module, "train")
+    require_vision("torchvision", "train")
+    require_vision("timm", "train")
+    import torch
+
+    import fastmbconv
+    from fastmbconv.training.config import Config
+    from fastmbconv.training.distributed import device_named
+    from fastmbconv.training.restore import restore
+
+    config = Config(model=options.model or Config.model, family=options.family)
+    device = device_named(options.device)
+    trained = restore(options.checkpoint, config, options.model is not None)
+    model = trained.model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return trained, model if options.eager else fastmbconv.fuse(model), device
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.top < 1:
+        raise CommandError(f"--top is {options.top}: allowed are 1 and more")
+    from fastmbconv.training.errors import TrainingError
+
+    try:
+        return _predict(options)
+    except TrainingError as error:
+        raise CommandError(str(error)) from error
+
+
+def _predict(options: argparse.Namespace) -> int:
+    trained, model, device = restored(options)
+    from fastmbconv.training.data import pictures_of
+    from fastmbconv.training.predict import draw, predict
+
+    paths = pictures_of(options.images)
+    guesses, broken = predict(trained, model, paths, options.top, device)
+    for path, reason in broken.items():
+        print(f"skipped {path}: {reason}", file=sys.stderr)
+    if not guesses:
+        raise CommandError(f"none of the {len(paths)} pictures can be read")
+    if options.json:
+        rows = [{"image": str(g.path), "classes": dict(zip(g.names, g.probabilities, strict=True))} for g in guesses]
+        print(json.dumps(rows, indent=1))
+    else:
+        for guess in guesses:
+            named = zip(guess.names, guess.probabilities, strict=True)
+            print(f"{guess.path}: {', '.join(f'{name} {share:.1%}' for name, share in named)}")
+    draw(options.picture, guesses[:DRAWN])
+    more = f" (the first {DRAWN} of {len(guesses)})" if len(guesses) > DRAWN else ""
+    print(f"picture: {options.picture}{more}", file=sys.stderr)
+    return 1 if broken else 0

@@ -1,0 +1,62 @@
+"""Files that are whole or not there: written beside their place, forced to the disk, and then renamed."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmbconv.training.errors import TrainingError
+
+LAST, BEST = "last.pt", "best.pt"
+FORMAT = 1
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint in one piece; an interruption or a full disk leaves the file that was there.
+
+    Raises:
+        TrainingError: if the disk is full or not writable.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write(path, buffer.getbuffer())
+
+
+def write(path: Path, content: bytes | memoryview) -> None:
+    """As `save`, for any bytes."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full: make room" if full else f"{error.strerror or error}"
+        kept = f"; the last good one is still there, and --resume goes on from it: {path}" if path.exists() else ""
+        raise TrainingError(f"{path.name} could not be written, {reason}{kept}") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A checkpoint that `save` wrote, on the CPU; tensors and plain values only.
+
+    Raises:
+        TrainingError: if it can't be read, or is something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises much: UnpicklingError, RuntimeError, EOFError, OSError, ...
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrainingError(f"{path} can't be read ({reason})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise TrainingError(f"{path} is no checkpoint of `fastmbconv train`")
+    return content

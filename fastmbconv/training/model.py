@@ -1,0 +1,139 @@
+"""The model of a run: which EfficientNet, from which weights, what is frozen, fused or not."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import fastmbconv
+from fastmbconv import dispatch
+from fastmbconv.checkpoints import CheckpointError, load
+from fastmbconv.efficientnet import EfficientNet
+from fastmbconv.scaling import COEFFICIENTS, Coefficients, compound
+from fastmbconv.swap.explain import rows
+from fastmbconv.training.config import Config
+from fastmbconv.training.errors import TrainingError
+
+
+def coefficients(config: Config) -> Coefficients:
+    """The variant, or the compound formula, with the options' own width, depth and resolution.
+
+    Raises:
+        TrainingError: for an unknown variant, or numbers that make no network.
+    """
+    short = config.model.removeprefix("efficientnet_")
+    if short not in COEFFICIENTS:
+        names = ", ".join(f"efficientnet_{name}" for name in COEFFICIENTS)
+        raise TrainingError(f"--model is {config.model!r}: allowed are {names}")
+    changes: dict[str, Any] = {
+        name: value for name in ("width", "depth", "resolution") if (value := getattr(config, name)) is not None
+    }
+    try:
+        base = COEFFICIENTS[short] if config.phi is None else compound(config.phi)
+        return replace(base, **changes)
+    except ValueError as error:
+        raise TrainingError(f"--{error}") from error
+
+
+def build(config: Config, classes: int) -> EfficientNet:
+    """On the CPU, with `--weights` loaded and frozen parameters frozen; not yet fused.
+
+    Raises:
+        TrainingError: if `--weights` doesn't fit.
+    """
+    of = coefficients(config)
+    torch.manual_seed(config.seed)
+    family: Any = config.family
+    model = EfficientNet(of, num_classes=classes, family=family, dropout=config.dropout, drop_path=config.drop_path)
+    if config.weights:
+        load_weights(model, config.weights)
+    for module in frozen(model, config):
+        module.requires_grad_(False)
+    model.set_grad_checkpointing(config.checkpointing)
+    return model
+
+
+def load_weights(model: EfficientNet, source: str, option: str = "--weights") -> None:
+    """A checkpoint of any library; a classifier for other classes stays out.
+
+    Raises:
+        TrainingError: if it can't be read, or belongs to another model.
+    """
+    advice = "give the --model (--width, --depth, --phi) that it was trained with"
+    before = copy.deepcopy(model.state_dict())
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            report = load(model, source, strict=False)
+    except CheckpointError as error:
+        raise TrainingError(f"{option} is {source}: {error}; {advice}") from error
+    except Exception as error:  # torch.load raises much: UnpicklingError, RuntimeError, EOFError, OSError, ...
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrainingError(f"{option} is {source}: it can't be read ({reason})") from error
+    missing = [k for k in report.kept if not k.startswith("classifier.") and not k.endswith("num_batches_tracked")]
+    unused = [k for k in report.unused if not any(part in k for part in ("classifier", "_fc."))]
+    if missing or unused:
+        model.load_state_dict(before)
+        told = f"it lacks {missing[0]}" if missing else f"{unused[0]} has no place"
+        count = len(missing) + len(unused)
+        raise TrainingError(f"{option} is {source}: a checkpoint of another model ({told}, {count} in all); {advice}")
+    for each in caught:
+        warnings.warn(f"{option}: {each.message} (--family)", stacklevel=2)
+
+
+def frozen(model: EfficientNet, config: Config) -> list[nn.Module]:
+    """The modules whose parameters and statistics stay as they are."""
+    parts: list[nn.Module] = []
+    if config.freeze:
+        parts = [model.stem, *list(model.stages)[: config.freeze]]
+        if config.freeze > len(model.stages):
+            parts.append(model.head)
+    if config.freeze_bn:
+        parts += [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return parts
+
+
+def train_mode(model: EfficientNet, config: Config) -> None:
+    """Training mode, but frozen parts keep their statistics."""
+    model.train()
+    for module in frozen(model, config):
+        for each in module.modules():
+            if isinstance(each, _BatchNorm):
+                each.eval()
+
+
+def prepare(model: EfficientNet, config: Config, device: torch.device, processes: int) -> EfficientNet:
+    """On its device, in its memory format, with synchronised BatchNorms, fused.
+
+    Raises:
+        TrainingError: for --sync-bn where torch has none.
+    """
+    model = model.to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.sync_bn and processes > 1:
+        if device.type == "cpu":
+            raise TrainingError("--sync-bn: torch synchronises BatchNorm on GPUs only; leave it out on CPUs")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    memory: Any = config.memory
+    return fastmbconv.fuse(model, memory=memory) if config.fused else model
+
+
+def path_taken(model: nn.Module, device: torch.device) -> str:
+    """A sentence on what runs the blocks."""
+    blocks = rows(model, None)
+    fused = sum(row.path == "fused" for row in blocks)
+    if not fused:
+        return f"eager PyTorch for all {len(blocks)} blocks"
+    kernels = device.type == "cuda" or (dispatch.interpreted() and dispatch.get_backend() == "triton")
+    return (
+        f"Triton kernels for {fused} of {len(blocks)} blocks"
+        if kernels
+        else f"eager PyTorch for all {len(blocks)} blocks (the kernels need a GPU)"
+    )
