@@ -19,12 +19,13 @@ from fastmbconv.kernels.tuning import walks_expansion
 
 
 class BatchNormSetting(NamedTuple):
-    """What a BatchNorm does in this call, apart from its tensors."""
+    """What a BatchNorm does in this call, apart from its tensors; `group` names the processes that it is taken over."""
 
     eps: float
     momentum: float | None
     batch_statistics: bool
     update: bool
+    group: str | None
 
 
 class DepthwiseSetting(NamedTuple):
@@ -109,7 +110,7 @@ class DepthwiseBNActFunction(torch.autograd.Function):
         activation, depthwise, bn = ctx.setting
         dy = dy.contiguous()
         run = _runner(dy)
-        grads, coef = run.bn_bwd(dy, u, norm, None, activation, bn.batch_statistics)
+        grads, coef = run.bn_bwd(dy, u, norm, None, activation, bn.batch_statistics, bn.group)
         du = run.bn_act_bwd(dy, u, norm, coef, None, activation)
         dx, d_weight, _, _ = run.depthwise_bwd(du, x, None, weight, None, None, "none", *depthwise[:3], False)
         return (
@@ -224,10 +225,10 @@ class MBConvFunction(torch.autograd.Function):
         dy = dy.contiguous()
         shortcut = dy if residual else None
         run = _runner(dy)
-        grads3, coef3 = run.bn_bwd(dy, u3, norm3, keep, "none", bn3.batch_statistics)
+        grads3, coef3 = run.bn_bwd(dy, u3, norm3, keep, "none", bn3.batch_statistics, bn3.group)
         du2, d_project, grads2, *d_excite = run.project_bwd(
             dy, u3, coef3, keep, project_weight, u2, norm2, gate, pooled, r, reduce_weight, se_expand_weight,
-            activation, se_activation, bn2.batch_statistics,
+            activation, se_activation, bn2.batch_statistics, bn2.group,
         )  # fmt: skip
         if not any(ctx.needs_input_grad[:5]):  # x, expand, bn1, depthwise: all frozen
             dx, d_expand, d_depthwise, d_bn1 = None, None, None, _bn_grads(coef3, None, None)
@@ -241,12 +242,13 @@ class MBConvFunction(torch.autograd.Function):
                 u1 = x if walked else run.pointwise(x, expand_weight)
             dv1, d_depthwise, grads1, coef1 = run.depthwise_bwd(
                 du2, u1, expand_weight if walked else None, depthwise_weight, norm1, None, activation,
-                *depthwise[:3], bn1.batch_statistics,
+                *depthwise[:3], bn1.batch_statistics, bn1.group,
             )  # fmt: skip
             d_bn1 = _bn_grads(grads1, bn1_weight, bn1_bias)
             dx = d_expand = None
             if any(ctx.needs_input_grad[:2]):
-                dx, d_expand = run.expand_bwd(dv1, x, expand_weight, coef1, shortcut, bn1.batch_statistics)
+                dv_sum = None if bn1.group is None else grads1[1]
+                dx, d_expand = run.expand_bwd(dv1, x, expand_weight, coef1, shortcut, bn1.batch_statistics, dv_sum)
         excite_weights = (reduce_weight, reduce_bias, se_expand_weight, se_expand_bias)
         return (
             None if dx is None else dx.permute(0, 3, 1, 2), _cast(d_expand, expand_weight), *d_bn1,
@@ -318,13 +320,13 @@ class DenseFunction(torch.autograd.Function):
         d_bn2: tuple[Tensor | None, ...] = (None, None)
         run = _runner(dy)
         if bn2 is None:
-            grads1, coef1 = run.bn_bwd(dy, u, norm1, keep, activation, bn1.batch_statistics)
+            grads1, coef1 = run.bn_bwd(dy, u, norm1, keep, activation, bn1.batch_statistics, bn1.group)
             du = run.bn_act_bwd(dy, u, norm1, coef1, keep, activation)
         else:
-            grads2, coef2 = run.bn_bwd(dy, v, norm2, keep, "none", bn2.batch_statistics)
+            grads2, coef2 = run.bn_bwd(dy, v, norm2, keep, "none", bn2.batch_statistics, bn2.group)
             du, d_project, grads1, *d_excite = run.project_bwd(
                 dy, v, coef2, keep, project_weight, u, norm1, gate, pooled, r, reduce_weight, se_expand_weight,
-                activation, se_activation, bn1.batch_statistics,
+                activation, se_activation, bn1.batch_statistics, bn1.group,
             )  # fmt: skip
             d_bn2 = _bn_grads(grads2, bn2_weight, bn2_bias)
         weights = (reduce_weight, reduce_bias, se_expand_weight, se_expand_bias)

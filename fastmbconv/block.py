@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
+
+from fastmbconv import ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Activation = Literal["none", "silu", "relu", "relu6"]
 Padding = int | tuple[int, int] | Literal["same"]
@@ -18,7 +23,8 @@ class BatchNorm:
     """One BatchNorm2d's tensors and settings, as they are at this call.
 
     `weight`, `bias`, `running_mean`, `running_var` are [C] or None; `momentum` None means the cumulative average.
-    `training` is the module's own flag: a frozen BN inside a training model has False.
+    `training` is the module's own flag: a frozen BN inside a training model has False. With a `process_group` the
+    batch's statistics, in training, are those of all its processes' batches; each must make the same calls.
     """
 
     weight: Tensor | None
@@ -29,9 +35,10 @@ class BatchNorm:
     eps: float
     momentum: float | None
     training: bool
+    process_group: ProcessGroup | None = None
 
     @classmethod
-    def of(cls, module: nn.BatchNorm2d) -> BatchNorm:
+    def of(cls, module: nn.BatchNorm2d | nn.SyncBatchNorm) -> BatchNorm:
         """Describe a module; nothing is copied. Statistics that it holds but does not track stay out of training."""
         tracked = module.track_running_stats or not module.training
         return cls(
@@ -43,12 +50,18 @@ class BatchNorm:
             eps=module.eps,
             momentum=module.momentum,
             training=module.training,
+            process_group=ranks.group_of(module) if isinstance(module, nn.SyncBatchNorm) else None,
         )
 
     @property
     def batch_statistics(self) -> bool:
         """True where this call normalises with the batch's own mean and variance."""
         return self.training or self.running_mean is None
+
+    @property
+    def shared(self) -> ProcessGroup | None:
+        """The processes that this call's statistics are taken over; None: this one alone."""
+        return self.process_group if self.training else None
 
     @property
     def updates(self) -> bool:

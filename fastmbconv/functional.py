@@ -248,7 +248,8 @@ def _running(bn: BatchNorm | None) -> tuple[Tensor | None, Tensor | None, Tensor
 def _setting(bn: BatchNorm) -> BatchNormSetting:
     from fastmbconv.autograd import BatchNormSetting
 
-    return BatchNormSetting(bn.eps, bn.momentum, bn.batch_statistics, bn.updates)
+    group = None if bn.shared is None else bn.shared.group_name
+    return BatchNormSetting(bn.eps, bn.momentum, bn.batch_statistics, bn.updates, group)
 
 
 def _geometry(x: Tensor, weight: Tensor, stride: int, padding: Padding) -> DepthwiseSetting:

@@ -21,6 +21,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu6": nn.ReLU6,
 }
 
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
 
 class StochasticDepth(nn.Module):
     """While training, drop a residual branch per sample with probability `rate`; survivors are divided by 1 - rate.
@@ -99,7 +101,7 @@ def _replaced(module: nn.Module, types: Mapping[str, object]) -> str | None:
     """Which submodule is not of the type that it was made with, or None."""
     for name, expected in types.items():
         child = module._modules.get(name)
-        if child is not None and type(child) is not expected:
+        if child is not None and type(child) not in (expected if isinstance(expected, tuple) else (expected,)):
             return f"{name} is a {type(child).__name__}"
     return None
 
@@ -126,12 +128,12 @@ class MBConv(nn.Module):
 
     _TYPES = {
         "expand_conv": Conv2d,
-        "expand_bn": nn.BatchNorm2d,
+        "expand_bn": NORMS,
         "depthwise_conv": Conv2d,
-        "depthwise_bn": nn.BatchNorm2d,
+        "depthwise_bn": NORMS,
         "se": SqueezeExcitation,
         "project_conv": Conv2d,
-        "project_bn": nn.BatchNorm2d,
+        "project_bn": NORMS,
         "drop_path": StochasticDepth,
     }
 

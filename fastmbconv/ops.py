@@ -3,6 +3,7 @@
 Images are [N, H, W, C] contiguous. A BatchNorm that follows a convolution is finished in the convolution's operator:
 `norm` is [4, C] (mean, rstd, scale, shift), `coef` is [3, C] (p, q, r of du = p * dv + q * u + r), `grads` is [2, C]
 (of weight, of bias). Where something does not exist (no gate, no norm) its result is an empty tensor.
+`group` names the processes that share the BatchNorm's statistics: the operator then holds one small collective.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmbconv import ranks
 from fastmbconv.kernels import (
     batch_norm,
     depthwise,
@@ -24,6 +26,7 @@ from fastmbconv.kernels import (
     moments,
     project_sweep,
     squeeze_excite,
+    synchronised,
 )
 from fastmbconv.kernels import pointwise as pointwise_kernels
 from fastmbconv.kernels.tuning import accumulator
@@ -48,6 +51,34 @@ def plain(x: Tensor) -> bool:
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch._C._len_torch_dispatch_stack()
     )
+
+
+def _bn_norm(
+    partials: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    eps: float,
+    momentum: float | None,
+    update: bool,
+    group: str | None,
+    dtype: torch.dtype,
+    channels: int,
+) -> Tensor:
+    if partials is not None and group is not None:
+        partials = ranks.gathered(synchronised.bn_merge(partials), group)
+    return batch_norm.bn_finalize(
+        partials, weight, bias, running_mean, running_var, num_batches_tracked, eps, momentum, update, dtype, channels
+    )
+
+
+def _bn_bwd(sums: Tensor, norm: Tensor, count: int, batch_statistics: bool, group: str | None) -> tuple[Tensor, Tensor]:
+    grads, coef = batch_norm.bn_bwd_finalize(sums, norm, count, batch_statistics)
+    if batch_statistics and group is not None:
+        coef = synchronised.bn_coef(ranks.total_of_sums(grads, count, group), norm)
+    return grads, coef
 
 
 def _operator(mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
@@ -88,11 +119,12 @@ def pointwise_bn(
     momentum: float | None,
     batch_statistics: bool,
     update: bool,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(u, norm): the 1x1 convolution of act(in_norm(x)) * gate, and the BatchNorm of its output."""
     u, partials = pointwise_kernels.pointwise_fwd(x, weight, in_norm, gate, activation, batch_statistics)
-    norm = batch_norm.bn_finalize(
-        partials, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, eps, momentum, update,
+    norm = _bn_norm(
+        partials, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, eps, momentum, update, group,
         x.dtype, weight.shape[0],
     )  # fmt: skip
     return u, norm
@@ -129,11 +161,12 @@ def expand_norm(
     momentum: float | None,
     batch_statistics: bool,
     update: bool,
+    group: str | None = None,
 ) -> Tensor:
     """norm: the BatchNorm of the 1x1 convolution of x, whose output is not computed."""
     moments = expand_statistics.expand_statistics(x, weight) if batch_statistics else None
-    return batch_norm.bn_finalize(
-        moments, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, eps, momentum, update,
+    return _bn_norm(
+        moments, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, eps, momentum, update, group,
         x.dtype, weight.shape[0],
     )  # fmt: skip
 
@@ -155,11 +188,12 @@ def image_norm(
     momentum: float | None,
     batch_statistics: bool,
     update: bool,
+    group: str | None = None,
 ) -> Tensor:
     """norm: the BatchNorm of an image that no kernel of ours wrote."""
     partials = moments.moments(u) if batch_statistics else None
-    return batch_norm.bn_finalize(
-        partials, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, eps, momentum, update,
+    return _bn_norm(
+        partials, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, eps, momentum, update, group,
         u.dtype, u.shape[3],
     )  # fmt: skip
 
@@ -190,6 +224,7 @@ def depthwise_bn(
     momentum: float | None,
     batch_statistics: bool,
     update: bool,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(u, norm): the depthwise convolution of act(in_norm(x)), and the BatchNorm of its output.
 
@@ -208,8 +243,8 @@ def depthwise_bn(
         out_width,
         batch_statistics,
     )
-    norm = batch_norm.bn_finalize(
-        partials, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, eps, momentum, update,
+    norm = _bn_norm(
+        partials, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, eps, momentum, update, group,
         x.dtype, weight.shape[0],
     )  # fmt: skip
     return u, norm
@@ -276,11 +311,17 @@ def _(u: Tensor, *args: Any) -> Tensor:
 
 @_operator()
 def bn_bwd(
-    dy: Tensor, u: Tensor, norm: Tensor, keep: Tensor | None, activation: str, batch_statistics: bool
+    dy: Tensor,
+    u: Tensor,
+    norm: Tensor,
+    keep: Tensor | None,
+    activation: str,
+    batch_statistics: bool,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(grads, coef) of act(norm(u)) * keep: the two reductions of BatchNorm's backward."""
     sums = batch_norm.bn_act_bwd_reduce(dy, u, norm, keep, activation)
-    return batch_norm.bn_bwd_finalize(sums, norm, u.numel() // u.shape[3], batch_statistics)
+    return _bn_bwd(sums, norm, u.numel() // u.shape[3], batch_statistics, group)
 
 
 @bn_bwd.register_fake
@@ -316,6 +357,7 @@ def project_bwd(
     activation: str,
     se_activation: str,
     batch_statistics: bool,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Backward from the block's output gradient to the depthwise convolution's output.
 
@@ -333,7 +375,7 @@ def project_bwd(
         excite_grads = tuple(grads)
     else:
         bn_sums = sums.flatten(0, 1)
-    bn_grads, bn_coef = batch_norm.bn_bwd_finalize(bn_sums, norm, n * h * w, batch_statistics)
+    bn_grads, bn_coef = _bn_bwd(bn_sums, norm, n * h * w, batch_statistics, group)
     du2 = pointwise_kernels.pointwise_dgrad(dy, u3, coef, keep, weight, u2, norm, gate, offset, bn_coef, activation)
     return du2, d_weight, bn_grads, *excite_grads
 
@@ -372,6 +414,7 @@ def depthwise_bwd(
     pad_top: int,
     pad_left: int,
     batch_statistics: bool,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dv, weight gradient, grads, coef) for the BatchNorm of x; without `in_norm` dv is dx (+ residual)."""
     dv, d_weight, sums = depthwise.depthwise_bwd(
@@ -379,7 +422,7 @@ def depthwise_bwd(
     )
     if in_norm is None or sums is None:
         return dv, d_weight, d_weight.new_empty(0), d_weight.new_empty(0)
-    grads, coef = batch_norm.bn_bwd_finalize(sums, in_norm, x.numel() // x.shape[3], batch_statistics)
+    grads, coef = _bn_bwd(sums, in_norm, x.numel() // x.shape[3], batch_statistics, group)
     return dv, d_weight, grads, coef
 
 
@@ -395,10 +438,19 @@ def _(
 
 @_operator()
 def expand_bwd(
-    dv: Tensor, x: Tensor, weight: Tensor, coef: Tensor, residual: Tensor | None, batch_statistics: bool
+    dv: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    coef: Tensor,
+    residual: Tensor | None,
+    batch_statistics: bool,
+    dv_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(dx (+ residual), weight gradient) of the expand convolution and its BatchNorm, whose coefficients are `coef`."""
-    return expand_backward.expand_bwd(dv, x, weight, coef, residual, batch_statistics)
+    """(dx (+ residual), weight gradient) of the expand convolution and its BatchNorm, whose coefficients are `coef`.
+
+    `dv_sum` [E] is dv's sum where that BatchNorm is synchronised.
+    """
+    return expand_backward.expand_bwd(dv, x, weight, coef, residual, batch_statistics, dv_sum)
 
 
 @expand_bwd.register_fake

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmbconv import ranks
 from fastmbconv.block import Activation, BatchNorm, Block, DenseBlock, Padding, SqueezeExcite, pads
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -27,7 +28,25 @@ def batch_norm(x: Tensor, bn: BatchNorm) -> Tensor:
     if bn.updates and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
         momentum = 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+    if bn.shared is not None:
+        return _synchronised(x, bn, momentum, bn.shared.group_name)
     return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.batch_statistics, momentum, bn.eps)
+
+
+def _synchronised(x: Tensor, bn: BatchNorm, momentum: float, group: str) -> Tensor:
+    """BatchNorm with the statistics of every process's batch; weight and bias get this process's gradients."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    count = ranks.total(wide.new_tensor([x.numel() / x.shape[1]]), group)
+    mean = ranks.Total.apply(wide.sum((0, 2, 3)), group) / count
+    centred = wide - mean[:, None, None]
+    var = ranks.Total.apply((centred * centred).sum((0, 2, 3)), group) / count
+    if bn.updates and bn.running_mean is not None and bn.running_var is not None:
+        with torch.no_grad():
+            bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), momentum)
+            bn.running_var.lerp_((var * count / (count - 1)).to(bn.running_var.dtype), momentum)
+    y = centred * torch.rsqrt(var + bn.eps)[:, None, None]
+    y = y if bn.weight is None else y * bn.weight[:, None, None]
+    return (y if bn.bias is None else y + bn.bias[:, None, None]).to(x.dtype)
 
 
 def depthwise(x: Tensor, weight: Tensor, stride: int, padding: Padding) -> Tensor:

@@ -50,6 +50,45 @@ def store_moments(partials_ptr, row, count, mean, m2, o_c, m_c, C):
 
 @kernel
 @triton.jit
+def merged(partials_ptr, o_c, m_c, P, C, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+    """(count, mean, M2) of a block of channels from P partial ones, about a pivot so that large means don't cancel."""
+    b_count = tl.zeros((BC,), ACC)
+    b_sum = tl.zeros((BC,), ACC)
+    b_pivot = tl.load(partials_ptr + C + o_c, mask=m_c, other=0.0)
+    for p0 in range(0, P, BP):
+        o_p = p0 + tl.arange(0, BP)
+        m = (o_p < P)[:, None] & m_c[None, :]
+        p_part = partials_ptr + o_p[:, None].to(tl.int64) * 3 * C + o_c[None, :]  # [BP, BC]
+        b_n = tl.load(p_part, mask=m, other=0.0)
+        b_count += tl.sum(b_n, 0)
+        b_sum += tl.sum(b_n * (tl.load(p_part + C, mask=m, other=0.0) - b_pivot[None, :]), 0)
+    b_mean = b_pivot + b_sum / tl.maximum(b_count, 1.0)
+    b_m2 = tl.zeros((BC,), ACC)
+    for p0 in range(0, P, BP):
+        o_p = p0 + tl.arange(0, BP)
+        m = (o_p < P)[:, None] & m_c[None, :]
+        p_part = partials_ptr + o_p[:, None].to(tl.int64) * 3 * C + o_c[None, :]
+        b_n = tl.load(p_part, mask=m, other=0.0)
+        b_delta = tl.load(p_part + C, mask=m, other=0.0) - b_mean[None, :]
+        b_m2 += tl.sum(tl.load(p_part + 2 * C, mask=m, other=0.0) + b_n * b_delta * b_delta, 0)
+    return b_count, b_mean, b_m2
+
+
+@triton.jit
+def store_coef(norm_ptr, coef_ptr, o_c, m_c, C, b_dweight, b_dbias, count, BATCH: tl.constexpr):
+    """p, q, r of a block of channels from the sums of dv * xhat and dv over `count` values."""
+    b_p = tl.load(norm_ptr + 2 * C + o_c, mask=m_c, other=0.0)
+    b_q = tl.zeros_like(b_p)
+    b_r = tl.zeros_like(b_p)
+    if BATCH:
+        b_q = -b_p * tl.load(norm_ptr + C + o_c, mask=m_c, other=0.0) * b_dweight / count
+        b_r = -b_p * b_dbias / count - b_q * tl.load(norm_ptr + o_c, mask=m_c, other=0.0)
+    tl.store(coef_ptr + o_c, b_p, mask=m_c)
+    tl.store(coef_ptr + C + o_c, b_q, mask=m_c)
+    tl.store(coef_ptr + 2 * C + o_c, b_r, mask=m_c)
+
+
+@triton.jit
 def _bn_finalize_kernel(
     partials_ptr,
     weight_ptr,
@@ -74,25 +113,7 @@ def _bn_finalize_kernel(
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     m_c = o_c < C
     if BATCH:
-        b_count = tl.zeros((BC,), ACC)
-        b_sum = tl.zeros((BC,), ACC)
-        b_pivot = tl.load(partials_ptr + C + o_c, mask=m_c, other=0.0)
-        for p0 in range(0, P, BP):
-            o_p = p0 + tl.arange(0, BP)
-            m = (o_p < P)[:, None] & m_c[None, :]
-            p_part = partials_ptr + o_p[:, None].to(tl.int64) * 3 * C + o_c[None, :]  # [BP, BC]
-            b_n = tl.load(p_part, mask=m, other=0.0)
-            b_count += tl.sum(b_n, 0)
-            b_sum += tl.sum(b_n * (tl.load(p_part + C, mask=m, other=0.0) - b_pivot[None, :]), 0)
-        b_mean = b_pivot + b_sum / tl.maximum(b_count, 1.0)
-        b_m2 = tl.zeros((BC,), ACC)
-        for p0 in range(0, P, BP):
-            o_p = p0 + tl.arange(0, BP)
-            m = (o_p < P)[:, None] & m_c[None, :]
-            p_part = partials_ptr + o_p[:, None].to(tl.int64) * 3 * C + o_c[None, :]
-            b_n = tl.load(p_part, mask=m, other=0.0)
-            b_delta = tl.load(p_part + C, mask=m, other=0.0) - b_mean[None, :]
-            b_m2 += tl.sum(tl.load(p_part + 2 * C, mask=m, other=0.0) + b_n * b_delta * b_delta, 0)
+        b_count, b_mean, b_m2 = merged(partials_ptr, o_c, m_c, P, C, ACC, BP, BC)
         b_var = b_m2 / tl.maximum(b_count, 1.0)
     else:
         b_mean = tl.load(running_mean_ptr + o_c, mask=m_c, other=0.0).to(ACC)
@@ -146,15 +167,7 @@ def _bn_bwd_finalize_kernel(
         b_dweight += tl.sum(tl.load(p_sums + C, mask=m, other=0.0), 0)
     tl.store(grads_ptr + o_c, b_dweight, mask=m_c)
     tl.store(grads_ptr + C + o_c, b_dbias, mask=m_c)
-    b_p = tl.load(norm_ptr + 2 * C + o_c, mask=m_c, other=0.0)
-    b_q = tl.zeros((BC,), ACC)
-    b_r = tl.zeros((BC,), ACC)
-    if BATCH:
-        b_q = -b_p * tl.load(norm_ptr + C + o_c, mask=m_c, other=0.0) * b_dweight / count
-        b_r = -b_p * b_dbias / count - b_q * tl.load(norm_ptr + o_c, mask=m_c, other=0.0)
-    tl.store(coef_ptr + o_c, b_p, mask=m_c)
-    tl.store(coef_ptr + C + o_c, b_q, mask=m_c)
-    tl.store(coef_ptr + 2 * C + o_c, b_r, mask=m_c)
+    store_coef(norm_ptr, coef_ptr, o_c, m_c, C, b_dweight, b_dbias, count, BATCH)
 
 
 @kernel

@@ -4,8 +4,10 @@ du1 = p * dv1 + q * u1 + r per channel and u1 = x We^T. With any pivot (a sample
 cancels) and X = x - pivot:
 dx = dv1 (p * We) + X A + b,  A = We^T (q * We),  b = We^T (q * (We pivot) + r)
 dWe = p * (dv1^T X) + q * (We X^T X) + (q * (We pivot) + r) (sum X)^T,  since batch statistics make du1 sum to 0.
-A frozen BatchNorm has q = r = 0; its pivot is 0. Programs of one chunk of pixels run side by side, some for dx, some
-for dWe and X^T X, so that dv1 comes from memory once and from L2 after that.
+A frozen BatchNorm has q = r = 0; its pivot is 0. Where the statistics are those of several processes du1 sums to 0 over
+all of them only: dWe gets (sum du1) pivot^T too, with sum du1 = p * sum dv1 + q * We (sum x) + r M.
+Programs of one chunk of pixels run side by side, some for dx, some for dWe and X^T X, so that dv1 comes from memory
+once and from L2 after that.
 """
 
 import torch
@@ -177,10 +179,13 @@ def _expand_finish_kernel(
     coef_ptr,
     pivot_ptr,
     sums_ptr,
+    dv_sum_ptr,
     dw_ptr,
+    M,
     CI: tl.constexpr,
     CE: tl.constexpr,
     BATCH: tl.constexpr,
+    HAS_DV_SUM: tl.constexpr,
     ACC: tl.constexpr,
     BE: tl.constexpr,
     BI: tl.constexpr,
@@ -194,6 +199,7 @@ def _expand_finish_kernel(
     if BATCH:
         acc = tl.zeros((BE, BI), ACC)
         b_shift = tl.zeros((BE,), ACC)
+        b_u = tl.zeros((BE,), ACC)
         for k in range(0, CI, BI):
             o_k = k + tl.arange(0, BI)
             m_k = o_k < CI
@@ -203,8 +209,13 @@ def _expand_finish_kernel(
             b_w = tl.load(w_ptr + o_e[:, None] * CI + o_k[None, :], mask=m_w, other=0.0).to(ACC)
             acc = dot(b_w, b_gram, acc, ACC, "ieee")
             b_shift += tl.sum(b_w * tl.load(pivot_ptr + o_k, mask=m_k, other=0.0)[None, :], 1)
+            if HAS_DV_SUM:
+                b_u += tl.sum(b_w * tl.load(sums_ptr + (CE + CI) * CI + o_k, mask=m_k, other=0.0)[None, :], 1)
         b_sum = tl.load(sums_ptr + (CE + CI) * CI + o_i, mask=m_i, other=0.0)
         b_dw += b_q[:, None] * acc + (b_q * b_shift + b_r)[:, None] * b_sum[None, :]
+        if HAS_DV_SUM:
+            b_du = b_p * tl.load(dv_sum_ptr + o_e, mask=m_e, other=0.0) + b_q * b_u + (b_q * b_shift + b_r) * M
+            b_dw += b_du[:, None] * tl.load(pivot_ptr + o_i, mask=m_i, other=0.0)[None, :]
     tl.store(dw_ptr + o_e[:, None] * CI + o_i[None, :], b_dw, mask=m)
 
 
@@ -223,9 +234,18 @@ def chunk_pixels(rows: int, channels: int, tile: int) -> int:
 
 
 def expand_bwd(
-    dv: Tensor, x: Tensor, weight: Tensor, coef: Tensor, residual: Tensor | None, batch_statistics: bool
+    dv: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    coef: Tensor,
+    residual: Tensor | None,
+    batch_statistics: bool,
+    dv_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(dx (+ residual) [N, H, W, I], weight gradient [E, I, 1, 1]) from dv [N, H, W, E], x, and coef [3, E]."""
+    """(dx (+ residual) [N, H, W, I], weight gradient [E, I, 1, 1]) from dv [N, H, W, E], x, and coef [3, E].
+
+    `dv_sum` [E] is the sum of dv where `coef` is made of the sums of several processes, else None.
+    """
     n, h, w, channels = x.shape
     expanded, rows = dv.shape[3], n * h * w
     acc = numeric(x.dtype)["ACC"]
@@ -291,13 +311,16 @@ def expand_bwd(
         coef_ptr=coef,
         pivot_ptr=pivot,
         sums_ptr=sums,
+        dv_sum_ptr=dv_sum,
         dw_ptr=dw,
+        M=rows,
         CI=channels,
         CE=expanded,
         BATCH=batch_statistics,
+        HAS_DV_SUM=dv_sum is not None,
         ACC=acc,
         BE=side,
         BI=side,
     )
-    state("expand_finish", (weight, coef, pivot, sums), (dw,))
+    state("expand_finish", (weight, coef, pivot, sums, dv_sum), (dw,))
     return dx, dw

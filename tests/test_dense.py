@@ -78,7 +78,6 @@ UNFUSIBLE = {
         lambda: changed(lambda m: setattr(m, "bn1", nn.GroupNorm(4, 32))),
         "the norm after the dense convolution is a Group",
     ),
-    "sync-norm": (lambda: timm_layers.convert_sync_batchnorm(single()), "is a SyncBatchNormAct"),
     "bias": (lambda: changed(lambda m: setattr(m, "conv_exp", nn.Conv2d(8, 32, 3, padding=1))), "has a bias"),
     "pw-kernel": (lambda: edge(pw_kernel_size=3), "the projection is 3x3"),
     "new-child": (lambda: changed(lambda m: m.add_module("gamma", nn.Identity()), single), "unknown submodule gamma"),

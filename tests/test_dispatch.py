@@ -146,7 +146,7 @@ def test_a_parametrization_is_a_reason(block, x, triton_backend):
 @pytest.mark.parametrize(
     "name, part",
     [
-        pytest.param("project_bn", nn.SyncBatchNorm(4), id="sync-batch-norm"),
+        pytest.param("project_bn", nn.GroupNorm(2, 4), id="group-norm"),
         pytest.param("expand_bn", nn.Identity(), id="folded-batch-norm"),
         pytest.param("depthwise_conv", nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8), id="dilated-conv"),
         pytest.param("se", nn.Identity(), id="other-attention"),

@@ -144,7 +144,6 @@ UNFUSIBLE = {
     ),
     "padded-se": (lambda: _with(lambda m: setattr(m._se_reduce, "padding", (1, 1))), "_se_reduce pads"),
     "norm": (lambda: _with(lambda m: setattr(m, "_bn1", nn.GroupNorm(2, 32))), "is a GroupNorm"),
-    "sync-norm": (lambda: nn.SyncBatchNorm.convert_sync_batchnorm(mbconv()), "is a SyncBatchNorm"),
     "swish": (lambda: _with(lambda m: setattr(m, "_swish", nn.Hardswish())), "activation is Hardswish"),
     "convolution": (
         lambda: _with(lambda m: setattr(m._expand_conv, "__class__", type("Lora", (nn.Conv2d,), {}))),

@@ -88,7 +88,6 @@ UNFUSIBLE = {
     "kernel": (lambda: mbconv(kernel=7), "kernel size 7"),
     "dilation": (lambda: _with(lambda m: setattr(m.block[1][0], "dilation", (2, 2))), "dilation 2"),
     "norm": (lambda: mbconv(norm_layer=lambda c: nn.GroupNorm(1, c)), "is a GroupNorm"),
-    "sync-norm": (lambda: nn.SyncBatchNorm.convert_sync_batchnorm(mbconv()), "is a SyncBatchNorm"),
     "frozen-norm": (lambda: mbconv(norm_layer=torchvision.ops.FrozenBatchNorm2d), "is a FrozenBatchNorm2d"),
     "gate": (
         lambda: _with(lambda m: setattr(_se(m), "scale_activation", nn.Hardsigmoid())),

@@ -152,7 +152,6 @@ UNFUSIBLE = {
         "the residual branch is dropped by a Dropout2d",
     ),
     "norm": (lambda: _with(_depthwise("depthwise_norm", nn.GroupNorm(2, 32))), "is a GroupNorm"),
-    "sync-norm": (lambda: nn.SyncBatchNorm.convert_sync_batchnorm(mbconv()), "is a SyncBatchNorm"),
     "lora": (
         lambda: _with(_child("projection", "project_conv", type("Lora", (nn.Conv2d,), {})(32, 8, 1, bias=False))),
         "the projection is a Lora",

@@ -198,13 +198,16 @@ CONVERTERS = {"torch": nn.SyncBatchNorm.convert_sync_batchnorm, "timm": timm_lay
 @pytest.mark.parametrize("convert", CONVERTERS.values(), ids=CONVERTERS)
 @pytest.mark.parametrize("make", [timm_block, torchvision_block])
 def test_synchronised_norms_before_and_after(make, convert, calls):
+    """torch's converter makes norms of timm's that don't call their activation: that block is another one."""
     block = randomised(make()).eval()
     x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
     plain = convert(copy.deepcopy(block)).eval()
     for converted in (fuse(convert(copy.deepcopy(block))), convert(fuse(copy.deepcopy(block)))):
-        assert torch.equal(converted.eval()(x), plain(x)) and not calls
-        row = explain(converted).rows[0]
-        assert row.path == "eager" and "is a SyncBatchNorm" in row.reason
+        torch.testing.assert_close(converted.eval()(x), plain(x))
+        row, forgets = explain(converted).rows[0], make is timm_block and CONVERTERS["torch"] is convert
+        assert (row.path == "eager" and "does not call" in row.reason) if forgets else row.path == "fused"
+        assert bool(calls) != forgets
+        calls.clear()
         assert type(unfuse(converted)) is type(block)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastmbconv.block import Activation, BatchNorm, Block, DenseBlock, Padding, SqueezeExcite
+from fastmbconv.mbconv import NORMS
 
 Module = Any  # an nn.Module of a foreign class: `nn.Module` alone says nothing about its attributes
 
@@ -272,8 +273,10 @@ def _depthwise_reason(conv: Module) -> str | None:
 
 
 def _norm_reason(role: str, norm: Module, kinds: Kinds) -> str | None:
-    if type(norm) is not nn.BatchNorm2d and kind(norm) not in kinds.norms:
-        return f"the norm after the {role} is a {name(norm)} (supported: BatchNorm2d)"
+    if type(norm) not in NORMS and kind(norm) not in kinds.norms:
+        return f"the norm after the {role} is a {name(norm)} (supported: BatchNorm2d, SyncBatchNorm)"
+    if type(norm) in NORMS and norm._modules:
+        return f"the norm after the {role} is a {name(norm)} with a {next(iter(norm._modules))} that it does not call"
     inner_drop = norm._modules.get("drop")
     if inner_drop is not None and type(inner_drop) is not nn.Identity:
         return f"the norm after the {role} holds a {name(inner_drop)}"

@@ -76,13 +76,18 @@ def input_shapes(
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     on_meta = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    sharing = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm) and module.training]
     handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
     try:
+        for norm in sharing:
+            norm.training = False  # or it would wait for the other processes
         with dispatch.backend("eager"), torch.no_grad():
             functional_call(model, on_meta, (torch.empty(shape, dtype=dtype, device="meta"),))
     except Exception as error:
         raise ValueError(f"input_shape is {tuple(shape)}: the model does not run on it: {error}") from error
     finally:
+        for norm in sharing:
+            norm.training = True
         for handle in handles:
             handle.remove()
     return found

@@ -20,7 +20,7 @@ from fastmbconv.swap.parts import (
 
 KINDS = Kinds(
     same_convs=frozenset({"timm.layers.conv2d_same.Conv2dSame"}),
-    norms=frozenset({"timm.layers.norm_act.BatchNormAct2d"}),
+    norms=frozenset({"timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct"}),
     gates=frozenset({"timm.layers.activations.Sigmoid"}),
     drops=frozenset({"timm.layers.drop.DropPath"}),
     activations={"timm.layers.activations.Swish": "silu", "timm.layers.activations_me.SwishMe": "silu"},
