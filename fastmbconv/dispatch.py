@@ -16,7 +16,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastmbconv import ranks
 from fastmbconv.block import Block, DenseBlock, Padding
 
 BACKENDS = ("auto", "triton", "eager")
@@ -145,9 +147,26 @@ def eager_at_once(x: Tensor) -> bool:
     return _backend != "triton" and call_reason(x) is not None
 
 
+def refuse_absence(module: nn.Module, x: Tensor) -> None:
+    """ValueError for an empty batch where this module's BatchNorms are synchronised: the other ranks would wait."""
+    if get_backend() == "eager":
+        return
+    if any(isinstance(norm, nn.SyncBatchNorm) and ranks.group_of(norm) is not None for norm in module.modules()):
+        raise ValueError(f"x has shape {tuple(x.shape)}: synchronised BatchNorms want a sample on every rank")
+
+
 def supports(block: Block | DenseBlock, x: Tensor) -> str | None:
     """None where the kernels take this call, else the reason why eager does."""
-    return call_reason(x) or block_reason(block)
+    return call_reason(x) or block_reason(block) or _weight_reason(block)
+
+
+def _weight_reason(block: Block | DenseBlock) -> str | None:
+    """No plain tensor: under FSDP a block's weights are plain inside its forward, and DTensors outside of it."""
+    spatial = block.weight if isinstance(block, DenseBlock) else block.depthwise_weight
+    for weight in (spatial, block.project_weight):
+        if weight is not None and is_traceable_wrapper_subclass(weight):
+            return f"a weight is a {type(weight).__name__} (FSDP: outside of its forward)"
+    return None
 
 
 def module_reason(module: nn.Module) -> str | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastmbconv import dispatch, functional
 from fastmbconv.block import Activation, BatchNorm
-from fastmbconv.mbconv import ACTIVATIONS, Conv2d
+from fastmbconv.mbconv import ACTIVATIONS, NORMS, Conv2d
 
 
 class ConvBNAct(nn.Module):
@@ -55,8 +55,8 @@ class ConvBNAct(nn.Module):
     def _infers(self, x: Tensor) -> bool:
         if not self.fused or dispatch.call_reason(x) is not None:
             return False
-        expected = (Conv2d, nn.BatchNorm2d, ACTIVATIONS[self.activation])
-        if (type(self.conv), type(self.bn), type(self.act)) != expected:
+        expected = (Conv2d, ACTIVATIONS[self.activation])
+        if (type(self.conv), type(self.act)) != expected or type(self.bn) not in NORMS:
             return False
         if (
             self.conv.bias is not None

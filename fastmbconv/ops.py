@@ -29,6 +29,7 @@ from fastmbconv.kernels import (
     synchronised,
 )
 from fastmbconv.kernels import pointwise as pointwise_kernels
+from fastmbconv.kernels.launching import writing
 from fastmbconv.kernels.tuning import accumulator
 
 RUNNING = ("running_mean", "running_var")
@@ -68,7 +69,8 @@ def _bn_norm(
     channels: int,
 ) -> Tensor:
     if partials is not None and group is not None:
-        partials = ranks.gathered(synchronised.bn_merge(partials), group)
+        partials = synchronised.bn_merge(partials)
+        partials = partials if writing() else ranks.gathered(partials, group)
     return batch_norm.bn_finalize(
         partials, weight, bias, running_mean, running_var, num_batches_tracked, eps, momentum, update, dtype, channels
     )
@@ -77,7 +79,8 @@ def _bn_norm(
 def _bn_bwd(sums: Tensor, norm: Tensor, count: int, batch_statistics: bool, group: str | None) -> tuple[Tensor, Tensor]:
     grads, coef = batch_norm.bn_bwd_finalize(sums, norm, count, batch_statistics)
     if batch_statistics and group is not None:
-        coef = synchronised.bn_coef(ranks.total_of_sums(grads, count, group), norm)
+        total = grads.new_empty(grads.numel() + 1) if writing() else ranks.total_of_sums(grads, count, group)
+        coef = synchronised.bn_coef(total, norm)
     return grads, coef
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn import SyncBatchNorm
 
 
-def group_of(module: SyncBatchNorm) -> dist.ProcessGroup | None:
+def group_of(module: nn.SyncBatchNorm) -> dist.ProcessGroup | None:
     """The processes whose batches this module's statistics are taken over now; None: this process's batch alone."""
     if not (module.training and dist.is_available() and dist.is_initialized()):
         return None

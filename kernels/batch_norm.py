@@ -48,7 +48,6 @@ def store_moments(partials_ptr, row, count, mean, m2, o_c, m_c, C):
     tl.store(p_out + 2 * C, m2, mask=m_c)
 
 
-@kernel
 @triton.jit
 def merged(partials_ptr, o_c, m_c, P, C, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
     """(count, mean, M2) of a block of channels from P partial ones, about a pivot so that large means don't cancel."""
@@ -88,6 +87,7 @@ def store_coef(norm_ptr, coef_ptr, o_c, m_c, C, b_dweight, b_dbias, count, BATCH
     tl.store(coef_ptr + 2 * C + o_c, b_r, mask=m_c)
 
 
+@kernel
 @triton.jit
 def _bn_finalize_kernel(
     partials_ptr,

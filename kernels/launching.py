@@ -36,6 +36,11 @@ class kernel:
         return lambda **arguments: written.append(Written(self.function, arguments))
 
 
+def writing() -> bool:
+    """True where this thread's launches are written down."""
+    return _thread.written is not None
+
+
 @contextmanager
 def written() -> Iterator[list[Written]]:
     """Inside the `with` block this thread's launches are collected, and nothing is computed."""

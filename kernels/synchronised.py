@@ -10,10 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm import merged, store_coef, store_moments
+from .launching import kernel
 from .traffic import state
-from .tuning import numeric, pow2
+from .tuning import cdiv, numeric, pow2
 
 
+@kernel
 @triton.jit
 def _bn_merge_kernel(partials_ptr, moments_ptr, P, C, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -22,6 +24,7 @@ def _bn_merge_kernel(partials_ptr, moments_ptr, P, C, ACC: tl.constexpr, BP: tl.
     store_moments(moments_ptr, tl.program_id(1), b_count, b_mean, b_m2, o_c, m_c, C)
 
 
+@kernel
 @triton.jit
 def _bn_coef_kernel(total_ptr, norm_ptr, coef_ptr, C, BC: tl.constexpr):
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -38,7 +41,7 @@ def bn_merge(partials: Tensor) -> Tensor:
         return partials
     moments = torch.empty(1, 3, channels, dtype=partials.dtype, device=partials.device)
     block = pow2(channels, 1, 32)
-    _bn_merge_kernel[(triton.cdiv(channels, block), 1)](
+    _bn_merge_kernel[(cdiv(channels, block), 1)](
         partials_ptr=partials,
         moments_ptr=moments,
         P=count,
@@ -56,8 +59,6 @@ def bn_coef(total: Tensor, norm: Tensor) -> Tensor:
     channels = norm.shape[1]
     coef = torch.empty(3, channels, dtype=norm.dtype, device=norm.device)
     block = pow2(channels, 1, 256)
-    _bn_coef_kernel[(triton.cdiv(channels, block),)](
-        total_ptr=total, norm_ptr=norm, coef_ptr=coef, C=channels, BC=block
-    )
+    _bn_coef_kernel[(cdiv(channels, block),)](total_ptr=total, norm_ptr=norm, coef_ptr=coef, C=channels, BC=block)
     state("bn_coef", (total, norm), (coef,))
     return coef

@@ -195,6 +195,25 @@ def fully_sharded(wrap, rank):
     return {"after": trained(net, loss), "launches": len(seen), "reason": fastmbconv.explain(net).rows[0].reason}
 
 
+def described_while_sharded(rank):
+    """(path, what a call runs, may a shape be asked for) of a timm block whose weights FSDP holds in shards."""
+    net = nn.Sequential(timm_blocks.InvertedResidual(4, 4))
+    fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+    with fastmbconv.backend("triton"):
+        row = fastmbconv.explain(fastmbconv.fuse(net)).rows[0]
+    try:
+        fastmbconv.explain(net, (1, 4, 5, 5))
+    except ValueError as error:
+        return row.path, row.runs, str(error)
+
+
+def absent():
+    try:
+        model("synchronised")[0].blocks(torch.empty(0, 4, 3, 3, dtype=torch.float64))
+    except ValueError as error:
+        return str(error)
+
+
 def explained():
     net, _, _ = model("synchronised")
     other = timm_converter(fastmbconv.fuse(timm_blocks.InvertedResidual(3, 3)))
@@ -215,6 +234,8 @@ def main(rank, folder):
         "DDP": {kind: distributed_data_parallel(kind, rank) for kind in ("synchronised", "local", "frozen")},
         "FSDP2": {wrap: fully_sharded(wrap, rank) for wrap in ("whole", "each block", "a leaf")},
         "explain": explained(),
+        "sharded": described_while_sharded(rank),
+        "absent": absent(),
     }
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()

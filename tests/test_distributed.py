@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from torch import distributed as dist
 from torch import nn
 
 import fastmbconv
-from fastmbconv import ops
+from fastmbconv import functional, ops
+from fastmbconv import ranks as ranks_module
 from fastmbconv.block import BatchNorm
+from fastmbconv.kernels.launching import written
 from fastmbconv.mbconv import MBConv
 
 TESTS = Path(__file__).parent
@@ -159,34 +162,84 @@ def test_explain_among_processes(ranks):
         )
 
 
+def test_explain_while_weights_are_sharded(ranks):
+    path, runs, error = ranks[0]["sharded"]
+    assert path == "fused" and runs == "eager: a weight is a DTensor (FSDP: outside of its forward)"
+    assert "0.conv_pw.weight is sharded: explain the model before FSDP" in error
+
+
+def test_an_empty_batch_among_others_is_refused(ranks):
+    """The other ranks would wait for it."""
+    assert ranks[1]["absent"] == "x has shape (0, 4, 3, 3): synchronised BatchNorms want a sample on every rank"
+
+
 @pytest.fixture
-def alone(tmp_path):
-    """A process group of this process."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+def alone(tmp_path, device):
+    """A process group of this process, over what a GPU would use if there is one."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()
 
 
-def test_a_group_of_one_is_a_plain_batch_norm(alone, triton_backend):
+def test_a_group_of_one_is_a_plain_batch_norm(alone, device, triton_backend):
     """Nothing is sent."""
-    module = MBConv(3, 3, expand_ratio=2)
+    module = MBConv(3, 3, expand_ratio=2).to(device)
     shared = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(module))
-    x = torch.randn(2, 3, 4, 3)
+    x = torch.randn(2, 3, 4, 3, device=device)
     assert BatchNorm.of(shared.project_bn).process_group is None
     assert torch.equal(shared(x), module(x))
 
 
-def test_without_processes_a_synchronised_norm_is_a_plain_one(triton_backend):
-    module = MBConv(3, 3, expand_ratio=2)
+@pytest.fixture
+def sent(monkeypatch):
+    """The sizes of this process's messages."""
+    sizes = []
+    for name in ("gathered", "total"):
+        real = getattr(ranks_module, name)
+        monkeypatch.setattr(ranks_module, name, lambda t, group, real=real: sizes.append(t.numel()) or real(t, group))
+    return sizes
+
+
+def talking(module, group):
+    """The block's description, its statistics taken over the group even if that is this process alone."""
+    block = module.describe()
+    return replace(
+        block, **{name: replace(getattr(block, name), process_group=group) for name in ("bn1", "bn2", "bn3")}
+    )
+
+
+def test_launches_written_down_send_nothing(alone, device, sent, triton_backend):
+    """Kernels that compile ahead are written down on each rank at its own time."""
+    module, x = MBConv(3, 3, expand_ratio=2).to(device), torch.randn(2, 3, 4, 3, device=device)
+    with written() as launches:
+        functional.mbconv(x, talking(module, alone)).sum().backward()
+    names = [launch.function.__name__ for launch in launches]
+    assert not sent and names.count("_bn_coef_kernel") == 3
+
+
+def test_one_small_message_per_batch_norm_and_direction(alone, device, sent, triton_backend):
+    """Count, mean and squares forward, two sums and the count backward; in eval mode none."""
+    module, x = MBConv(3, 3, expand_ratio=2).to(device), torch.randn(2, 3, 4, 3, device=device)
+    for training, expected in ((True, ([18, 18, 9], [7, 13, 13])), (False, ([], []))):
+        y = functional.mbconv(x, talking(module.train(training), alone))
+        forward = sent[:]
+        y.sum().backward()
+        assert (forward, sent[len(forward) :]) == expected
+        sent.clear()
+
+
+def test_without_processes_a_synchronised_norm_is_a_plain_one(device, triton_backend):
+    module = MBConv(3, 3, expand_ratio=2).to(device)
     shared = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(module))
-    x = torch.randn(2, 3, 4, 3)
+    x = torch.randn(2, 3, 4, 3, device=device)
     assert torch.equal(shared(x), module(x)) and fastmbconv.explain(shared).fused == 1
 
 
-def test_operators_that_talk_pass_opcheck(alone):
+def test_operators_that_talk_pass_opcheck(alone, device):
     """Their fake implementations say nothing to anybody, and have the kernels' shapes."""
-    u, norm = torch.randn(2, 3, 2, 4), torch.rand(4, 4) + 0.5
-    running = (torch.zeros(4), torch.ones(4), torch.tensor(0))
+    u, norm = torch.randn(2, 3, 2, 4, device=device), torch.rand(4, 4, device=device) + 0.5
+    running = [t.to(device) for t in (torch.zeros(4), torch.ones(4), torch.tensor(0))]
     for operator, arguments in (
         (ops.image_norm, (u, None, None, *running, 1e-3, 0.1, True, True, alone.group_name)),
         (ops.bn_bwd, (u, u, norm, None, "silu", True, alone.group_name)),

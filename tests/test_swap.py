@@ -367,7 +367,7 @@ UNFUSIBLE = {
     "kernel": (lambda m: setattr(m, "conv1", nn.Conv2d(8, 8, 7, groups=8, bias=False)), "kernel size 7"),
     "reflect": (lambda m: setattr(m.conv1, "padding_mode", "reflect"), "pads with 'reflect'"),
     "subclass": (lambda m: setattr(m.conv1, "__class__", type("MyConv", (nn.Conv2d,), {})), "is a MyConv"),
-    "norm": (lambda m: setattr(m, "bn1", nn.GroupNorm(2, 8)), "is a GroupNorm (supported: BatchNorm2d)"),
+    "norm": (lambda m: setattr(m, "bn1", nn.GroupNorm(2, 8)), "is a GroupNorm (supported: BatchNorm2d, SyncBatchNorm)"),
     "activation": (lambda m: setattr(m, "act", nn.GELU()), "is GELU (supported: SiLU, ReLU, ReLU6)"),
     "none": (lambda m: setattr(m, "act", nn.Identity()), "activation 'none'"),
 }

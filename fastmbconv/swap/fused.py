@@ -33,7 +33,11 @@ class FusedBlock:
         original: Callable[..., Any] = super().forward  # type: ignore[misc]
         if not args and type(self).image in kwargs:
             args = (kwargs.pop(type(self).image),)
-        if not args or not isinstance(args[0], Tensor) or dispatch.eager_at_once(args[0]):
+        if not args or not isinstance(args[0], Tensor):
+            return original(*args, **kwargs)
+        if args[0].numel() == 0:
+            dispatch.refuse_absence(self, args[0])  # type: ignore[arg-type]
+        if dispatch.eager_at_once(args[0]):
             return original(*args, **kwargs)
         block = read(self, type(self).adapter, *args[1:], **kwargs)  # type: ignore[arg-type]
         if isinstance(block, str):

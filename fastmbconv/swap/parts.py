@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fastmbconv.block import Activation, BatchNorm, Block, DenseBlock, Padding, SqueezeExcite
 from fastmbconv.mbconv import NORMS
 
+SHARDED = "torch.distributed.tensor.DTensor"  # FSDP makes it a plain tensor in the block's forward
 Module = Any  # an nn.Module of a foreign class: `nn.Module` alone says nothing about its attributes
 
 ACTIVATIONS: dict[type[nn.Module], Activation] = {
@@ -239,7 +240,7 @@ def _conv_reason(role: str, conv: Module, kinds: Kinds) -> str | None:
         return f"the {role} has a bias"
     if conv.padding_mode != "zeros":
         return f"the {role} pads with {conv.padding_mode!r}"
-    if is_traceable_wrapper_subclass(conv.weight):
+    if is_traceable_wrapper_subclass(conv.weight) and kind(conv.weight) != SHARDED:
         return f"the {role}'s weight is a {type(conv.weight).__name__}"
     return None
 

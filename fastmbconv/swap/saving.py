@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastmbconv import dispatch
 from fastmbconv.block import Block, DenseBlock
@@ -65,6 +66,9 @@ def input_shapes(
     Raises:
         ValueError: where the model does not run on such a tensor.
     """
+    sharded = [name for name, p in model.named_parameters() if is_traceable_wrapper_subclass(p)]
+    if sharded:
+        raise ValueError(f"input_shape is {tuple(shape)} and {sharded[0]} is sharded: explain the model before FSDP")
     found: dict[nn.Module, tuple[int, int, int, int]] = {}
 
     def note(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
