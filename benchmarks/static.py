@@ -243,7 +243,7 @@ def main() -> int:
         epilog="few: the four blocks that cost B0 and B4 most; held: the walks that tests hold to a budget; tiny: two "
         "small blocks; b0 to b7: every block of that model, B0 with batch 128, B4 64, others 32; all: every block of "
         "all of them, so every tile size that ships. A kernel takes a second or two of a core, a 5x5 backward half a "
-        "minute, once (Triton caches it): few is 130 kernels per architecture, b0 250, all 1700.",
+        "minute, once (Triton caches it): few is 120 kernels per architecture, b0 230, all 1500.",
     )
     parser.add_argument("--arch", type=int, nargs="+", default=[90], help="compute capabilities, 90 for Hopper")
     parser.add_argument("--shapes", nargs="+", choices=("few", "held", "tiny", "all", *MODELS), default=["few"])
