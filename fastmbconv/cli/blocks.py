@@ -16,7 +16,7 @@ from fastmbconv import dispatch
 from fastmbconv.block import Block, DenseBlock
 from fastmbconv.cli.extras import require
 from fastmbconv.swap.fused import fusible
-from fastmbconv.traffic import Sizes, Traffic, count
+from fastmbconv.traffic import Sizes, Traffic, count, count_dense
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Pacer:
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The MBConv blocks by name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(fusible(module), Block)}
+    """The blocks that can be fused by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(fusible(module), (Block, DenseBlock))}
 
 
 def reason_of(module: nn.Module, x: Tensor) -> str | None:
@@ -111,9 +111,10 @@ def traffic_of(model: nn.Module, x: Tensor) -> list[tuple[str, Traffic]]:
     rows = []
 
     def note(name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        block = fusible(module)
-        assert isinstance(block, Block)
-        rows.append((name, count(Sizes.of(block, tuple(arguments[0].shape)))))
+        block, shape = fusible(module), tuple(arguments[0].shape)
+        assert isinstance(block, (Block, DenseBlock))
+        traffic = count_dense(block, shape)[1] if isinstance(block, DenseBlock) else count(Sizes.of(block, shape))
+        rows.append((name, traffic))
 
     with hooked(blocks_of(model), before=note), fastmbconv.backend("eager"), torch.inference_mode():
         model(x)

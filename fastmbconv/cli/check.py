@@ -1,24 +1,21 @@
 """`fastmbconv check`: the error of every block's output, gradients and statistics on this machine, next to eager's.
 
-Each block gets the input that it has inside the model. Truth is the block in eager float64; eager and fused run in the
-same dtype (half precision under autocast), and the parity rule says how far the fused one may be off: 2x eager's error
-plus a small constant per dtype.
+Each block gets the input that it has inside the model, for a training step and for a forward in eval mode without
+gradients. Truth is the block in eager float64; eager and fused run in the same dtype (half precision under autocast),
+and the parity rule says how far the fused one may be off: 2x eager's error plus a small constant per dtype.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastmbconv.cli.extras import CommandError
 from fastmbconv.cli.models import HELP, load
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from fastmbconv.cli.errors import Row
 
 DTYPES = ("float32", "float16", "bfloat16")
 DEFAULT = "efficientnet_b0"
@@ -41,33 +38,6 @@ def add_to(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One tensor of one block: the errors of both paths against float64, and what the rule allows."""
-
-    block: str
-    tensor: str
-    fused: float
-    eager: float
-    limit: float
-
-    @property
-    def passed(self) -> bool:
-        return self.fused <= self.limit  # False for NaN
-
-    @property
-    def ratio(self) -> float:
-        """The kernels' error over eager's; 1 where neither has any."""
-        if self.eager > 0:
-            return self.fused / self.eager
-        return float("inf") if self.fused > 0 else 1.0
-
-    @property
-    def excess(self) -> float:
-        """By which factor the error is larger than what is allowed."""
-        return self.fused / self.limit if self.limit > 0 else self.fused
-
-
 def run(options: argparse.Namespace) -> int:
     for name, low in (("size", 8), ("batch", 1)):
         value = getattr(options, name)
@@ -81,14 +51,14 @@ def run(options: argparse.Namespace) -> int:
     if not gpu:
         dispatch.interpret()
     from fastmbconv import parity
-    from fastmbconv.cli import blocks
+    from fastmbconv.cli import blocks, errors
 
     torch.manual_seed(0)
     device = torch.device("cuda" if gpu else "cpu")
     dtype = getattr(torch, options.dtype)
     size, batch = options.size or (224 if gpu else 32), options.batch or 8
     model = load(options.model).module.to(device).train()
-    settle(model)
+    errors.settle(model)
     x = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
     inputs = blocks.inputs_of(model, x)
     modules = blocks.blocks_of(model)
@@ -110,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
         if reason is not None:
             skipped[name] = reason
             continue
-        found = compare(name, module, inputs[name], dtype)
+        found = [row for mode in errors.MODES for row in errors.compare(name, module, inputs[name], dtype, mode)]
         rows += found
         worst = max(found, key=lambda row: (not row.passed, row.excess))
         verdict = "" if worst.passed else "  BROKEN"
@@ -137,62 +107,6 @@ def summary(rows: list[Row], skipped: dict[str, str], total: int) -> int:
     if not checked:
         raise CommandError("no block could be checked")
     return 1 if broken else 0
-
-
-def compare(name: str, module: nn.Module, x: Tensor, dtype: torch.dtype) -> list[Row]:
-    """Run one block in float64, in eager and fused, forward and backward, and compare every tensor."""
-    import torch
-
-    from fastmbconv import parity
-
-    truth = tensors_of(module, x, torch.float64, "eager")
-    eager = tensors_of(module, x, dtype, "eager")
-    fused = tensors_of(module, x, dtype, "triton")
-    rows = []
-    for tensor, true in truth.items():
-        theirs = parity.relative_error(eager[tensor], true)
-        ours = parity.relative_error(fused[tensor], true)
-        rows.append(Row(name, tensor, ours, theirs, parity.limit(theirs, dtype)))
-    return rows
-
-
-def tensors_of(module: nn.Module, x: Tensor, dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
-    """The block's output, the gradient of its input and parameters, and its running statistics, after one step."""
-    import torch
-
-    import fastmbconv
-
-    block = copy.deepcopy(module)
-    if dtype == torch.float64:
-        block = block.double()
-    model = fastmbconv.fuse(torch.nn.Sequential(block))
-    x = x.to(dtype, copy=True).requires_grad_()
-    half = dtype in (torch.float16, torch.bfloat16)
-    with fastmbconv.backend(backend), torch.autocast(x.device.type, dtype=dtype if half else None, enabled=half):
-        y = model(x)
-        generator = torch.Generator(y.device).manual_seed(1)
-        gradient = torch.randn(y.shape, generator=generator, device=y.device)
-        y.backward(gradient.to(dtype).to(y.dtype))
-    found = {"output": y, "d input": x.grad}
-    found |= {f"d {name}": parameter.grad for name, parameter in block.named_parameters()}
-    found |= {name: buffer for name, buffer in block.named_buffers() if buffer.is_floating_point()}
-    return {name: tensor.detach() for name, tensor in found.items() if tensor is not None}
-
-
-def settle(model: nn.Module) -> None:
-    """Make a model with fresh weights comparable across dtypes.
-
-    Dropout and stochastic depth go off: a mask drawn in another dtype is another mask. BatchNorms get scales and shifts
-    as after training: with a fresh model's zero shifts the next batch mean is rounding error and nothing else.
-    """
-    import torch
-
-    for module in model.modules():
-        if type(module).__name__ in ("Dropout", "DropPath", "StochasticDepth"):
-            module.eval()
-        if isinstance(module, torch.nn.BatchNorm2d) and module.affine:
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias, std=0.3)
 
 
 def where(device: Any) -> str:
