@@ -11,7 +11,7 @@ from torch import nn
 
 import fastmbconv
 from fastmbconv import parity
-from fastmbconv.cli import blocks, check, demo, main, models
+from fastmbconv.cli import blocks, check, demo, errors, main, models
 from fastmbconv.cli.extras import CommandError, require, require_timm
 from fastmbconv.mbconv import MBConv
 
@@ -131,11 +131,12 @@ def test_check_says_what_it_left_out(capsys):
 
 def test_check_compares_independent_gradients(device):
     block, x = MBConv(4, 4, expand_ratio=2).to(device), torch.randn(3, 4, 4, 4, device=device)
-    rows = check.compare("block", block, x, torch.float32)
+    rows = errors.compare("block", block, x, torch.float32)
     names = {row.tensor for row in rows}
     assert {"output", "d input", "d se.reduce.bias", "project_bn.running_var"} <= names
     assert all(row.eager < 1e-4 for row in rows if row.tensor.startswith(("d input", "output")))
     assert all(parameter.grad is None for parameter in block.parameters())
+    assert [row.tensor for row in errors.compare("block", block, x, torch.float32, "eval")] == ["output in eval"]
 
 
 def test_check_names_a_wrong_model(capsys):
