@@ -126,7 +126,7 @@ def call_reason(x: Tensor) -> str | None:
     """Why this call runs eager whatever the block (backend, empty batch, device, dtype), or None."""
     if get_backend() == "eager":
         return "the backend is set to eager"
-    if x.numel() == 0:
+    if not torch.jit.is_tracing() and x.numel() == 0:  # a tracer warns of what depends on a size
         return "an empty batch"
     return device_reason(x)
 

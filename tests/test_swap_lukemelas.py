@@ -172,6 +172,13 @@ def _foreign(module_name, forward):
     return block
 
 
+def test_a_refused_block_shows_its_squeeze_excite():
+    module = mbconv()
+    module._swish = nn.GELU()
+    (row,) = explain(module).rows
+    assert row.path == "eager" and row.geometry.squeeze_excite
+
+
 @pytest.mark.parametrize("home", ["monai.networks.nets.efficientnet", "image_classification.models.efficientnet"])
 def test_same_name_is_not_the_same_block(home):
     block = _foreign(home, lambda self, x: self._project_conv(self._depthwise_conv(x)))

@@ -139,7 +139,10 @@ def _convolutions(module: nn.Module) -> list[Any]:
 
 def _guessed_geometry(module: nn.Module) -> Geometry:
     """Sizes from the convolutions in their order; the depthwise one, else the widest, tells kernel and stride."""
-    squeeze_excite = any(word in type(m).__name__ for m in module.modules() for word in ("SqueezeExc", "SEModule"))
+    squeeze_excite = any(
+        name == "_se_reduce" or any(word in type(m).__name__ for word in ("SqueezeExc", "SEModule"))
+        for name, m in module.named_modules()
+    )
     convs = _convolutions(module)
     if not convs:
         return Geometry(None, None, None, squeeze_excite)
