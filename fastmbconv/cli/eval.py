@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     classes = len(trained.classes)
     result = evaluate(model, batches, classes, World(device), lambda: torch.autocast(device.type, enabled=False))
     for name, reason in result.broken.items():
-        print(f"skipped {name}: {reason}")
+        print(f"skipped {name}: {reason}", file=sys.stderr)
     draw_confusion(options.picture, result.confusion, trained.classes)
     row = {"pictures": result.count, "top1": result.top1, "top5": result.top5, "loss": result.loss}
     if options.json:

@@ -19,7 +19,7 @@ from fastmbconv.training.restore import Trained
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-INK, FAINT, BAR, REST = "#1f2430", "#6b7280", "#0b6e99", "#b9c9d3"
+INK, FAINT, BAR, REST = "#1f2430", "#6b7280", "#7fb8d4", "#dbe4ea"
 COLUMNS, THUMBNAIL = 3, 480
 
 
