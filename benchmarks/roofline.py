@@ -121,7 +121,7 @@ class Floor:
 
     @classmethod
     def of(cls, row: Row, gpu: Gpu) -> Floor:
-        times = [work(launch).seconds(gpu) for _, launch in row.launches]
+        times = [work(launch).seconds(gpu) for phase, launch in row.launches if phase != "inference"]
         eager = row.eager.total * row.shape.elements * DTYPE.itemsize / gpu.bandwidth
         return cls(eager, *map(sum, zip(*times, strict=True)), bound=sum(map(max, times)))
 
