@@ -195,7 +195,8 @@ def test_explain(name, capsys, monkeypatch):
     assert counted and int(counted[2]) == total and (fused is None or int(counted[1]) == fused)
 
 
-def test_explain_takes_a_resolution_and_a_batch(capsys):
+def test_explain_takes_a_resolution_and_a_batch(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     saved = {}
     for batch, resolution, more in ((1, 64, []), (4, 64, []), (1, 128, []), (1, 64, ["--inference"])):
         options = ["--batch", str(batch), "--resolution", str(resolution), "--dtype", "float32", *more]

@@ -439,7 +439,7 @@ def test_our_mbconv_with_a_replaced_norm(calls, x):
 
 def test_explain_prints():
     explanation = explain(fuse(nn.ModuleDict({"a": MBConv(8, 12, 5, stride=2), "b": Other(), "c": Other()})))
-    header, first, second, _, reason, passes, summary = str(explanation).splitlines()
+    header, first, second, _, reason, passes, summary = explanation.table(200).splitlines()
     assert header.split() == ["block", "class", "channels", "kernel", "SE", "path", "passes"]
     assert re.fullmatch(r"a +MBConv +8->48->12 +5x5 /2 +yes +fused +[\d.]+ -> [\d.]+", first)
     assert re.fullmatch(r"b +Other +8->8->8 +3x3 +no +eager \[1\]", second)
