@@ -36,7 +36,7 @@ from benchmarks.launches import caught
 from benchmarks.registry import BATCHES, Shape, by_weight, shapes
 from benchmarks.sass import disassemble
 from benchmarks.workers import Failed, spread
-from fastmbconv.kernels import expand_backward, synchronised
+from fastmbconv.kernels import expand_backward, synchronised, tables
 
 MATRIX = ("HMMA", "HGMMA", "IMMA", "QGMMA", "DMMA", "UTCHMMA")
 MODELS = [f"b{number}" for number in range(8)]
@@ -111,11 +111,18 @@ class Specialised:
 def launches(shape: Shape, dtype: torch.dtype, archs: list[int], *, ops: bool = False) -> list[Specialised]:
     """The distinct kernels of the block, and of the single ops, in training and inference; nothing is computed."""
     found: dict[str, Specialised] = {}
+    for arch in archs:
+        with tables.compiled_for(arch):  # tiles differ by architecture
+            for one in _launches(shape, dtype, arch, ops):
+                found.setdefault(one.key, one)
+    return list(found.values())
+
+
+def _launches(shape: Shape, dtype: torch.dtype, arch: int, ops: bool) -> list[Specialised]:
+    found: list[Specialised] = []
 
     def keep(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for arch in archs:
-            one = Specialised.of(shape.name, kernel, args, kwargs, arch)
-            found.setdefault(one.key, one)
+        found.append(Specialised.of(shape.name, kernel, args, kwargs, arch))
 
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     around = (subjects.fused_mbconv, subjects.fused_mbconv_single, subjects.ends)
@@ -135,7 +142,7 @@ def launches(shape: Shape, dtype: torch.dtype, archs: list[int], *, ops: bool = 
     if ops:
         with caught(keep):
             synchronised_norms(shape, dtype)
-    return list(found.values())
+    return found
 
 
 def synchronised_norms(shape: Shape, dtype: torch.dtype) -> None:
