@@ -14,7 +14,7 @@ from .batch_norm import load_norm, load_xhat
 from .launching import kernel
 from .math import INTERPRETED, activate_grad, dot
 from .pointwise import load_grad
-from .project_wide import project_wide, takes, wide_tiles
+from .project_wide import COLUMNS, _project_wide_kernel, images_of_a_program, takes, wide_tiles
 from .tables import tiles as chosen
 from .traffic import state, summed
 from .tuning import MIN_DOT, cdiv, groups, numeric, pow2, precision
@@ -129,19 +129,18 @@ def project_sweep(
     channels = u2.shape[3]
     given = (dy, u3, coef, keep, weight, u2, norm, gate)
     traits = dict(images=n, activation=activation, keep=keep is not None, gate=gate is not None)
-    if takes(h * w, out, dy.dtype):
-        sums, dw = project_wide(
-            *given, activation, chosen("project_wide", dy, wide_tiles, (h * w, out, channels, dy.dtype), **traits)
-        )
-        state("project_wide", given, (sums, dw))
-        return sums, summed(dw).reshape(out, channels, 1, 1)
-    tiles = chosen("project_sweep", dy, sweep_tiles, (h * w, out, channels), **traits)
-    columns, parts = cdiv(channels, tiles["BC"]), cdiv(out, tiles["BO"])
-    images = groups(n, columns * parts, programs=256)
+    wide = takes(h * w, out, dy.dtype)
+    if wide:
+        tiles = chosen("project_wide", dy, wide_tiles, (h * w, out, channels, dy.dtype), **traits)
+        tiles = tiles | dict(COLUMNS=COLUMNS)
+    else:
+        tiles = chosen("project_sweep", dy, sweep_tiles, (h * w, out, channels), **traits)
+    columns, parts = cdiv(channels, tiles["BC"]), cdiv(out, tiles["BO"] * tiles.get("TILES", 1))
+    images = images_of_a_program(n, columns * parts, dy.device) if wide else groups(n, columns * parts, programs=256)
     programs = cdiv(n, images)
     sums = torch.empty(parts, n, 2 if gate is None else 5, channels, dtype=norm.dtype, device=dy.device)
     dw = torch.empty(programs, out, channels, dtype=norm.dtype, device=dy.device)
-    _project_sweep_kernel[(columns, parts, programs)](
+    (_project_wide_kernel if wide else _project_sweep_kernel)[(columns, parts, programs)](
         dy_ptr=dy,
         u3_ptr=u3,
         coef_ptr=coef,
@@ -164,5 +163,5 @@ def project_sweep(
         **numeric(dy.dtype),
         **tiles,
     )
-    state("project_sweep", given, (sums, dw))
+    state("project_wide" if wide else "project_sweep", given, (sums, dw))
     return sums, summed(dw).reshape(out, channels, 1, 1)

@@ -9,13 +9,12 @@ the left, where they stay in registers.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .batch_norm import load_coef, load_norm, load_xhat
 from .launching import kernel
 from .math import INTERPRETED, activate_grad, dot
 from .tables import processors
-from .tuning import MIN_DOT, cdiv, group_of, numeric, pow2, precision
+from .tuning import MIN_DOT, cdiv, group_of, pow2
 
 COLUMNS = 16  # of the matrix of ones: so many images a program at most
 
@@ -148,49 +147,6 @@ def wide_tiles(pixels: int, out: int, channels: int, dtype: torch.dtype) -> dict
     return dict(BM=rows, BO=width, BC=128, TILES=tiles, num_warps=8, num_stages=1)
 
 
-def project_wide(
-    dy: Tensor,
-    u3: Tensor,
-    coef: Tensor,
-    keep: Tensor | None,
-    weight: Tensor,
-    u2: Tensor,
-    norm: Tensor,
-    gate: Tensor | None,
-    activation: str,
-    tiles: dict[str, int],
-) -> tuple[Tensor, Tensor]:
-    """(sums [OB, N, 5 or 2, CI], parts of the project weight's gradient [P, CO, CI]): `project_sweep`'s arguments."""
-    n, h, w, out = dy.shape
-    channels = u2.shape[3]
-    columns, parts = cdiv(channels, tiles["BC"]), cdiv(out, tiles["BO"] * tiles["TILES"])
-    # A program takes all registers of a multiprocessor.
-    images = group_of(n, columns * parts, processors(dy.device), COLUMNS)
-    programs = cdiv(n, images)
-    sums = torch.empty(parts, n, 2 if gate is None else 5, channels, dtype=norm.dtype, device=dy.device)
-    dw = torch.empty(programs, out, channels, dtype=norm.dtype, device=dy.device)
-    _project_wide_kernel[(columns, parts, programs)](
-        dy_ptr=dy,
-        u3_ptr=u3,
-        coef_ptr=coef,
-        keep_ptr=keep,
-        w_ptr=weight,
-        u2_ptr=u2,
-        norm_ptr=norm,
-        gate_ptr=gate,
-        sums_ptr=sums,
-        dw_ptr=dw,
-        N=n,
-        HW=h * w,
-        IMAGES=images,
-        CI=channels,
-        CO=out,
-        ACT=activation,
-        HAS_KEEP=keep is not None,
-        HAS_GATE=gate is not None,
-        PRECISION=precision(dy.dtype),
-        **numeric(dy.dtype),
-        COLUMNS=COLUMNS,
-        **tiles,
-    )
-    return sums, dw
+def images_of_a_program(images: int, columns: int, device: torch.device) -> int:
+    """So many that the programs fill the GPU once: one takes all registers of a multiprocessor."""
+    return group_of(images, columns, processors(device), COLUMNS)
