@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .launching import kernel
 from .math import INTERPRETED, activate, dot, stored
+from .squeeze_excite import store_gate
 from .tables import tiles as chosen
 from .traffic import state
 from .tuning import MIN_DOT, cdiv, matmul_tiles, numeric, pow2, precision
@@ -142,14 +143,7 @@ def _excite_inference_kernel(
         m = m_r[:, None] & m_c[None, :]
         b_w = tl.load(wr_ptr + o_r[:, None] * C + o_c[None, :], mask=m, other=0.0).to(ACC)  # [BR, BC]
         b_r += tl.sum(b_w * (b_p / HW)[None, :], 1)
-    b_z = tl.where(m_r, activate(b_r, ACT, False), 0.0)
-    for c0 in range(0, C, BC):
-        o_c = c0 + tl.arange(0, BC)
-        m_c = o_c < C
-        m = m_r[None, :] & m_c[:, None]
-        b_w = tl.load(wx_ptr + o_c[:, None] * R + o_r[None, :], mask=m, other=0.0).to(ACC)  # [BC, BR]
-        b_q = tl.sum(b_w * b_z[None, :], 1) + tl.load(bx_ptr + o_c, mask=m_c, other=0.0).to(ACC)
-        tl.store(gate_ptr + n * C + o_c, 1.0 / (1.0 + tl.exp(-b_q)), mask=m_c)
+    store_gate(gate_ptr, wx_ptr, bx_ptr, b_r, n, C, R, ACT, ACC, BR, BC)
 
 
 def product_tiles(rows: int, reduce: int, out: int, images: int = 1) -> dict[str, int]:

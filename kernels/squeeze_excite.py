@@ -56,6 +56,23 @@ def _pool_kernel(
     tl.store(out_ptr + n * C + o_c, stored(tl.sum(acc, 0) / SCALE, out_ptr.dtype.element_ty), mask=m_c)
 
 
+@triton.jit
+def store_gate(
+    gate_ptr, wx_ptr, bx_ptr, b_r, n, C, R: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr,
+    BC: tl.constexpr,
+):  # fmt: skip
+    """An image's gate from the pre-activation of its reduced vector [BR]."""
+    o_r = tl.arange(0, BR)
+    m_r = o_r < R
+    b_z = tl.where(m_r, activate(b_r, ACT, False), 0.0)
+    for c0 in range(0, C, BC):
+        o_c = c0 + tl.arange(0, BC)
+        m = m_r[None, :] & (o_c < C)[:, None]
+        b_w = tl.load(wx_ptr + o_c[:, None] * R + o_r[None, :], mask=m, other=0.0).to(ACC)  # [BC, BR]
+        b_q = tl.sum(b_w * b_z[None, :], 1) + tl.load(bx_ptr + o_c, mask=o_c < C, other=0.0).to(ACC)
+        tl.store(gate_ptr + n * C + o_c, 1.0 / (1.0 + tl.exp(-b_q)), mask=o_c < C)
+
+
 @kernel
 @triton.jit
 def _excite_fwd_kernel(
@@ -84,13 +101,7 @@ def _excite_fwd_kernel(
         b_w = tl.load(wr_ptr + o_r[:, None] * C + o_c[None, :], mask=m, other=0.0).to(ACC)  # [BR, BC]
         b_r += tl.sum(b_w * b_p[None, :], 1)
     tl.store(r_ptr + n * R + o_r, b_r, mask=m_r)
-    b_z = tl.where(m_r, activate(b_r, ACT, False), 0.0)
-    for c0 in range(0, C, BC):
-        o_c = c0 + tl.arange(0, BC)
-        m = m_r[None, :] & (o_c < C)[:, None]
-        b_w = tl.load(wx_ptr + o_c[:, None] * R + o_r[None, :], mask=m, other=0.0).to(ACC)  # [BC, BR]
-        b_q = tl.sum(b_w * b_z[None, :], 1) + tl.load(bx_ptr + o_c, mask=o_c < C, other=0.0).to(ACC)
-        tl.store(gate_ptr + n * C + o_c, 1.0 / (1.0 + tl.exp(-b_q)), mask=o_c < C)
+    store_gate(gate_ptr, wx_ptr, bx_ptr, b_r, n, C, R, ACT, ACC, BR, BC)
 
 
 @triton.jit
