@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 from fastmbconv.training.errors import TrainingError
 
+# Python's reference to a group must be the last one. DistributedDataParallel's Reducer drops its own with the GIL
+# held, and gloo's destructor then waits for threads that may want the GIL to drop their last message: a deadlock.
+_groups: list[dist.ProcessGroup | None] = []
+
 
 @dataclass(frozen=True)
 class World:
@@ -82,6 +86,7 @@ def world(device: str | None) -> Iterator[World]:
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(where)
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    _groups.append(dist.group.WORLD)
     try:
         yield World(where, dist.get_rank(), size)
     finally:
