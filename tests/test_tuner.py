@@ -137,6 +137,14 @@ def test_the_launches_of_a_model(found):
     assert [launch.moved for launch in launches] == sorted((launch.moved for launch in launches), reverse=True)
 
 
+def test_a_launch_keeps_no_tensor(found):
+    """They are made again on the GPU: one of the CPU's would be refused there."""
+    for launch in found[1]:
+        parts = [p for a in launch.arguments for p in (a if isinstance(a, tuple) else (a,))]
+        assert any(isinstance(part, tuner.Spec) for part in parts), launch.question.key
+        assert not any(torch.is_tensor(part) for part in parts), launch.question.key
+
+
 def test_a_launch_can_be_repeated_with_other_tiles(found, device):
     kinds = {launch.question.kernel: launch for launch in found[1]}
     for launch in kinds.values():
