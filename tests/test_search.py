@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from fastmbconv import files
 from fastmbconv.scaling import ALPHA, BETA, GAMMA, search
 from fastmbconv.search import Point, Ranking, grid, product
 
@@ -82,7 +83,7 @@ def test_a_failed_write_leaves_the_file_whole(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(json, "dump", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         search(score, **COARSE, resume=file)
     assert file.read_text() == before
