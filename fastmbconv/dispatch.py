@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -133,13 +133,18 @@ def call_reason(x: Tensor) -> str | None:
 
 def refuse_transforms() -> None:
     """RuntimeError inside a torch.func transform or forward-mode AD: the kernels have ordinary gradients only."""
-    if torch.compiler.is_compiling():
-        return
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if transforms():
         raise RuntimeError(
             "fastmbconv's kernels don't take torch.func's transforms (grad, vmap, jvp, ...) or forward-mode AD; "
             f"{WAY_OUT}"
         )
+
+
+def transforms() -> bool:
+    """True inside a torch.func transform or forward-mode AD."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def eager_at_once(x: Tensor) -> bool:
@@ -171,23 +176,32 @@ def _weight_reason(block: Block | DenseBlock) -> str | None:
 
 def module_reason(module: nn.Module) -> str | None:
     """Why a module must run its own submodules, or None: somebody hooked, parametrised or patched one of them."""
+    return children_reason(module._modules)
+
+
+def children_reason(children: Mapping[str, nn.Module | None]) -> str | None:
+    """The same of some modules by their names, which somebody else would call."""
     if torch.nn.modules.module._has_any_global_hook():
         return "a hook on every module"
-    return _inner_reason(module, "")
+    return _inner_reason(children, "")
 
 
-def _inner_reason(module: nn.Module, prefix: str) -> str | None:
-    for name, child in module._modules.items():  # named_modules() is slower, and each call pays
+def own_reason(module: nn.Module, name: str) -> str | None:
+    """Why this module, whatever is inside it, must be called as one, or None."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"a hook on {name}"
+    return f"a forward replaced on {name}" if "forward" in module.__dict__ else None
+
+
+def _inner_reason(children: Mapping[str, nn.Module | None], prefix: str) -> str | None:
+    for name, child in children.items():  # named_modules() is slower, and each call pays
         if child is None:
             continue
         if name == "parametrizations":
             return f"a parametrization on {prefix.removesuffix('.') or 'the block'}"
-        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
-            return f"a hook on {prefix}{name}"
-        if "forward" in child.__dict__:
-            return f"a forward replaced on {prefix}{name}"
-        if child._modules:
-            reason = _inner_reason(child, f"{prefix}{name}.")
-            if reason is not None:
-                return reason
+        reason = own_reason(child, f"{prefix}{name}")
+        if reason is None and child._modules:
+            reason = _inner_reason(child._modules, f"{prefix}{name}.")
+        if reason is not None:
+            return reason
     return None

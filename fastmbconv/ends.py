@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastmbconv import dispatch, functional
 from fastmbconv.block import Activation, BatchNorm
@@ -53,17 +54,36 @@ class ConvBNAct(nn.Module):
         return functional.pointwise_bn_act_pool(x, self.conv.weight, BatchNorm.of(self.bn), self.activation)
 
     def _infers(self, x: Tensor) -> bool:
-        if not self.fused or dispatch.call_reason(x) is not None:
+        if not self.fused or dispatch.call_reason(x) is not None or self.replaced_reason() is not None:
             return False
-        expected = (Conv2d, ACTIVATIONS[self.activation])
-        if (type(self.conv), type(self.act)) != expected or type(self.bn) not in NORMS:
+        if x.shape[1] != self.conv.in_channels or dispatch.module_reason(self) is not None:
             return False
-        if (
-            self.conv.bias is not None
-            or x.shape[1] != self.conv.in_channels
-            or dispatch.module_reason(self) is not None
-        ):
-            return False
-        tensors = (x, self.conv.weight, self.bn.weight, self.bn.bias)
-        wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        return not wanted and not BatchNorm.of(self.bn).batch_statistics
+        return infers(x, BatchNorm.of(self.bn), self.conv.weight)
+
+    def replaced_reason(self) -> str | None:
+        """Why the kernels don't know what this module computes, or None: somebody replaced one of its layers."""
+        for name, expected in (("conv", (Conv2d,)), ("bn", NORMS), ("act", (ACTIVATIONS[self.activation],))):
+            layer = self._modules[name]
+            if type(layer) not in expected:
+                return f"{name} is a {type(layer).__name__}"
+        return None if self.conv.bias is None else "conv has a bias"
+
+
+def infers(x: Tensor, bn: BatchNorm, weight: Tensor | None = None) -> bool:
+    """True where kernels run an end's BatchNorm on x: it is a fixed affine map, and nothing needs a gradient.
+
+    Args:
+        x: [N, C, H, W], the convolution's output; with its `weight` (for `functional.pointwise_bn_act_pool`) its input.
+    """
+    if dispatch.call_reason(x) is not None or bn.batch_statistics or dispatch.transforms():
+        return False
+    vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    tensors = [tensor for tensor in (weight, *vectors) if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors)):
+        return False
+    if any(tensor.device != x.device or is_traceable_wrapper_subclass(tensor) for tensor in tensors):
+        return False
+    assert bn.running_mean is not None
+    if x.dim() != 4 or x.shape[1] != (bn.running_mean.shape[0] if weight is None else weight.shape[1]):
+        return False
+    return weight is None or weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fastmbconv import dispatch, functional
 from fastmbconv.block import Activation, BatchNorm, Block, Memory, SqueezeExcite, pads
-from fastmbconv.synchronised import SyncBatchNorm
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "none": nn.Identity,
@@ -22,7 +21,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu6": nn.ReLU6,
 }
 
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 class StochasticDepth(nn.Module):

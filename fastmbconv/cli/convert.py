@@ -11,12 +11,13 @@ other, so that is refused. The names in timm's and in our files are the same in 
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastmbconv.cli.extras import CommandError, require
-from fastmbconv.files import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,12 +166,16 @@ def _write(path: Path, entries: dict[str, Tensor]) -> None:
     import torch
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in entries.items()}
-    try:
-        with replacing(path) as part:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
             if path.suffix == ".safetensors":
-                part.write_bytes(require("safetensors.torch", "train").save(tensors, metadata={"format": "pt"}))
+                require("safetensors.torch", "train").save_file(tensors, file.name, metadata={"format": "pt"})
             else:
-                with part.open("wb") as file:
-                    torch.save(tensors, file)
-    except OSError as error:
-        raise CommandError(f"DST is {path}: it can't be written: {error}") from error
+                torch.save(tensors, file.name)
+            os.replace(file.name, path)
+        except OSError as error:
+            os.unlink(file.name)
+            raise CommandError(f"DST is {path}: it can't be written: {error}") from error
+        except BaseException:
+            os.unlink(file.name)
+            raise

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise CommandError(f"MODEL is {options.model!r}: {error}") from error
     print(f"{options.model}: {options.batch} x 3 x {side} x {side}, {options.dtype}\n")
-    print(table(explanation.rows, shutil.get_terminal_size((200, 0)).columns))
+    print(table(explanation.rows, shutil.get_terminal_size((200, 0)).columns, explanation.ends))
     if not explanation.rows:
         return 0
     here = "" if torch.cuda.is_available() else "; on this machine, without a GPU, they run eager"

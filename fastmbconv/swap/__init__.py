@@ -16,7 +16,8 @@ from fastmbconv import ahead
 from fastmbconv.block import Block, Memory
 from fastmbconv.checks import check_memory
 from fastmbconv.ends import ConvBNAct
-from fastmbconv.swap.explain import Explanation, Row, rows
+from fastmbconv.swap.ends import ends_of
+from fastmbconv.swap.explain import Explanation, Row, explained
 from fastmbconv.swap.fused import fusible, swap_in, swap_out
 
 __all__ = ["Explanation", "Row", "explain", "fuse", "unfuse"]
@@ -30,8 +31,9 @@ def fuse(model: Model, filter_fn: Callable[[nn.Module, str], bool] | None = None
     Blocks of fastmbconv, timm (InvertedResidual, DepthwiseSeparableConv, EdgeResidual, ConvBnAct), torchvision (MBConv,
     FusedMBConv, InvertedResidual), efficientnet_pytorch and segmentation_models_pytorch (MBConvBlock), and transformers
     (EfficientNetBlock, AlignVisionBlock) are known; a block that can't be fused stays as it is, and `explain` says why.
-    Fusing twice is fusing once, with the later `memory`. In fastmbconv's own models the stem and the head go through
-    kernels too, where no gradient is needed.
+    Fusing twice is fusing once, with the later `memory`. Without a filter the stem and the head of these libraries'
+    models go through kernels too, in eval mode where no gradient is wanted: BatchNorm and activation in one pass, the
+    head together with its pool where the model's forward gives no other use to its map.
 
     Args:
         model: any module; a block itself too.
@@ -55,8 +57,9 @@ def fuse(model: Model, filter_fn: Callable[[nn.Module, str], bool] | None = None
             if before is not None:
                 ahead.follows(before.depthwise_weight, _described(weakref.ref(module), memory))
             before = block if isinstance(block, Block) else None
-        elif isinstance(module, ConvBNAct) and filter_fn is None:
-            module.fused = True
+    if filter_fn is None:
+        for end in ends_of(model):
+            end.swap_in()
     return model
 
 
@@ -89,6 +92,8 @@ def unfuse(model: Model) -> Model:
 def explain(model: nn.Module, input_shape: tuple[int, int, int, int] | None = None) -> Explanation:
     """A row for each block of a model: fused or eager, why, what the kernels save, and what a call runs here.
 
+    Its stem and its head have rows in `ends`, and aren't counted with the blocks.
+
     Args:
         model: any module; a block itself too. Its mode decides: what a training step saves, or what a forward does.
         input_shape: [N, C, H, W] of the images that the model gets. With it the saving is told in bytes, in the
@@ -100,7 +105,7 @@ def explain(model: nn.Module, input_shape: tuple[int, int, int, int] | None = No
         ValueError: for an input_shape that the model does not run on.
     """
     _check(model)
-    return Explanation(rows(model, input_shape))
+    return explained(model, input_shape)
 
 
 def _check(model: object) -> None:

@@ -11,19 +11,21 @@ from torch import nn
 
 from fastmbconv import dispatch
 from fastmbconv.block import Block, DenseBlock
+from fastmbconv.swap.ends import End, ends_of
 from fastmbconv.swap.fused import FusedBlock, fusible, is_fused, read
 from fastmbconv.swap.registry import adapter_of, forward_owner
-from fastmbconv.swap.saving import Saving, input_shapes, saving
+from fastmbconv.swap.saving import Saving, end_saving, input_shapes, saving
 from fastmbconv.swap.table import table
 
+Shapes = dict[nn.Module, tuple[int, int, int, int]]
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Sizes of a block; None where they can't be told."""
+    """Sizes of a block, or of a stem's or a head's convolution; None where they can't be told."""
 
-    channels: tuple[int, int, int] | None
+    channels: tuple[int, ...] | None
     kernel_size: int | None
     stride: int | None
     squeeze_excite: bool
@@ -31,10 +33,12 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One block: `path` is what `fuse` has made of it, `reason` says why not ("" if fused).
+    """One block, or a stem or a head, which `block` then says.
 
+    `path` is what `fuse` has made of it, `reason` says why not ("" if fused).
     `runs` is what a call runs in the present environment: "kernels", or "eager" and why. `saving` is what the kernels
-    save, or would save if nothing kept the block from them; None for a block that can't be fused.
+    save, or would save if nothing kept the block from them; None for a block that can't be fused, and for a
+    stem or a head in training.
     """
 
     name: str
@@ -48,9 +52,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Explanation:
-    """The rows of `explain`; prints as a table. `len`, iteration and `fused` (how many are) work on the rows."""
+    """The rows of `explain`; prints as a table. `len`, iteration and `fused` (how many are) work on the blocks' rows.
+
+    `ends` are rows too, of the model's stem and head: those are no blocks, and aren't counted as such.
+    """
 
     rows: tuple[Row, ...]
+    ends: tuple[Row, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -70,7 +78,7 @@ class Explanation:
 
         Columns that don't fit are left out, the least useful first.
         """
-        return table(self.rows, width) + (f"\n{self.summary()}" if self.rows else "")
+        return table(self.rows, width, self.ends) + (f"\n{self.summary()}" if self.rows else "")
 
     def summary(self) -> str:
         """One line: how many blocks are fused, and what they run here."""
@@ -81,11 +89,19 @@ class Explanation:
         return f"{line}; here they run {' or '.join(sorted(runs))}"
 
 
-def rows(model: nn.Module, input_shape: tuple[int, ...] | None) -> tuple[Row, ...]:
+def explained(model: nn.Module, input_shape: tuple[int, ...] | None) -> Explanation:
+    """The rows of the blocks, and those of the stem and the head."""
+    ends = ends_of(model)
+    known = [module for module in model.modules() if adapter_of(type(module)) is not None]
+    wanted = known + [module for end in ends for module in (end.site.conv, end.site.norm)]
+    shapes = {} if input_shape is None else input_shapes(model, wanted, input_shape)
+    names = {module: name for name, module in model.named_modules()}
+    return Explanation(rows(model, shapes), tuple(_end_row(names[end.site.conv], end, shapes) for end in ends))
+
+
+def rows(model: nn.Module, shapes: Shapes) -> tuple[Row, ...]:
     """A row for each known block, and for each unknown module that looks like one."""
     candidates = _lookalikes(model)
-    known = [module for module in model.modules() if adapter_of(type(module)) is not None]
-    shapes = {} if input_shape is None else input_shapes(model, known, input_shape)
     found = []
     for name, module in model.named_modules():
         if adapter_of(type(module)) is not None:
@@ -94,6 +110,24 @@ def rows(model: nn.Module, input_shape: tuple[int, ...] | None) -> tuple[Row, ..
             reason = f"no adapter for {type(module).__module__}.{type(module).__qualname__}"
             found.append(_eager(name, module, reason, _guessed_geometry(module)))
     return tuple(found)
+
+
+def _end_row(name: str, end: End, shapes: Shapes) -> Row:
+    conv, role, reason = end.site.conv, end.site.role, end.reason()
+    sized = all(hasattr(conv, each) for each in ("in_channels", "out_channels", "kernel_size", "stride", "weight"))
+    geometry = Geometry(None, None, None, False)
+    if sized:
+        channels = (conv.in_channels, conv.out_channels)
+        geometry = Geometry(channels, _first(conv.kernel_size), _first(conv.stride), False)
+    fused = reason is None and end.call_reason() is None
+    pooled = end.call_pools() if fused else end.joiner is not None and end.pool_reason() is None
+    saved = end_saving(end.site, pooled, shapes) if sized and reason is None and not end.site.norm.training else None
+    block = f"{role} + pool" if pooled else role
+    if not fused:
+        reason = reason or end.call_reason() or ""
+        return Row(name, block, geometry, "eager", reason, f"eager: {reason}", saved)
+    here = dispatch.call_reason(end.site.norm.running_mean)
+    return Row(name, block, geometry, "fused", "", "kernels" if here is None else f"eager: {here}", saved)
 
 
 def _row(name: str, module: nn.Module, shape: tuple[int, int, int, int] | None) -> Row:

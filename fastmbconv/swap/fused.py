@@ -20,12 +20,26 @@ from fastmbconv.swap.parts import NotNow
 from fastmbconv.swap.registry import Adapter, adapter_of, forward_owner
 
 
-class FusedBlock:
+class Swapped:
+    """Mixed in before a module's own class, `original`, whose subclass it then is."""
+
+    original: ClassVar[type[nn.Module]]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """TorchScript compiles the class's source, so it gets a module of the original class with the same submodules.
+
+        torch.jit.script leaves that module in the model: scripting unfuses.
+        """
+        module: Any = copy.copy(self)
+        module.__class__ = type(self).original
+        return module
+
+
+class FusedBlock(Swapped):
     """Mixed in before a block's own class. Each call describes the block anew, so that no change of it goes unseen."""
 
     is_swap: ClassVar[bool] = True
     adapter: ClassVar[Adapter]
-    original: ClassVar[type[nn.Module]]
     memory: ClassVar[Memory]
     image: ClassVar[str]
 
@@ -52,15 +66,6 @@ class FusedBlock:
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         return _rebuild, (type(self).original, type(self).memory), self.__getstate__()
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """TorchScript compiles the class's source, so it gets a block of the original class with the same submodules.
-
-        torch.jit.script leaves that block in the model: scripting unfuses.
-        """
-        block: Any = copy.copy(self)
-        block.__class__ = type(self).original
-        return block
 
 
 def read(module: nn.Module, adapter: Adapter, *args: Any, **kwargs: Any) -> Block | DenseBlock | str:
@@ -102,10 +107,10 @@ def swap_in(module: nn.Module, memory: Memory) -> None:
 
 
 def swap_out(module: nn.Module) -> None:
-    """Give a fused block its own class back; RuntimeError if somebody changed its class since."""
+    """Give a swapped module its own class back; RuntimeError if somebody changed its class since."""
     if isinstance(module, MBConv):
         module.fused = False
-    elif isinstance(module, FusedBlock):
+    elif isinstance(module, Swapped):
         cls: Any = type(module)
         if "original" not in vars(cls):
             raise RuntimeError(f"module is a {cls.__name__}: its class was changed after fuse; undo that change first")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastmbconv.block import Block
 from fastmbconv.swap.parts import Gate, Kinds, Module, Parts, Stage, assemble, children_reason, kind, name
+from fastmbconv.swap.places import Method, Place
 
 HOMES = ("efficientnet_pytorch.utils", "segmentation_models_pytorch.encoders._efficientnet")
 KINDS = Kinds(
@@ -118,4 +119,15 @@ def _padding(conv: Module) -> int | tuple[int, int] | str | None:
 BLOCKS = {
     "efficientnet_pytorch.model.MBConvBlock": lukemelas,
     "segmentation_models_pytorch.encoders._efficientnet.MBConvBlock": smp,
+}
+STEM = Place("stem", "_conv_stem", "_bn0", "_swish", KINDS)
+HEAD = Place("head", "_conv_head", "_bn1", "_swish", KINDS)
+POOLED = Place("head", "_conv_head", "_bn1", "_swish", KINDS, "_avg_pooling", padding_of=_padding)
+METHODS = {
+    "efficientnet_pytorch.model.EfficientNet": {
+        "extract_features": Method((STEM, HEAD)),
+        "extract_endpoints": Method((STEM, HEAD)),
+        "forward": Method((STEM, POOLED), ("extract_features",)),
+    },
+    "segmentation_models_pytorch.encoders.efficientnet.EfficientNetEncoder": {"forward": Method((STEM,))},
 }

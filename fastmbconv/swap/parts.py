@@ -89,13 +89,19 @@ class NotNow:
 
 
 def kind(module: Module) -> str:
-    """A module's exact type, spelled out: no library needs importing to compare it."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    """A module's exact type, spelled out: no library needs importing to compare it. A swapped one has its own still."""
+    cls = _own_class(module)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _own_class(module: Module) -> Any:
+    cls: Any = type(module)
+    return cls.original if vars(cls).get("is_swap") else cls
 
 
 def name(module: Module) -> str:
     """The class's name for a reader: in full where torch.nn has another class of that name."""
-    cls = type(module)
+    cls = _own_class(module)
     return kind(module) if getattr(nn, cls.__name__, cls) is not cls else cls.__name__
 
 
@@ -116,21 +122,21 @@ def assemble(parts: Parts, kinds: Kinds) -> Block | str:
     if parts.expand is not None:
         stages.insert(0, ("expansion", parts.expand))
     for role, stage in stages:
-        reason = _conv_reason(role, stage.conv, kinds) or _norm_reason(role, stage.norm, kinds)
+        reason = conv_reason(role, stage.conv, kinds) or norm_reason(role, stage.norm, kinds)
         if reason is None and stage is not parts.depthwise:
-            reason = _pointwise_reason(role, stage)
+            reason = pointwise_reason(role, stage)
         if reason is not None:
             return reason
     reason = _depthwise_reason(parts.depthwise.conv) or _gate_reason(parts.se, kinds) or _drop_reason(parts, kinds)
     if reason is not None:
         return reason
-    activation = _activation(parts.depthwise.act, kinds)
+    activation = activation_of(parts.depthwise.act, kinds)
     if activation is None:
-        return _unknown_activation("depthwise convolution", parts.depthwise.act)
-    if parts.expand is not None and _activation(parts.expand.act, kinds) != activation:
-        return _unknown_activation("expansion", parts.expand.act, f"the depthwise stage has {activation}")
-    if _activation(parts.project.act, kinds) != "none":
-        return _unknown_activation("projection", parts.project.act, "allowed is none")
+        return unknown_activation("depthwise convolution", parts.depthwise.act)
+    if parts.expand is not None and activation_of(parts.expand.act, kinds) != activation:
+        return unknown_activation("expansion", parts.expand.act, f"the depthwise stage has {activation}")
+    if activation_of(parts.project.act, kinds) != "none":
+        return unknown_activation("projection", parts.project.act, "allowed is none")
     return _block(parts, kinds, activation)
 
 
@@ -139,9 +145,9 @@ def assemble_dense(parts: Parts, kinds: Kinds) -> DenseBlock | str:
     dense, project = parts.depthwise, parts.project
     stages = [("dense convolution", dense)] + ([] if project is None else [("projection", project)])
     for role, stage in stages:
-        reason = _conv_reason(role, stage.conv, kinds) or _norm_reason(role, stage.norm, kinds)
+        reason = conv_reason(role, stage.conv, kinds) or norm_reason(role, stage.norm, kinds)
         if reason is None and stage is project:
-            reason = _pointwise_reason(role, stage)
+            reason = pointwise_reason(role, stage)
         if reason is not None:
             return reason
     reason = _gate_reason(parts.se, kinds) or _drop_reason(parts, kinds)
@@ -151,11 +157,11 @@ def assemble_dense(parts: Parts, kinds: Kinds) -> DenseBlock | str:
         return f"the dense convolution has dilation {dense.conv.dilation[0]}"
     if dense.conv.kernel_size[0] != dense.conv.kernel_size[1] or dense.conv.stride[0] != dense.conv.stride[1]:
         return "the dense convolution's kernel or stride is not square"
-    activation = _activation(dense.act, kinds)
+    activation = activation_of(dense.act, kinds)
     if activation is None:
-        return _unknown_activation("dense convolution", dense.act)
-    if project is not None and _activation(project.act, kinds) != "none":
-        return _unknown_activation("projection", project.act, "allowed is none")
+        return unknown_activation("dense convolution", dense.act)
+    if project is not None and activation_of(project.act, kinds) != "none":
+        return unknown_activation("projection", project.act, "allowed is none")
     if project is None and parts.se is not None:
         return "a squeeze-excite without a projection behind it"
     return DenseBlock(
@@ -210,15 +216,15 @@ def _squeeze_excite(gate: Gate, kinds: Kinds) -> SqueezeExcite:
         gate.reduce.bias,
         gate.expand.weight,
         gate.expand.bias,
-        activation=_activation(gate.act, kinds) or "none",
+        activation=activation_of(gate.act, kinds) or "none",
     )
 
 
-def _activation(act: Module | None, kinds: Kinds) -> Activation | None:
+def activation_of(act: Module | None, kinds: Kinds) -> Activation | None:
     return "none" if act is None else ACTIVATIONS.get(type(act)) or kinds.activations.get(kind(act))
 
 
-def _unknown_activation(role: str, act: Module | None, allowed: str = "supported: SiLU, ReLU, ReLU6") -> str:
+def unknown_activation(role: str, act: Module | None, allowed: str = "supported: SiLU, ReLU, ReLU6") -> str:
     return f"the activation after the {role} is {'none' if act is None else name(act)} ({allowed})"
 
 
@@ -233,7 +239,7 @@ def _padding(stage: Stage, kinds: Kinds) -> Padding:
     return conv.padding[0]
 
 
-def _conv_reason(role: str, conv: Module, kinds: Kinds) -> str | None:
+def conv_reason(role: str, conv: Module, kinds: Kinds) -> str | None:
     if type(conv) is not nn.Conv2d and kind(conv) not in kinds.same_convs | kinds.convs:
         return f"the {role} is a {name(conv)}"
     if conv.bias is not None:
@@ -245,7 +251,7 @@ def _conv_reason(role: str, conv: Module, kinds: Kinds) -> str | None:
     return None
 
 
-def _pointwise_reason(role: str, stage: Stage) -> str | None:
+def pointwise_reason(role: str, stage: Stage) -> str | None:
     conv = stage.conv
     if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.groups != 1:
         height, width = conv.kernel_size
@@ -273,7 +279,7 @@ def _depthwise_reason(conv: Module) -> str | None:
     return None
 
 
-def _norm_reason(role: str, norm: Module, kinds: Kinds) -> str | None:
+def norm_reason(role: str, norm: Module, kinds: Kinds) -> str | None:
     if type(norm) not in NORMS and kind(norm) not in kinds.norms:
         return f"the norm after the {role} is a {name(norm)} (supported: BatchNorm2d, SyncBatchNorm)"
     if type(norm) in NORMS and norm._modules:
@@ -296,7 +302,7 @@ def _gate_reason(gate: Gate | None, kinds: Kinds) -> str | None:
             return "a squeeze-excite convolution has groups or lacks a bias"
     if gate.gate is not None and type(gate.gate) is not nn.Sigmoid and kind(gate.gate) not in kinds.gates:
         return f"the squeeze-excite gate is {name(gate.gate)} (supported: Sigmoid)"
-    if _activation(gate.act, kinds) in (None, "none"):
+    if activation_of(gate.act, kinds) in (None, "none"):
         return f"the squeeze-excite activation is {name(gate.act)} (supported: SiLU, ReLU, ReLU6)"
     return None
 

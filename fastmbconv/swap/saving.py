@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastmbconv import dispatch
 from fastmbconv.block import Block, DenseBlock
-from fastmbconv.traffic import Sizes, count, count_dense
+from fastmbconv.swap.places import Site
+from fastmbconv.traffic import Sizes, count, count_dense, count_end
 
 NOMINAL_SIDE = 32  # passes of E barely depend on the resolution; they are counted at this one where none is given
 
@@ -21,7 +23,8 @@ NOMINAL_SIDE = 32  # passes of E barely depend on the resolution; they are count
 class Saving:
     """Traffic of one block in one call, in elements: a training step for a block that trains, else a forward.
 
-    `shape` is the input [N, C, H, W], None where it is unknown: then the count is for one image of 32 pixels.
+    Of a stem or a head too; `expanded` is then its convolution's output. `shape` is the input [N, C, H, W], None where
+    it is unknown: then the count is for one image of 32 pixels.
     """
 
     shape: tuple[int, int, int, int] | None
@@ -54,6 +57,17 @@ def saving(block: Block | DenseBlock, training: bool, shape: tuple[int, int, int
     fused = traffic.fused_training if training else traffic.fused_inference
     weight = block.weight if isinstance(block, DenseBlock) else block.project_weight
     return Saving(shape, training, expanded, eager, fused, weight.element_size())
+
+
+def end_saving(site: Site, pooled: bool, shapes: dict[nn.Module, tuple[int, int, int, int]]) -> Saving:
+    """What fusing a stem or a head saves in a forward; `shapes`: what its convolution and its norm get."""
+    conv = site.conv
+    shape = shapes.get(conv)
+    image = shape or (1, conv.in_channels, NOMINAL_SIDE, NOMINAL_SIDE)
+    side = -(-NOMINAL_SIDE // conv.stride[0])
+    x, u = prod(image), prod(shapes.get(site.norm) or (1, conv.out_channels, side, side))
+    eager, fused = count_end(x, u, pooled)
+    return Saving(shape, False, u, eager, fused, conv.weight.element_size())
 
 
 def input_shapes(

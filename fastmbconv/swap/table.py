@@ -15,10 +15,15 @@ HEADER = ("block", "class", "input", "channels", "kernel", "SE", "path", "passes
 DROPPED_FIRST = ("class", "SE", "input", "kernel", "saves", "passes", "channels")
 
 
-def table(rows: Sequence[Row], width: int) -> str:
-    """The rows as lines of up to `width` characters; `block` and `path` are always there; "/2" is a stride."""
-    if not rows:
+def table(blocks: Sequence[Row], width: int, ends: Sequence[Row] = ()) -> str:
+    """The rows as lines of up to `width` characters; `block` and `path` are always there; "/2" is a stride.
+
+    `ends` are the stem's and the head's, before and behind the blocks.
+    """
+    if not blocks:
         return "no MBConv block found"
+    stems = [row for row in ends if row.block == "stem"]
+    rows = [*stems, *blocks, *(row for row in ends if row not in stems)]
     reasons = list(dict.fromkeys(row.reason for row in rows if row.path == "eager"))
     cells = [HEADER, *(_cells(row, reasons) for row in rows)]
     columns = {name: values for name, *values in zip(*cells, strict=True) if any(values)}
@@ -30,8 +35,8 @@ def table(rows: Sequence[Row], width: int) -> str:
     lines = [_line(list(widths), widths)]
     lines += [_line([columns[name][i] for name in widths], widths) for i in range(len(rows))]
     for number, reason in enumerate(reasons, 1):
-        lines += textwrap.wrap(_reason(number, reason, rows), max(width, 40), subsequent_indent=" " * 4)
-    lines += textwrap.wrap(_sums(rows), max(width, 40), subsequent_indent=" " * 4)
+        lines += textwrap.wrap(_reason(number, reason, blocks, ends), max(width, 40), subsequent_indent=" " * 4)
+    lines += textwrap.wrap(_sums(blocks, ends), max(width, 40), subsequent_indent=" " * 4)
     return "\n".join(lines)
 
 
@@ -57,22 +62,33 @@ def _cells(row: Row, reasons: list[str]) -> tuple[str, ...]:
     )
 
 
-def _reason(number: int, reason: str, rows: Sequence[Row]) -> str:
-    names = [row.name or "(model)" for row in rows if row.path == "eager" and row.reason == reason]
+def _reason(number: int, reason: str, blocks: Sequence[Row], ends: Sequence[Row]) -> str:
+    names, others = (
+        [row.name or "(model)" for row in rows if row.path == "eager" and row.reason == reason]
+        for rows in (blocks, ends)
+    )
     listed = ", ".join(names if len(names) <= 4 else (*names[:3], f"... {names[-1]}"))
-    return f"[{number}] {reason} ({len(names)} {'block' if len(names) == 1 else 'blocks'}: {listed})"
+    counted = f"{len(names)} {'block' if len(names) == 1 else 'blocks'}: {listed}"
+    return f"[{number}] {reason} ({'; '.join(filter(None, (counted if names else '', ', '.join(others))))})"
 
 
-def _sums(rows: Sequence[Row]) -> str:
-    """What the fused blocks save together, and what those would that could be fused."""
-    savings = [(row.path, row.saving) for row in rows if row.saving is not None]
+def _sums(blocks: Sequence[Row], ends: Sequence[Row]) -> str:
+    """What the fused parts save together, and what those would that could be fused."""
+    savings = [row.saving for row in blocks if row.saving is not None]
     if not savings:
         return ""
-    call = "a training step" if savings[0][1].training else "a forward in eval mode"
+    call = "a training step" if savings[0].training else "a forward in eval mode"
     text = f"passes: over the block's expanded tensor in {call}, eager -> fused; a count, not a measurement."
-    moved = [(path, saving.bytes) for path, saving in savings if saving.bytes is not None]
-    for path, verb in (("fused", "Fused blocks move"), ("eager", "Eager blocks that could be fused would move")):
-        pairs = [pair for each, pair in moved if each == path]
+    if any(row.saving is not None for row in ends):
+        text = text.replace("tensor in", "tensor (stem, head: their convolution's output) in")
+    for rows, path, verb in (
+        (blocks, "fused", "Fused blocks move"),
+        (blocks, "eager", "Eager blocks that could be fused would move"),
+        (ends, "fused", "The fused stem and head move"),
+        (ends, "eager", "The eager stem and head would move, fused,"),
+    ):
+        moved = [row.saving.bytes for row in rows if row.path == path and row.saving is not None]
+        pairs = [pair for pair in moved if pair is not None]
         if pairs:
             eager, fused = (sum(side) for side in zip(*pairs, strict=True))
             text += f" {verb} {size(fused)} instead of {size(eager)}."

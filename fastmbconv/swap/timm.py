@@ -17,6 +17,7 @@ from fastmbconv.swap.parts import (
     kind,
     name,
 )
+from fastmbconv.swap.places import Method, Place, Pool
 
 KINDS = Kinds(
     same_convs=frozenset({"timm.layers.conv2d_same.Conv2dSame"}),
@@ -31,6 +32,7 @@ SEPARABLE = {"conv_dw", "bn1", "conv_pw", "bn2"}
 EDGE = {"conv_exp", "bn1", "conv_pwl", "bn2"}
 SINGLE = {"conv", "bn1"}
 OPTIONAL = frozenset({"aa", "se", "drop_path", "conv_s2d", "bn_s2d"})
+POOLS = "timm.layers.adaptive_avgmax_pool"
 
 
 def inverted_residual(module: Module) -> Block | str:
@@ -127,4 +129,24 @@ BLOCKS = {
         ("UniversalInvertedResidual", universal_inverted_residual),
         ("MobileAttention", mobile_attention),
     )
+}
+
+
+def pool(module: Module) -> Pool:
+    """`SelectAdaptivePool2d` of type avg or fast."""
+    if kind(module) == f"{POOLS}.SelectAdaptivePool2d":
+        inner, flatten = module.pool, module.flatten
+        flattens = type(flatten) is nn.Flatten and (flatten.start_dim, flatten.end_dim) == (1, -1)
+        if flattens or type(flatten) is nn.Identity:
+            if type(inner) is nn.AdaptiveAvgPool2d and inner.output_size in (1, (1, 1)):
+                return Pool(module, flattens)
+            if kind(inner) == f"{POOLS}.FastAdaptiveAvgPool" and tuple(inner.dim) == (2, 3):
+                return Pool(module, flattens or inner.flatten)
+    return Pool(module, reason=f"the head is pooled by {module!r}")
+
+
+STEM = Place("stem", "conv_stem", "bn1", None, KINDS)
+HEAD = Place("head", "conv_head", "bn2", None, KINDS, "global_pool", pool)
+METHODS = {
+    "timm.models.efficientnet.EfficientNet": {"forward": Method((HEAD,), ("forward_features", "forward_head"))},
 }

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastmbconv.block import Block, DenseBlock
 from fastmbconv.swap.parts import Gate, Kinds, Module, Parts, Stage, assemble, assemble_dense, kind, name
+from fastmbconv.swap.places import Layer, Method, Place, Pool, Site, chained, pooled, same
 
 KINDS = Kinds(drops=frozenset({"torchvision.ops.stochastic_depth.StochasticDepth"}))
-SEQUENTIALS = {"torch.nn.modules.container.Sequential", "torchvision.ops.misc.Conv2dNormActivation"}
+UNIT = "torchvision.ops.misc.Conv2dNormActivation"
+SEQUENTIALS = {"torch.nn.modules.container.Sequential", UNIT}
+POOL = nn.AdaptiveAvgPool2d(1)  # what MobileNetV2's forward computes as a function
 SQUEEZE_EXCITE = "torchvision.ops.misc.SqueezeExcitation"
 
 
@@ -153,4 +159,44 @@ BLOCKS = {
     "torchvision.models.mobilenetv2.InvertedResidual": mobilenet_v2,
     "torchvision.models.mobilenetv3.InvertedResidual": mobilenet_v3,
     "torchvision.models.mnasnet._InvertedResidual": mnasnet,
+}
+
+
+def unit(role: Literal["stem", "head"], module: Module, pool: Pool | None = None) -> Site | None:
+    """`Conv2dNormActivation`: convolution, norm, activation; None for another module, or one with other parts."""
+    if kind(module) != UNIT or len(module) != 3:
+        return None
+    conv, norm, act = module._modules.values()
+    return Site(role, conv, norm, act, {f"the {role}": module}, KINDS, pool)
+
+
+@dataclass(frozen=True, slots=True)
+class LastFeature(Place):
+    """The last of the model's `features`, with the pool that its forward calls on them."""
+
+    def site(self, module: Module) -> Site | None:
+        children = module._modules
+        features, pool = children.get("features"), children.get("avgpool")
+        if type(features) is not nn.Sequential or len(features) < 2 or (self.pool == "avgpool") != (pool is not None):
+            return None
+        found = unit("head", features[-1], Pool.of(POOL if pool is None else pool))
+        return None if found is None else replace(found, around=features)
+
+    def replaced(self, module: Module) -> dict[str, Layer]:
+        site = self.site(module)
+        if site is None or site.pool_reason() is not None or site.hooked(pooled=True) is not None:
+            return {}
+        rest = tuple(module.features._modules.values())[:-1]
+        return {"features": partial(_features_pooled, rest, site), "avgpool": same}
+
+
+def _features_pooled(rest: tuple[Layer, ...], site: Site, x: Tensor) -> Tensor:
+    return pooled(site, chained(rest, x))
+
+
+METHODS = {
+    f"torchvision.models.{owner}": {
+        "forward": Method((LastFeature("head", "", "", None, KINDS, pool),), ("_forward_impl",))
+    }
+    for owner, pool in (("efficientnet.EfficientNet", "avgpool"), ("mobilenetv2.MobileNetV2", None))
 }

@@ -1,0 +1,228 @@
+"""The stem and the head of a library's model, swapped: BatchNorm and activation in one pass, the head with its pool.
+
+Only in eval mode, where no gradient is wanted. Two kinds of module get a subclass of their own class, as blocks do:
+* one that runs BatchNorm and activation by itself (timm's BatchNormAct2d, torchvision's Conv2dNormActivation);
+* a model whose methods call them one by one: such a method gets a `View` of the model in the model's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial, wraps
+from types import FunctionType
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from fastmbconv import dispatch
+from fastmbconv.block import BatchNorm
+from fastmbconv.ends import ConvBNAct
+from fastmbconv.swap import lukemelas, ours, timm, torchvision, transformers
+from fastmbconv.swap.fused import Swapped
+from fastmbconv.swap.parts import Module
+from fastmbconv.swap.places import Layer, Method, Site, norm_act
+from fastmbconv.swap.registry import adapter_of
+
+METHODS: dict[str, dict[str, Method]] = {
+    **timm.METHODS,
+    **torchvision.METHODS,
+    **lukemelas.METHODS,
+    **transformers.METHODS,
+}
+NAMES = {name for methods in METHODS.values() for name in methods}
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """A stem or a head as a model has it: `holder` runs it fused if it can, `joiner` together with the pool."""
+
+    site: Site
+    holder: Module | None
+    joiner: Module | None = None
+
+    def merged(self, other: End | None) -> End:
+        """Both findings of one convolution in one."""
+        if other is None:
+            return self
+        site = self.site if other.site.pool is None else other.site
+        holder = self.holder if other.holder is None else other.holder
+        return End(site, holder, self.joiner if other.joiner is None else other.joiner)
+
+    def reason(self) -> str | None:
+        """Why it can't be fused whatever the call, or None."""
+        if isinstance(self.holder, ConvBNAct):
+            return self.holder.replaced_reason()
+        if self.holder is None or "forward" in vars(self.holder):
+            return "its forward was replaced on the instance"
+        found = self.site.described()
+        return found if isinstance(found, str) else None
+
+    def pool_reason(self) -> str | None:
+        """Why its pool can't be joined whatever the call, or None."""
+        if self.joiner is not None and "forward" in vars(self.joiner):
+            return "the model's forward was replaced on the instance"
+        return self.site.pool_reason()
+
+    def call_reason(self) -> str | None:
+        """Why calls run it eager at present, or None."""
+        if not _is_swapped(self.holder):
+            return "not fused: fastmbconv.fuse without a filter does it"
+        assert self.holder is not None
+        if self.holder.training or BatchNorm.of(self.site.norm).batch_statistics:
+            return "training: the stem and the head are fused in eval mode, without gradients"
+        if self.holder in self.site.layers.values():
+            return dispatch.module_reason(self.holder)
+        return self.site.hooked(pooled=False)
+
+    def call_pools(self) -> bool:
+        """Whether calls of the model's forward join the pool at present."""
+        if self.joiner is None or self.pool_reason() is not None or not _is_swapped(self.joiner):
+            return False
+        return not self.joiner.training and self.site.hooked(pooled=True) is None
+
+    def swap_in(self) -> None:
+        """Change the classes of those who run it; nothing where it can't be fused."""
+        if self.reason() is not None:
+            return
+        if isinstance(self.holder, ConvBNAct):
+            self.holder.fused = True
+            return
+        for module in (self.holder, None if self.pool_reason() is not None else self.joiner):
+            if module is not None and not isinstance(module, Swapped):
+                cls: Any = type(module)
+                module.__class__ = fused_class(cls)
+
+
+def _is_swapped(module: Module | None) -> bool:
+    return module.fused if isinstance(module, ConvBNAct) else isinstance(module, Swapped)
+
+
+class FusedNormAct(Swapped):
+    """Mixed in before the class of a module that runs BatchNorm and activation by itself."""
+
+    is_swap: ClassVar[bool] = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        own: Layer = super().forward  # type: ignore[misc]
+        module: Any = self
+        if module.training or not isinstance(x, Tensor) or dispatch.eager_at_once(x):
+            return own(x)
+        if dispatch.module_reason(module) is not None:
+            return own(x)
+        if isinstance(module, nn.Sequential):
+            site = torchvision.unit("stem", module)
+            return own(x) if site is None else norm_act(site, site.behind, site.conv(x))
+        site = Site("head", None, module, module._modules.get("act"), {}, timm.KINDS)
+        return norm_act(site, own, x)
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        return _rebuild, (type(self).original,), self.__getstate__()  # type: ignore[attr-defined]
+
+
+class FusedModel(Swapped):
+    """Mixed in before a model's class: `fused_class` gives it the methods that find some of its children replaced."""
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        return _rebuild, (type(self).original,), self.__getstate__()  # type: ignore[attr-defined]
+
+
+class View:
+    """A model as its own methods see it in one call, with other callables in the place of some children."""
+
+    def __init__(self, model: nn.Module, replaced: dict[str, Layer]) -> None:
+        self.__dict__.update(replaced, _model=model)
+
+    def __getattr__(self, name: str) -> Any:
+        model = self.__dict__["_model"]
+        method = getattr(type(model).original, name, None)
+        if isinstance(method, FunctionType) and name not in model.__dict__:
+            return partial(method, self)
+        return getattr(model, name)
+
+
+def _method(original: Any, name: str, method: Method) -> Callable[..., Any]:
+    own = getattr(original, name)
+
+    @wraps(own)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        x = next(iter((*args, *kwargs.values())), None)
+        if self.training or not isinstance(x, Tensor) or dispatch.eager_at_once(x):
+            return own(self, *args, **kwargs)
+        if any(called in self.__dict__ for called in method.calls):
+            return own(self, *args, **kwargs)
+        replaced: dict[str, Layer] = {}
+        for place in method.places:
+            replaced |= place.replaced(self)
+        return own(View(self, replaced) if replaced else self, *args, **kwargs)
+
+    return run
+
+
+def methods_of(cls: type) -> dict[str, Method]:
+    """The methods of a class, its own or inherited, that run ends in a way that is known."""
+    found = {}
+    for name in sorted(NAMES):
+        owner = _owner(cls, name)
+        method = METHODS.get(f"{owner.__module__}.{owner.__qualname__}", {}).get(name) if owner is not None else None
+        if method is not None and all(_owner(cls, called) is owner for called in method.calls):
+            found[name] = method
+    return found
+
+
+def _owner(cls: type, name: str) -> type | None:
+    return next((base for base in cls.__mro__ if name in vars(base) and not vars(base).get("is_swap")), None)
+
+
+@cache
+def fused_class(original: Any) -> Any:
+    """The fused subclass of a class, made once."""
+    body = {"original": original, "is_swap": True, "__module__": __name__, "__doc__": original.__doc__}
+    methods = methods_of(original)
+    body |= {name: _method(original, name, method) for name, method in methods.items()}
+    return type(f"Fused{original.__name__}", (FusedModel if methods else FusedNormAct, original), body)
+
+
+def _rebuild(original: Any) -> nn.Module:
+    """An empty fused module, for copy and pickle to fill: stored models name this function."""
+    cls = fused_class(original)
+    return cls.__new__(cls)
+
+
+def ends_of(model: nn.Module) -> list[End]:
+    """The ends in a model, those inside its blocks left out."""
+    found: dict[nn.Module, End] = {}
+    inside: set[nn.Module] = set()
+    for module in model.modules():  # a model comes before its children
+        if module in inside:
+            continue
+        if adapter_of(type(module)) is not None:
+            inside.update(module.modules())
+        for end in _ends_at(module):
+            found[end.site.conv] = end.merged(found.get(end.site.conv))
+    return list(found.values())
+
+
+def _ends_at(module: Module) -> Iterator[End]:
+    if isinstance(module, ConvBNAct):
+        site = ours.end(module)
+        yield End(site, module, module if site.role == "head" else None)
+        return
+    methods = methods_of(type(module))
+    for place in (place for method in methods.values() for place in method.places):
+        if (end := place.site(module)) is not None:
+            yield End(end, None if place.act is None else module, None if end.pool is None else module)
+    stem = timm.STEM.site(module)
+    if stem is not None and _holds_blocks(module):
+        yield End(stem, stem.norm)
+        if (head := timm.HEAD.site(module)) is not None:
+            yield End(replace(head, pool=None), head.norm)
+    if type(module) is nn.Sequential and len(module) > 1 and _holds_blocks(module):
+        for unit in (torchvision.unit("stem", module[0]), torchvision.unit("head", module[-1])):
+            if unit is not None:
+                (holder,) = unit.layers.values()
+                yield End(unit, holder)
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    return any(adapter_of(type(child)) is not None for child in module.modules())
