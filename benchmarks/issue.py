@@ -106,7 +106,6 @@ MODELS: dict[str, Model] = {
     "_project_sweep_kernel": _project_sweep,
     "_project_wide_kernel": _project_wide,
     "_pointwise_pool_kernel": _pointwise_pool,
-    "_bn_act_inference_kernel": _rows,
     "_expand_bwd_kernel": _expand_bwd,
     "_gram_kernel": _gram,
     "_pool_kernel": _pool,

@@ -61,6 +61,14 @@ class Shape:
         )
 
 
+# EfficientNetV2-S's Fused-MBConv blocks in training, at 300 px.
+DENSE = (
+    Shape("v2s", 1, 32, 150, 24, 24, 1, 3, 1, 2, se=False),
+    Shape("v2s", 2, 32, 150, 24, 48, 4, 3, 2, 1, se=False),
+    Shape("v2s", 2, 32, 75, 48, 48, 4, 3, 1, 3, se=False),
+    Shape("v2s", 3, 32, 75, 48, 64, 4, 3, 2, 1, se=False),
+    Shape("v2s", 3, 32, 38, 64, 64, 4, 3, 1, 3, se=False),
+)
 BATCHES = {"b0": 128, "b4": 64}
 
 

@@ -125,7 +125,8 @@ def _launches(shape: Shape, dtype: torch.dtype, arch: int, ops: bool) -> list[Sp
         found.append(Specialised.of(shape.name, kernel, args, kwargs, arch))
 
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-    around = (subjects.fused_mbconv, subjects.fused_mbconv_single, subjects.ends)
+    dense = (subjects.fused_mbconv, subjects.fused_mbconv_excited, subjects.fused_mbconv_single)
+    around = (*dense, subjects.ends)
     single = (subjects.depthwise, subjects.squeeze_excite, *around)
     for make in (subjects.mbconv, *(single if ops else ())):
         subject = make(shape)

@@ -62,30 +62,35 @@ class SqueezeExcite(SqueezeExcitation):
 
 
 class FusedMBConv(nn.Module):
-    """EfficientNetV2's early block: dense 3x3, BN, SiLU, [project, BN,] + x, half of the images dropped in training."""
+    """EfficientNetV2's early block: dense 3x3, BN, SiLU, [SE, project, BN,] [+ x].
 
-    def __init__(self, channels: int, expand_ratio: int) -> None:
+    With a residual half of the images are dropped in training.
+    """
+
+    def __init__(self, channels: int, expand_ratio: int, out: int | None = None, stride: int = 1, squeeze: int = 0):
         super().__init__()
-        hidden = channels * expand_ratio
-        self.conv, self.bn1 = nn.Conv2d(channels, hidden, 3, padding=1, bias=False), nn.BatchNorm2d(hidden)
+        hidden, out = channels * expand_ratio, out or channels
+        self.stride, self.residual = stride, stride == 1 and out == channels
+        self.conv, self.bn1 = nn.Conv2d(channels, hidden, 3, stride, 1, bias=False), nn.BatchNorm2d(hidden)
+        self.se = SqueezeExcitation(hidden, squeeze) if squeeze else None
         self.project = self.bn2 = None
         if expand_ratio > 1:
-            self.project, self.bn2 = nn.Conv2d(hidden, channels, 1, bias=False), nn.BatchNorm2d(channels)
+            self.project, self.bn2 = nn.Conv2d(hidden, out, 1, bias=False), nn.BatchNorm2d(out)
         self.drop = StochasticDepth(0.5)
 
     def describe(self) -> DenseBlock:
         return DenseBlock(
             conv=self.conv,
             weight=self.conv.weight,
-            stride=1,
+            stride=self.stride,
             padding=1,
             bn1=BatchNorm.of(self.bn1),
-            se=None,
+            se=None if self.se is None else self.se.describe(),
             project_weight=None if self.project is None else self.project.weight,
             bn2=None if self.bn2 is None else BatchNorm.of(self.bn2),
             activation="silu",
-            residual=True,
-            drop=self.drop if self.training else None,
+            residual=self.residual,
+            drop=self.drop if self.training and self.residual else None,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,6 +135,12 @@ def depthwise(shape: Shape) -> Subject:
 def fused_mbconv(shape: Shape) -> Subject:
     size = (2, shape.in_channels, shape.size, shape.size)
     return Subject(f"fused_mbconv {shape.name}", lambda: FusedMBConv(shape.in_channels, 4), size, shape.elements, "v2")
+
+
+def fused_mbconv_excited(shape: Shape) -> Subject:
+    size, channels = (2, shape.in_channels, shape.size, shape.size), shape.in_channels
+    name = f"fused_mbconv with se {shape.name}"
+    return Subject(name, lambda: FusedMBConv(channels, 4, squeeze=channels // 4), size, shape.elements, "v2")
 
 
 def fused_mbconv_single(shape: Shape) -> Subject:

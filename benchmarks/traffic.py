@@ -8,6 +8,8 @@ Figures are in passes: bytes over the bytes of E, the expanded tensor at the dep
 * eager: the count of fastmbconv/traffic.py: activations alone, while fused's sum has the rest too.
 * inference: one forward without gradients; "folded" is eager with its BatchNorms folded into the convolutions.
 * lean: the same as fused, with `memory="lean"`, which keeps no expanded tensor before the depthwise convolution.
+* Fused-MBConv's blocks have a table of their own, in passes of u, the dense convolution's output, which a library
+  computes: its bytes are counted, those of what follows are stated.
 * saved: bytes that autograd keeps for backward, from its own hooks, without parameters and buffers; a storage once.
 It is a count, not a measurement: each launch takes its tensors from memory once, and no cache spans two launches.
 """
@@ -19,7 +21,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,9 +34,11 @@ from torch import Tensor, nn
 
 import fastmbconv
 from benchmarks.launches import caught
-from benchmarks.registry import Shape, shapes
+from benchmarks.registry import DENSE, Shape, shapes
+from benchmarks.subjects import FusedMBConv
+from fastmbconv.dense import dense_mbconv
 from fastmbconv.kernels.traffic import Launch, recorded
-from fastmbconv.traffic import Sizes, Traffic, count
+from fastmbconv.traffic import Sizes, Traffic, count, count_dense
 
 DTYPE = torch.bfloat16
 # Images per GPU in training; `registry.BATCHES` for the models that are timed.
@@ -209,6 +213,75 @@ def _line(name: str, blocks: int, of: Callable[[Callable[[Row], float]], float])
     return f"{name:42} {blocks:2}  {training}  | {lean}  | {inference}  {folded / infers:4.2f}x"
 
 
+@dataclass(frozen=True)
+class DenseRow:
+    """One Fused-MBConv block, passes of u in a training step and in inference; `rest` is not in the fused figures."""
+
+    shape: Shape
+    count: Traffic
+    elements: int
+    training: float
+    inference: float
+    rest: float
+
+
+class _Allocated(nn.Module):
+    """A convolution that computes nothing."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x.to("meta"))
+        u = torch.empty(y.shape, dtype=DTYPE, memory_format=torch.channels_last)
+        return u.requires_grad_(torch.is_grad_enabled())
+
+
+def dense_row(shape: Shape) -> DenseRow:
+    """What launchers state behind the convolution, and the count of what that moves itself."""
+    module = FusedMBConv(shape.in_channels, shape.expand_ratio, shape.out_channels, shape.stride)
+    conv = _Allocated(nn.Conv2d(*module.conv.weight.shape[1::-1], 3, shape.stride, 1, bias=False, device="meta"))
+    x = _input(shape, "cpu")
+    with caught(lambda *_: None), torch.autocast("cpu", DTYPE):
+        with recorded() as training:
+            y = dense_mbconv(x, replace(module.describe(), conv=conv))
+            y.backward(torch.empty_like(y))
+        with recorded() as inference, torch.no_grad():
+            dense_mbconv(x, replace(module.eval().describe(), conv=conv))
+    u, traffic = count_dense(module.describe(), tuple(x.shape))
+    forward, backward = x.numel() + u, 2 * (x.numel() + u) + module.residual * 3 * x.numel()
+
+    def passes(launches: list[Launch], images: bool) -> float:
+        return sum(moved(launch, images=images) for launch in launches) / DTYPE.itemsize / u
+
+    return DenseRow(
+        shape,
+        traffic,
+        u,
+        passes(training, True) + (forward + backward) / u,
+        passes(inference, True) + forward / u,
+        passes(inference, False),
+    )
+
+
+def dense_table(rows: list[DenseRow]) -> str:
+    lines = [
+        f"{'Fused-MBConv':42} {'x':>2}  {'eager':>6} {'fused':>6}"
+        f"  | {'inference':>9} {'folded':>6} {'fused':>6} {'rest':>6}"
+    ]
+    for r in rows:
+        eager, theirs, folded = (
+            figure / r.elements
+            for figure in (r.count.eager_training, r.count.eager_inference, r.count.eager_inference_folded)
+        )
+        name = f"{r.shape.name:42} {r.shape.count:2}"
+        lines.append(
+            f"{name}  {eager:6.2f} {r.training:6.2f}  | {theirs:9.2f} {folded:6.2f} {r.inference:6.2f} {r.rest:6.4f}"
+        )
+    return "\n".join(lines)
+
+
 def standard(r: Row) -> bool:
     """The kind of block that the targets are about: stride 1, squeeze-and-excitation, residual, an expansion."""
     return r.shape.residual and r.shape.se and r.shape.expand_ratio != 1
@@ -271,7 +344,7 @@ def main() -> int:
     rows = list(rows_of(args.model, args.batch))
     if args.launches:
         print("\n".join(map(launch_table, rows)))
-    print(f"{table(rows)}\n{summary(rows)}")
+    print(f"{table(rows)}\n{summary(rows)}\n{dense_table(list(map(dense_row, DENSE)))}")
     if args.json:
         args.json.write_text(json.dumps([as_json(r) for r in rows], indent=1))
     return 0

@@ -74,7 +74,13 @@ def _runner(x: Tensor) -> Any:
 
 
 def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
-    return None if gradient is None or like is None else gradient.reshape(like.shape).to(like.dtype)
+    """With the weight's strides, where only axes of one entry differ: DistributedDataParallel asks for them."""
+    if gradient is None or like is None:
+        return None
+    gradient = gradient.reshape(like.shape).to(like.dtype)
+    if gradient.stride() == like.stride() or not like.is_contiguous():
+        return gradient
+    return gradient.as_strided(like.shape, like.stride())
 
 
 def _bn_grads(grads: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -53,7 +53,8 @@ def mbconv(
     if eager is not None:
         checks.check_block(x, block)
     compute = _compute_dtype(x)
-    if _infers(x, block):
+    bns = (block.bn1, block.bn2, block.bn3)
+    if _infers(block, bns, x, block.expand_weight, block.depthwise_weight, block.project_weight):
         return _mbconv_inference(x, block, compute)
     from fastmbconv.autograd import MBConvFunction
 
@@ -62,7 +63,7 @@ def mbconv(
     ahead.block_called(x, block, memory, _unstarted)
     with torch.autocast(x.device.type, enabled=False):
         keep = _keep(x, block, compute)
-        for bn in (block.bn1, block.bn2, block.bn3):
+        for bn in bns:
             _count_batch(bn)
         y = MBConvFunction.apply(*_arguments(x, block, memory, compute, keep)).permute(0, 3, 1, 2)
         return x + y if wide else y
@@ -73,7 +74,7 @@ def _arguments(x: Tensor, block: Block, memory: Memory, compute: torch.dtype, ke
     bns, se = (block.bn1, block.bn2, block.bn3), block.se
     return (
         x.to(compute), block.expand_weight, *_affine(block.bn1), block.depthwise_weight, *_affine(block.bn2),
-        *((None,) * 4 if se is None else (se.reduce_weight, se.reduce_bias, se.expand_weight, se.expand_bias)),
+        *_excite(se),
         block.project_weight, *_affine(block.bn3), keep,
         block.activation, "none" if se is None else se.activation, block.residual and compute == x.dtype,
         _lean(x, block, memory, compute),
@@ -164,25 +165,18 @@ def _mbconv_inference(x: Tensor, block: Block, compute: torch.dtype) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         y = inference_ops.mbconv_inference(
             _nhwc(x, compute), block.expand_weight, *_frozen(block.bn1), block.depthwise_weight, *_frozen(block.bn2),
-            *((None,) * 4 if se is None else (se.reduce_weight, se.reduce_bias, se.expand_weight, se.expand_bias)),
+            *_excite(se),
             block.project_weight, *_frozen(block.bn3), block.activation, "none" if se is None else se.activation,
             block.residual and not wide, *_geometry(x, block.depthwise_weight, block.stride, block.padding),
         ).permute(0, 3, 1, 2)  # fmt: skip
         return x + y if wide else y
 
 
-def _infers(x: Tensor, block: Block) -> bool:
-    """True where nothing needs a gradient and every BatchNorm is a fixed affine map."""
-    bns = [bn for bn in (block.bn1, block.bn2, block.bn3) if bn is not None]
-    if (block.residual and block.drop is not None) or any(bn.batch_statistics for bn in bns):
+def _infers(block: Block | DenseBlock, bns: tuple[BatchNorm | None, ...], *tensors: Tensor | None) -> bool:
+    """True where every BatchNorm is a fixed affine map, and neither they nor `tensors` nor the gate want a gradient."""
+    if (block.residual and block.drop is not None) or any(bn is not None and bn.batch_statistics for bn in bns):
         return False
-    se = (
-        ()
-        if block.se is None
-        else (block.se.reduce_weight, block.se.reduce_bias, block.se.expand_weight, block.se.expand_bias)
-    )
-    weights = (block.expand_weight, block.depthwise_weight, block.project_weight, *se)
-    return not _needs_grad(x, *weights, *(tensor for bn in bns for tensor in _affine(bn)))
+    return not _needs_grad(*tensors, *_excite(block.se), *(tensor for bn in bns for tensor in _affine(bn)))
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -239,6 +233,10 @@ def _count_batch(bn: BatchNorm | None) -> None:
 
 def _affine(bn: BatchNorm | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if bn is None else (bn.weight, bn.bias)
+
+
+def _excite(se: SqueezeExcite | None) -> tuple[Tensor | None, ...]:
+    return (None,) * 4 if se is None else (se.reduce_weight, se.reduce_bias, se.expand_weight, se.expand_bias)
 
 
 def _running(bn: BatchNorm | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmbconv.kernels import depthwise_inference, ends, inference
-from fastmbconv.kernels.inference import Running
+from fastmbconv.kernels import batch_norm, depthwise_inference, ends, inference, squeeze_excite
+from fastmbconv.kernels.running import Running
 from fastmbconv.ops import _operator
 
 
@@ -59,7 +59,7 @@ def mbconv_inference(
         kernel_size = depthwise_weight.shape[-1]
         inside = depthwise_inference.expands_inside(x.shape[0], kernel_size, stride, x.shape[3], x.dtype)
         if not inside:
-            h = inference.pointwise_inference(x, expand_weight, None, bn1, None, activation)
+            h = inference.pointwise_inference(x, None, "none", expand_weight, None, bn1, None, activation)
     h, parts = depthwise_inference.depthwise_inference(
         h, expand_weight if inside else None, bn1 if inside else None, depthwise_weight,
         Running(bn2_weight, bn2_bias, running_mean2, running_var2, eps2), activation,
@@ -73,13 +73,57 @@ def mbconv_inference(
             parts, out_height * out_width, reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, se_activation
         )
     bn3 = Running(bn3_weight, bn3_bias, running_mean3, running_var3, eps3)
-    return inference.pointwise_inference(h, project_weight, gate, bn3, x if residual else None, "none")
+    return inference.pointwise_inference(h, None, "none", project_weight, gate, bn3, x if residual else None, "none")
 
 
 @mbconv_inference.register_fake
 def _(x: Tensor, *args: Any) -> Tensor:
     project_weight, (out_height, out_width) = args[16], args[-2:]
     return x.new_empty(x.shape[0], out_height, out_width, project_weight.shape[0])
+
+
+@_operator()
+def dense_inference(
+    u: Tensor,
+    shortcut: Tensor | None,
+    bn1_weight: Tensor | None,
+    bn1_bias: Tensor | None,
+    running_mean1: Tensor,
+    running_var1: Tensor,
+    eps1: float,
+    reduce_weight: Tensor | None,
+    reduce_bias: Tensor | None,
+    se_expand_weight: Tensor | None,
+    se_expand_bias: Tensor | None,
+    project_weight: Tensor | None,
+    bn2_weight: Tensor | None,
+    bn2_bias: Tensor | None,
+    running_mean2: Tensor | None,
+    running_var2: Tensor | None,
+    eps2: float,
+    activation: str,
+    se_activation: str,
+) -> Tensor:
+    """What follows a dense convolution u, with running statistics: BN, act, [SE,] [project, BN,] + shortcut."""
+    bn1 = Running(bn1_weight, bn1_bias, running_mean1, running_var1, eps1)
+    if project_weight is None:
+        return batch_norm.bn_act_fwd(u, bn1, None, None, None, shortcut, activation)
+    assert running_mean2 is not None and running_var2 is not None
+    gate = None
+    if reduce_weight is not None:
+        assert reduce_bias is not None and se_expand_weight is not None and se_expand_bias is not None
+        parts = squeeze_excite.pool_inference(u, bn1, activation)
+        gate = inference.excite_inference(
+            parts, u.shape[1] * u.shape[2], reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, se_activation
+        )
+    bn2 = Running(bn2_weight, bn2_bias, running_mean2, running_var2, eps2)
+    return inference.pointwise_inference(u, bn1, activation, project_weight, gate, bn2, shortcut, "none")
+
+
+@dense_inference.register_fake
+def _(u: Tensor, *args: Any) -> Tensor:
+    project_weight = args[10]
+    return torch.empty_like(u) if project_weight is None else u.new_empty(*u.shape[:3], project_weight.shape[0])
 
 
 @_operator()
@@ -121,7 +165,8 @@ def bn_act_inference(
     activation: str,
 ) -> Tensor:
     """act(BN(u))."""
-    return ends.bn_act_inference(u, Running(bn_weight, bn_bias, running_mean, running_var, eps), activation)
+    bn = Running(bn_weight, bn_bias, running_mean, running_var, eps)
+    return batch_norm.bn_act_fwd(u, bn, None, None, None, None, activation)
 
 
 @bn_act_inference.register_fake

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastmbconv import dispatch, functional
 from fastmbconv.block import Activation, BatchNorm, Block, Memory, SqueezeExcite, pads
+from fastmbconv.synchronised import SyncBatchNorm
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "none": nn.Identity,
@@ -21,7 +22,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu6": nn.ReLU6,
 }
 
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
 
 
 class StochasticDepth(nn.Module):

@@ -15,12 +15,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from fastmbconv.files import replacing
 
 FORMAT = 1
 
@@ -201,12 +202,5 @@ def _read(path: Path, settings: dict[str, Any], points: set[tuple[float, float, 
 
 def _write(path: Path, settings: dict[str, Any], points: Any) -> None:
     content = {"format": FORMAT, "search": settings, "points": [asdict(point) for point in points]}
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, indent=1))

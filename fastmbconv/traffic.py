@@ -98,13 +98,15 @@ def count_dense(block: DenseBlock, shape: tuple[int, int, int, int]) -> tuple[in
     eager_backward = (
         bool(v) * (5 * v + 2 * (u + v)) + se * 10 * u + 3 * u + 5 * u + 2 * (u + x) + block.residual * 3 * x
     )
-    # conv; pool; project; the last BN with the residual
-    fused = x + u + se * u + bool(v) * (u + v) + 2 * last + block.residual * x
+    # conv; pool; project, or BN and act alone; the residual
+    inference = x + u + se * u + u + last + block.residual * x
+    # the statistics; where there is a projection its BN is a pass of its own
+    fused = inference + u + bool(v) * 2 * v
     # the last BN's sums; the sweep and du, or du alone; conv; the gradients of the branch and of the residual
     rest = 4 * v + 3 * u if v else 3 * u
     fused_backward = 2 * last + rest + 2 * (u + x) + block.residual * 3 * x
     forward, folded = eager + u + v, eager - 2 * (u + v)
-    return u, Traffic(eager, folded, forward, forward + eager_backward, fused, fused + u + fused_backward)
+    return u, Traffic(eager, folded, forward, forward + eager_backward, inference, fused + fused_backward)
 
 
 def count_end(x: int, u: int, pooled: bool) -> tuple[int, int]:

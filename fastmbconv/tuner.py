@@ -26,6 +26,7 @@ import fastmbconv
 from fastmbconv import dispatch, inference_ops, ops  # noqa: F401 (they bring every launcher in)
 from fastmbconv.block import Block, Memory
 from fastmbconv.kernels import tables, traffic
+from fastmbconv.kernels.running import Running
 from fastmbconv.kernels.tuning import SPACE
 from fastmbconv.swap.fused import fusible
 
@@ -51,6 +52,23 @@ class Spec:
         return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=device).normal_()
 
 
+def described(argument: Any) -> Any:
+    """A launcher's argument with a Spec in place of each tensor, those of a BatchNorm included."""
+    if isinstance(argument, Tensor):
+        return Spec(tuple(argument.shape), argument.stride(), argument.dtype)
+    return Running(*map(described, argument)) if isinstance(argument, Running) else argument
+
+
+def made(argument: Any, device: torch.device) -> Any:
+    """What `described` described, on a device."""
+    if isinstance(argument, Spec):
+        return argument.make(device)
+    if isinstance(argument, Running):
+        bn = Running(*(made(part, device) for part in argument))
+        return bn._replace(var=bn.var.abs_())
+    return argument
+
+
 @dataclass
 class Launch:
     """One bucket: its question, a launcher's call that asks it, how often a step does, bytes of all those calls."""
@@ -63,7 +81,7 @@ class Launch:
 
     def step(self, device: torch.device) -> Step:
         """The launcher on fresh tensors."""
-        arguments = [a.make(device) if isinstance(a, Spec) else a for a in self.arguments]
+        arguments = [made(a, device) for a in self.arguments]
         return lambda: self.launcher(*arguments)
 
 
@@ -201,7 +219,7 @@ def _caught(found: dict[str, Launch], count: int) -> Iterator[None]:
 
     def noted(launcher: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
-            specs = tuple(Spec(tuple(a.shape), a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in arguments)
+            specs = tuple(map(described, arguments))
             before = len(asked)
             calls.append((launcher, specs))
             with traffic.recorded() as stated:

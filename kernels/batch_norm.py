@@ -11,17 +11,10 @@ from torch import Tensor
 
 from .launching import kernel
 from .math import activate, activate_grad, stored
+from .running import Running, affine, given, load_map, load_norm
 from .tables import tiles as chosen
 from .traffic import state
 from .tuning import accumulator, cdiv, groups, numeric, pow2, row_tiles
-
-
-@triton.jit
-def load_norm(norm_ptr, o_c, m_c, C):
-    """scale and shift of a block of channels."""
-    b_scale = tl.load(norm_ptr + 2 * C + o_c, mask=m_c, other=0.0)
-    b_shift = tl.load(norm_ptr + 3 * C + o_c, mask=m_c, other=0.0)
-    return b_scale, b_shift
 
 
 @triton.jit
@@ -104,8 +97,6 @@ def _bn_finalize_kernel(
     BATCH: tl.constexpr,
     UPDATE: tl.constexpr,
     CUMULATIVE: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     ACC: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
@@ -128,12 +119,7 @@ def _bn_finalize_kernel(
         b_new = b_old * (1.0 - momentum) + b_unbiased * momentum
         tl.store(running_var_ptr + o_c, stored(b_new, running_var_ptr.dtype.element_ty), mask=m_c)
     b_rstd = 1.0 / tl.sqrt(b_var + tl.full((), EPS, ACC))
-    b_scale = b_rstd
-    if HAS_WEIGHT:
-        b_scale = b_rstd * tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(ACC)
-    b_shift = -b_mean * b_scale
-    if HAS_BIAS:
-        b_shift += tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(ACC)
+    b_scale, b_shift = affine(b_mean, b_rstd, weight_ptr, bias_ptr, o_c, m_c, ACC)
     tl.store(norm_ptr + o_c, b_mean, mask=m_c)
     tl.store(norm_ptr + C + o_c, b_rstd, mask=m_c)
     tl.store(norm_ptr + 2 * C + o_c, b_scale, mask=m_c)
@@ -175,6 +161,10 @@ def _bn_bwd_finalize_kernel(
 def _bn_act_fwd_kernel(
     u_ptr,
     norm_ptr,
+    bn_weight_ptr,
+    bn_bias_ptr,
+    mean_ptr,
+    var_ptr,
     gate_ptr,
     offset_ptr,
     keep_ptr,
@@ -183,6 +173,7 @@ def _bn_act_fwd_kernel(
     M,
     HW,
     C: tl.constexpr,
+    EPS: tl.constexpr,
     ACT: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_GATE: tl.constexpr,
@@ -202,7 +193,7 @@ def _bn_act_fwd_kernel(
     o_nc = (o_m // HW)[:, None] * C + o_c[None, :]
     b_v = tl.load(u_ptr + o, mask=m, other=0.0).to(ACC)
     if HAS_NORM:
-        b_scale, b_shift = load_norm(norm_ptr, o_c, m_c, C)
+        b_scale, b_shift = load_map(norm_ptr, bn_weight_ptr, bn_bias_ptr, mean_ptr, var_ptr, o_c, m_c, C, EPS, ACC)
         b_v = b_v * b_scale[None, :] + b_shift[None, :]
     b_v = activate(b_v, ACT, FAST)
     if HAS_GATE:
@@ -331,8 +322,6 @@ def bn_finalize(
         BATCH=partials is not None,
         UPDATE=update,
         CUMULATIVE=update and momentum is None,
-        HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None,
         ACC=numeric(dtype)["ACC"],
         BP=64,
         BC=block,
@@ -369,7 +358,7 @@ def bn_bwd_finalize(sums: Tensor, norm: Tensor, count: int, batch_statistics: bo
 
 def bn_act_fwd(
     u: Tensor,
-    norm: Tensor | None,
+    norm: Tensor | Running | None,
     gate: Tensor | None,
     offset: Tensor | None,
     keep: Tensor | None,
@@ -378,13 +367,15 @@ def bn_act_fwd(
 ) -> Tensor:
     """(act(scale * u + shift) * gate[n, c] + offset[n, c]) * keep[n] + residual, each part optional; [N, H, W, C]."""
     n, h, w, c = u.shape
+    vectors, bn = (None, norm.tensors) if isinstance(norm, Running) else (norm, ())
     y = torch.empty_like(u)
     parts = dict(norm=norm, gate=gate, offset=offset, keep=keep, residual=residual)
     traits = {name: part is not None for name, part in parts.items()}
     tiles = chosen("bn_act_fwd", u, row_tiles, (n * h * w, c), activation=activation, **traits)
     _bn_act_fwd_kernel[(cdiv(n * h * w, tiles["BM"]), cdiv(c, tiles["BC"]))](
         u_ptr=u,
-        norm_ptr=norm,
+        norm_ptr=vectors,
+        **given(norm),
         gate_ptr=gate,
         offset_ptr=offset,
         keep_ptr=keep,
@@ -402,7 +393,7 @@ def bn_act_fwd(
         **numeric(u.dtype),
         **tiles,
     )
-    state("bn_act_fwd", (u, norm, gate, offset, keep, residual), (y,))
+    state("bn_act_fwd", (u, vectors, *bn, gate, offset, keep, residual), (y,))
     return y
 
 

@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm import load_norm, load_xhat, store_moments
+from .batch_norm import load_xhat, store_moments
 from .launching import kernel
 from .math import activate_grad_halved, activate_halved, dot, halved, stored
+from .running import load_norm
 from .tables import tiles as chosen
 from .traffic import state, summed
 from .tuning import accumulator, cdiv, numeric, precision, walk_tiles

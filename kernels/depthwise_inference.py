@@ -11,12 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .depthwise import expanded, load_column, load_expand, load_taps, tile_mask
-from .inference import PROGRAMS, Running, load_affine
 from .launching import kernel
 from .math import INTERPRETED, activate_halved, halved, stored
+from .running import Running, load_affine
 from .tables import tiles as chosen
 from .traffic import state
-from .tuning import MIN_DOT, accumulator, cdiv, numeric, precision, walk_tiles
+from .tuning import MIN_DOT, PROGRAMS, accumulator, cdiv, numeric, precision, walk_tiles
 
 FEWEST_COLUMNS = 4
 

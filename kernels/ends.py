@@ -1,7 +1,6 @@
-"""What stands around the blocks, without gradients: BN and activation in one pass, and the head up to its pool, NHWC.
+"""The model's head without gradients: pooled[n, o] = mean over the image of act(scale * (x @ w) + shift), NHWC.
 
-Stem: y = act(scale * u + shift). Head: pooled[n, o] = mean over the image of act(scale * (x @ w) + shift); the map
-with its many channels is not written. scale and shift come from the running statistics, as in inference.py.
+The map with its many channels is not written; scale and shift as in running.py.
 """
 
 import torch
@@ -9,12 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .inference import Running, load_affine, product, product_tiles
+from .inference import product, product_tiles
 from .launching import kernel
 from .math import activate, stored
+from .running import Running, given, load_affine
 from .tables import tiles as chosen
 from .traffic import state
-from .tuning import numeric, precision, row_tiles
+from .tuning import cdiv, numeric, precision
 
 
 @kernel
@@ -48,39 +48,13 @@ def _pointwise_pool_kernel(
     for m0 in range(0, HW, BM):
         o_m = m0 + tl.arange(0, BM)
         m_m = o_m < HW
-        acc = product(x_ptr + n * HW * CI, w_ptr, None, o_m, m_m, o_o, m_o, HW, CI, PRECISION, ACC, BM, BK, BO)
+        acc = product(
+            x_ptr + n * HW * CI, None, None, None, None, w_ptr, None, o_m, m_m, o_o, m_o, HW, CI, 0.0, "none",
+            PRECISION, ACC, FAST, BM, BK, BO,
+        )  # fmt: skip
         b_y = activate(acc * b_scale[None, :] + b_shift[None, :], ACT, FAST)
         b_sum += tl.where(m_m[:, None], b_y, 0.0)
     tl.store(y_ptr + n * CO + o_o, stored(tl.sum(b_sum, 0) / HW, y_ptr.dtype.element_ty), mask=m_o)
-
-
-@kernel
-@triton.jit
-def _bn_act_inference_kernel(
-    u_ptr,
-    bn_weight_ptr,
-    bn_bias_ptr,
-    mean_ptr,
-    var_ptr,
-    y_ptr,
-    M,
-    C: tl.constexpr,
-    EPS: tl.constexpr,
-    ACT: tl.constexpr,
-    ACC: tl.constexpr,
-    FAST: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-):
-    columns = (C + BC - 1) // BC
-    o_m = tl.program_id(0) // columns * BM + tl.arange(0, BM)
-    o_c = tl.program_id(0) % columns * BC + tl.arange(0, BC)
-    m_c = o_c < C
-    m = (o_m < M)[:, None] & m_c[None, :]
-    o = o_m[:, None].to(tl.int64) * C + o_c[None, :]  # [BM, BC]
-    b_scale, b_shift = load_affine(bn_weight_ptr, bn_bias_ptr, mean_ptr, var_ptr, o_c, m_c, EPS, ACC)
-    b_y = tl.load(u_ptr + o, mask=m, other=0.0).to(ACC) * b_scale[None, :] + b_shift[None, :]
-    tl.store(y_ptr + o, stored(activate(b_y, ACT, FAST), y_ptr.dtype.element_ty), mask=m)
 
 
 def pointwise_pool(x: Tensor, weight: Tensor, bn: Running, activation: str) -> Tensor:
@@ -89,46 +63,18 @@ def pointwise_pool(x: Tensor, weight: Tensor, bn: Running, activation: str) -> T
     out = weight.shape[0]
     y = torch.empty(n, out, dtype=x.dtype, device=x.device)
     tiles = chosen("pointwise_pool", x, product_tiles, (h * w, channels, out, n), activation=activation)
-    _pointwise_pool_kernel[(n * triton.cdiv(out, tiles["BO"]),)](
+    _pointwise_pool_kernel[(n * cdiv(out, tiles["BO"]),)](
         x_ptr=x,
         w_ptr=weight,
-        bn_weight_ptr=bn.weight,
-        bn_bias_ptr=bn.bias,
-        mean_ptr=bn.mean,
-        var_ptr=bn.var,
+        **given(bn),
         y_ptr=y,
         HW=h * w,
         CI=channels,
         CO=out,
-        EPS=bn.eps,
         ACT=activation,
         PRECISION=precision(x.dtype),
         **numeric(x.dtype),
         **tiles,
     )
     state("pointwise_pool", (x, weight, *bn.tensors), (y,))
-    return y
-
-
-def bn_act_inference(u: Tensor, bn: Running, activation: str) -> Tensor:
-    """act(BN(u)) of u [N, H, W, C]."""
-    c = u.shape[3]
-    rows = u.numel() // c
-    y = torch.empty_like(u)
-    tiles = chosen("bn_act_inference", u, row_tiles, (rows, c), activation=activation)
-    _bn_act_inference_kernel[(triton.cdiv(c, tiles["BC"]) * triton.cdiv(rows, tiles["BM"]),)](
-        u_ptr=u,
-        bn_weight_ptr=bn.weight,
-        bn_bias_ptr=bn.bias,
-        mean_ptr=bn.mean,
-        var_ptr=bn.var,
-        y_ptr=y,
-        M=rows,
-        C=c,
-        EPS=bn.eps,
-        ACT=activation,
-        **numeric(u.dtype),
-        **tiles,
-    )
-    state("bn_act_inference", (u, *bn.tensors), (y,))
     return y

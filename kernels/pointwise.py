@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm import load_coef, load_norm, store_moments
+from .batch_norm import load_coef, store_moments
 from .launching import kernel
 from .math import activate, activate_grad, dot, stored
+from .running import load_norm
 from .tables import tiles as chosen
 from .traffic import state
 from .tuning import accumulator, cdiv, groups, matmul_tiles, numeric, precision

@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm import load_norm, load_xhat
+from .batch_norm import load_xhat
 from .launching import kernel
 from .math import INTERPRETED, activate_grad, dot
 from .pointwise import load_grad
 from .project_wide import COLUMNS, _project_wide_kernel, images_of_a_program, takes, wide_tiles
+from .running import load_norm
 from .tables import tiles as chosen
 from .traffic import state, summed
 from .tuning import MIN_DOT, cdiv, groups, numeric, pow2, precision

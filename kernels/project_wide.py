@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .batch_norm import load_coef, load_norm, load_xhat
+from .batch_norm import load_coef, load_xhat
 from .launching import kernel
 from .math import INTERPRETED, activate_grad, dot
+from .running import load_norm
 from .tables import processors
 from .tuning import MIN_DOT, cdiv, group_of, pow2
 

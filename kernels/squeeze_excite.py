@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm import load_norm
 from .launching import kernel
 from .math import activate, activate_grad, dot, stored
+from .running import Running, given, load_map
 from .tables import tiles as chosen
 from .traffic import state
-from .tuning import INTERPRETED, MIN_DOT, accumulator, cdiv, numeric, pow2, row_tiles
+from .tuning import INTERPRETED, MIN_DOT, PROGRAMS, accumulator, cdiv, numeric, pow2, row_tiles
 
 
 @kernel
@@ -23,11 +23,18 @@ from .tuning import INTERPRETED, MIN_DOT, accumulator, cdiv, numeric, pow2, row_
 def _pool_kernel(
     u_ptr,
     norm_ptr,
+    bn_weight_ptr,
+    bn_bias_ptr,
+    mean_ptr,
+    var_ptr,
     dy_ptr,
     out_ptr,
+    N,
     HW,
     SCALE,
+    PIXELS,
     C: tl.constexpr,
+    EPS: tl.constexpr,
     ACT: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_DY: tl.constexpr,
@@ -36,15 +43,18 @@ def _pool_kernel(
     BM: tl.constexpr,
     BC: tl.constexpr,
 ):
-    n = tl.program_id(0)
+    n, first, end = tl.program_id(0), 0, HW
+    if PIXELS is not None:
+        n, first = tl.program_id(0) % N, tl.program_id(0) // N * PIXELS
+        end = tl.minimum(first + PIXELS, HW)
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
     m_c = o_c < C
     if HAS_NORM:
-        b_scale, b_shift = load_norm(norm_ptr, o_c, m_c, C)
+        b_scale, b_shift = load_map(norm_ptr, bn_weight_ptr, bn_bias_ptr, mean_ptr, var_ptr, o_c, m_c, C, EPS, ACC)
     acc = tl.zeros((BM, BC), ACC)
-    for m0 in range(0, HW, BM):
+    for m0 in range(first, end, BM):
         o_m = m0 + tl.arange(0, BM)
-        m = (o_m < HW)[:, None] & m_c[None, :]
+        m = (o_m < end)[:, None] & m_c[None, :]
         o = (n.to(tl.int64) * HW + o_m[:, None]) * C + o_c[None, :]  # [BM, BC]
         b_a = tl.load(u_ptr + o, mask=m, other=0.0).to(ACC)
         if HAS_NORM:
@@ -53,7 +63,7 @@ def _pool_kernel(
         if HAS_DY:
             b_a = b_a * tl.load(dy_ptr + o, mask=m, other=0.0).to(ACC)
         acc += b_a
-    tl.store(out_ptr + n * C + o_c, stored(tl.sum(acc, 0) / SCALE, out_ptr.dtype.element_ty), mask=m_c)
+    tl.store(out_ptr + tl.program_id(0) * C + o_c, stored(tl.sum(acc, 0) / SCALE, out_ptr.dtype.element_ty), mask=m_c)
 
 
 @triton.jit
@@ -225,15 +235,49 @@ def pool(u: Tensor, norm: Tensor | None, dy: Tensor | None, activation: str) -> 
     """
     n, h, w, c = u.shape
     out = torch.empty(n, c, dtype=u.dtype if dy is None else accumulator(u.dtype), device=u.device)
+    _launch_pool(u, norm, dy, activation, _pool_tiles(u, norm, dy, activation), out, None)
+    state("pool", (u, norm, dy), (out,))
+    return out
+
+
+def pool_inference(u: Tensor, bn: Running, activation: str) -> Tensor:
+    """Sums of act(BN(u)) per image and channel, [P, N, C], over P parts of the image."""
+    n, h, w, c = u.shape
+    tiles = _pool_tiles(u, bn, None, activation)
+    parts = min(cdiv(PROGRAMS, n * cdiv(c, tiles["BC"])), cdiv(h * w, tiles["BM"]))
+    pixels = cdiv(h * w, parts)
+    out = torch.empty(cdiv(h * w, pixels), n, c, dtype=accumulator(u.dtype), device=u.device)
+    _launch_pool(u, bn, None, activation, tiles, out, pixels)
+    state("pool", (u, *bn.tensors), (out,))
+    return out
+
+
+def _pool_tiles(u: Tensor, norm: Tensor | Running | None, dy: Tensor | None, activation: str) -> dict[str, int]:
+    n, h, w, c = u.shape
     traits = dict(images=n, activation=activation, norm=norm is not None, dy=dy is not None)
-    tiles = chosen("pool", u, row_tiles, (h * w, c), **traits)
-    _pool_kernel[(n, cdiv(c, tiles["BC"]))](
+    return chosen("pool", u, row_tiles, (h * w, c), **traits)
+
+
+def _launch_pool(
+    u: Tensor,
+    norm: Tensor | Running | None,
+    dy: Tensor | None,
+    activation: str,
+    tiles: dict[str, int],
+    out: Tensor,
+    pixels: int | None,
+) -> None:
+    n, h, w, c = u.shape
+    _pool_kernel[(out.numel() // c, cdiv(c, tiles["BC"]))](
         u_ptr=u,
-        norm_ptr=norm,
+        norm_ptr=None if isinstance(norm, Running) else norm,
+        **given(norm),
         dy_ptr=dy,
         out_ptr=out,
+        N=None if pixels is None else n,
         HW=h * w,
-        SCALE=h * w if dy is None else 1,
+        SCALE=h * w if dy is None and pixels is None else 1,
+        PIXELS=pixels,
         C=c,
         ACT=activation,
         HAS_NORM=norm is not None,
@@ -241,8 +285,6 @@ def pool(u: Tensor, norm: Tensor | None, dy: Tensor | None, activation: str) -> 
         **numeric(u.dtype),
         **tiles,
     )
-    state("pool", (u, norm, dy), (out,))
-    return out
 
 
 def _excite_tiles(channels: int, reduced: int) -> dict[str, int]:

@@ -11,7 +11,6 @@ import inspect
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ import triton
 from torch import Tensor
 
 from .._version import __version__
+from ..files import replacing
 from .math import INTERPRETED
 from .tuning import MIN_DOT, SPACE, TRITON, precision, relieved
 
@@ -249,11 +249,5 @@ def write(path: Path, table: Table) -> None:
     """Put a table into its file, whole or not at all; OSError where the folder can't be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"head": table.head, "tiles": table.tiles, "memory": table.memory}, indent=1) + "\n"
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.stem, suffix=".part", delete=False) as file:
-        try:
-            file.write(text)
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with replacing(path) as part:
+        part.write_text(text)

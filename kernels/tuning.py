@@ -15,6 +15,7 @@ from .math import INTERPRETED
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 MIN_DOT = 16  # smallest tile side that tl.dot takes
+PROGRAMS = 264  # two for each multiprocessor of an H100: where a batch is small, fewer leave some idle
 
 # (backward, kernel size, stride): elements of a register tile and most rows in flight, for 4 warps. Taps, accumulators
 # and the loads ahead must fit 255 registers without a spill; benchmarks/NOTES.md has the sweep behind each pair.
@@ -85,7 +86,6 @@ SPACE: dict[str, dict[str, Choice]] = {
     "depthwise_inference": _WALK,
     "pointwise_inference": _POINTWISE,
     "pointwise_pool": _POINTWISE,
-    "bn_act_inference": _ROWS,
     "pool": _ROWS,
     "bn_act_fwd": _ROWS,
     "bn_act_bwd": _ROWS,

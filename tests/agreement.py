@@ -76,18 +76,19 @@ def assert_kernels_agree(module: nn.Module, x: torch.Tensor, filter_fn=None) -> 
             assert_parity(name, ours[name], theirs[name], value)
 
 
-def assert_inference_agrees(module: nn.Module, x: torch.Tensor) -> None:
+def assert_inference_agrees(module: nn.Module, x: torch.Tensor, narrow: torch.dtype = torch.float32) -> None:
     """A fused block in eval mode without gradients, which the kernels run in another form, keeps the parity rule."""
     outputs = []
     with torch.no_grad():
         for dtype, make, path in (
             (torch.float64, unfuse, "eager"),
-            (torch.float32, unfuse, "eager"),
-            (torch.float32, fuse, "triton"),
+            (narrow, unfuse, "eager"),
+            (narrow, fuse, "triton"),
         ):
             block = make(copy.deepcopy(module).eval().to(dtype))
             with backend(path):
                 outputs.append(block(x.to(dtype)))
+    assert outputs[2].dtype == outputs[1].dtype
     truth, theirs, ours = outputs
     assert_parity("y", ours, theirs, truth)
 

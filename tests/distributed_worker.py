@@ -6,11 +6,13 @@ Started as `distributed_worker.py RANK FOLDER`; its results go to FOLDER/RANK.pt
 import copy
 import os
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
+import pytest
 import torch
 from blocks import launches, normal, randomise
 from conftest import _poisoned
@@ -222,6 +224,20 @@ def explained():
     return [(e.fused, e.rows[0].reason) for e in (fastmbconv.explain(*arguments) for arguments in explanations)]
 
 
+def training_steps(rank):
+    """Of `fastmbconv train --sync-bn`, by backend; None where a library that it needs is not installed."""
+    try:
+        from short_runs import World, steps
+    except pytest.skip.Exception:
+        return None
+    found = {}
+    for name in ("triton", "eager"):
+        with fastmbconv.backend(name), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Grad strides do not match")
+            found[name] = steps(World(torch.device("cpu"), rank, 2), sync_bn=True)
+    return found
+
+
 def main(rank, folder):
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         setattr(owner, name, _poisoned(getattr(owner, name)))
@@ -236,6 +252,7 @@ def main(rank, folder):
         "explain": explained(),
         "sharded": described_while_sharded(rank),
         "absent": absent(),
+        "training": training_steps(rank),
     }
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -4,16 +4,26 @@ import copy
 
 import pytest
 import torch
-from agreement import assert_kernels_agree, assert_same, assert_same_masks, outcome, randomised
-from blocks import shrink
+from agreement import (
+    assert_inference_agrees,
+    assert_kernels_agree,
+    assert_same,
+    assert_same_masks,
+    outcome,
+    randomised,
+)
+from blocks import launches, shrink
 from libraries import library
+from parity import assert_parity
 from torch import nn
 
 import fastmbconv
+from benchmarks.launches import counted
 from fastmbconv import dense, explain, fuse, reference, unfuse
 from fastmbconv.block import DenseBlock
 from fastmbconv.kernels.traffic import recorded
 from fastmbconv.swap.fused import FusedBlock, fusible
+from fastmbconv.swap.saving import saving
 from fastmbconv.traffic import count_dense
 
 library("timm")
@@ -41,6 +51,10 @@ def changed(change, make=edge):
     module = make()
     change(module)
     return module
+
+
+def without_affine(module):
+    module.bn1.affine, module.bn1.weight, module.bn1.bias = False, None, None
 
 
 DESCRIBED = {
@@ -110,6 +124,58 @@ def test_through_the_kernels(make, training, device):
     assert_kernels_agree(module, torch.randn(2, 8, 6, 5, dtype=torch.float64, device=device))
 
 
+PROJECT = {"_pointwise_inference_kernel": 1}
+EXCITED = PROJECT | {"_pool_kernel": 1, "_excite_inference_kernel": 1}
+INFERENCE = {
+    "edge": (edge, PROJECT),
+    "edge-se": (lambda: edge(se=True, drop_path_rate=0.5), EXCITED),
+    "edge-se-same-stride2": (lambda: edge(12, se=True, pad_type="same", stride=2, act_layer=nn.ReLU6), EXCITED),
+    "edge-bare": (lambda: changed(without_affine), PROJECT),
+    "single-drop": (lambda: single(drop_path_rate=0.5), {"_bn_act_fwd_kernel": 1}),
+    "single-stride2": (lambda: single(12, stride=2, act_layer=nn.ReLU), {"_bn_act_fwd_kernel": 1}),
+    "torchvision-stride2": (lambda: torchvision_block(stride=2, out_channels=12), PROJECT),
+    "torchvision-no-expand": (lambda: torchvision_block(expand=1), {"_bn_act_fwd_kernel": 1}),
+}
+
+
+@pytest.mark.parametrize("tiles", [None, dict(BM=16, BK=16, BO=16, BC=16)], ids=["large-tiles", "small-tiles"])
+@pytest.mark.parametrize("make, kernels", INFERENCE.values(), ids=INFERENCE)
+def test_inference(make, kernels, tiles, device, monkeypatch):
+    if tiles:
+        shrink(monkeypatch, **tiles)
+    module = randomised(make()).to(device)
+    x = torch.randn(2, 8, 7, 5, dtype=torch.float64, device=device)
+    for dtype in (torch.float32, torch.bfloat16):
+        with counted() as found:
+            assert_inference_agrees(module, x, dtype)
+        assert found == kernels
+
+
+def test_which_calls_infer(device):
+    """Only what needs no gradient, with statistics that stay; a moved one is seen at once."""
+    module, x = fuse(edge(drop_path_rate=0.5)).eval().to(device), torch.randn(2, 8, 4, 4, device=device)
+
+    def infers():
+        with fastmbconv.backend("triton"), launches() as seen:
+            y = module(x)
+        return any("dense_inference" in name for name in seen), y
+
+    assert not infers()[0]  # its weights want gradients
+    with torch.no_grad():
+        found, before = infers()
+        assert found
+        module.bn1.running_mean.add_(1.0)
+        assert not torch.allclose(before, infers()[1])
+        module.bn2.train()
+        assert not infers()[0] and module.bn2.num_batches_tracked == 1
+        module.bn2.eval(), module.drop_path.train()
+        assert not infers()[0]
+    module.eval().requires_grad_(False)
+    assert infers()[0]
+    x.requires_grad_()
+    assert not infers()[0]
+
+
 @pytest.mark.parametrize("make", [lambda: single(drop_path_rate=0.5), lambda: torchvision_block(rate=0.5)])
 def test_same_masks_through_the_kernels(make, device):
     assert_same_masks(make().to(device).train(), torch.randn(8, 8, 3, 3, device=device))
@@ -122,8 +188,12 @@ def test_autocast(wide, device):
     x = torch.randn(2, 8, 4, 4, device=device, dtype=torch.float32 if wide else torch.bfloat16)
     with fastmbconv.backend("triton"), torch.autocast(device.type, dtype=torch.bfloat16):
         y = module(x)
+        with torch.no_grad():
+            inferred = module.eval()(x)
     y.float().sum().backward()
-    assert y.dtype == x.dtype and module.conv.weight.grad.dtype == torch.float32
+    assert y.dtype == inferred.dtype == x.dtype and module.conv.weight.grad.dtype == torch.float32
+    with fastmbconv.backend("eager"), torch.autocast(device.type, dtype=torch.bfloat16), torch.no_grad():
+        assert_parity("y", inferred.bfloat16(), module(x).bfloat16(), copy.deepcopy(module).double()(x.double()))
 
 
 def test_frozen_and_hooked_blocks(device):
@@ -153,25 +223,42 @@ def test_refused_before_anything_changes(device):
 def test_compiles_to_one_graph(training, device):
     model = nn.Sequential(fuse(edge(se=True)), fuse(single())).train(training).to(device)
     x = torch.randn(2, 8, 4, 4, device=device)
-    with fastmbconv.backend("triton"):
+    with fastmbconv.backend("triton"), torch.set_grad_enabled(training):
         expected = copy.deepcopy(model)(x)
         torch._dynamo.reset()
         torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)
 
 
-@pytest.mark.parametrize("make, eager, fused", [(edge, 24, 12), (lambda: edge(se=True), 37, 13), (single, 25, 18)])
-def test_traffic(make, eager, fused, device):
+PASSES = {  # training: eager, fused; inference: eager, with folded BatchNorms, fused
+    "edge": (edge, (24, 12), (7.75, 5.25, 2.75)),
+    "edge-se": (lambda: edge(se=True), (37, 13), (10.75, 8.25, 3.75)),
+    "single": (single, (25, 18), (9, 7, 5)),
+}
+
+
+@pytest.mark.parametrize("make, training, inference", PASSES.values(), ids=PASSES)
+def test_traffic(make, training, inference, device):
     """The count is dense.py's, and what our launches state is the count without the library's convolution."""
     block, shape = fusible(make().train()), (4, 8, 16, 16)
     u, traffic = count_dense(block, shape)
-    assert (traffic.eager_training / u, traffic.fused_training / u) == (eager, fused)
+    assert (traffic.eager_training / u, traffic.fused_training / u) == training
+    counts = (traffic.eager_inference, traffic.eager_inference_folded, traffic.fused_inference)
+    assert tuple(count / u for count in counts) == inference
+    assert saving(block, False, shape).passes == (inference[0], inference[2])
     module, x = make().train().to(device), torch.randn(shape, device=device, requires_grad=True)
-    with fastmbconv.backend("triton"), recorded() as launches:
+    with fastmbconv.backend("triton"), recorded() as trained:
         y = dense.dense_mbconv(x, fusible(module))
         y.sum().backward()
-    images = [m for launch in launches for m in (*launch.reads, *launch.writes) if m.shape[:3] == (4, 16, 16)]
+    with fastmbconv.backend("triton"), recorded() as inferred, torch.no_grad():
+        dense.dense_mbconv(x, fusible(module.eval()))
+
+    def images(launches):
+        moved = [m for launch in launches for m in (*launch.reads, *launch.writes) if m.shape[:3] == (4, 16, 16)]
+        return sum(m.size for m in moved) / 4
+
     convolution = 3 * (x.numel() + u) + 3 * x.numel()  # and the sum of the branch's and the residual's gradient
-    assert sum(m.size for m in images) / 4 == traffic.fused_training - convolution
+    assert images(trained) == traffic.fused_training - convolution
+    assert images(inferred) == traffic.fused_inference - x.numel() - u
 
 
 def test_smaller_than_a_tile(device, monkeypatch):

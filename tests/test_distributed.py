@@ -152,6 +152,18 @@ def test_fully_sharded_is_one_process(wrap, ranks):
         assert rank["FSDP2"][wrap]["reason"] == ("a hook on project_conv" if wrap == "a leaf" else "")
 
 
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_training_with_synchronised_norms_is_one_process(backend, ranks):
+    """Losses, weights and statistics after two steps of `fastmbconv train`, fused or not, against one eager process."""
+    from short_runs import World, steps
+
+    with fastmbconv.backend("eager"):
+        expected = steps(World(torch.device("cpu")))
+    for rank in ranks:
+        for name, value in rank["training"][backend].items():
+            assert_parity(name, value, expected[name], expected[name])
+
+
 def test_explain_among_processes(ranks):
     """Fused, with a shape too; but not timm's norms after torch's converter, which forgets their activation."""
     for rank in ranks:

@@ -231,7 +231,7 @@ def test_stem_and_head(dtype, tiles, device, monkeypatch):
     x = normal(2, 3, 9, 12, dtype=dtype, device=device)
     with fastmbconv.backend("triton"), counted() as kernels:
         ours = at_the_ends(x, *parts)
-    assert kernels == {"_bn_act_inference_kernel": 1, "_pointwise_pool_kernel": 1}
+    assert kernels == {"_bn_act_fwd_kernel": 1, "_pointwise_pool_kernel": 1}
     with fastmbconv.backend("eager"):
         theirs = at_the_ends(x, *parts)
         truth = at_the_ends(x.double(), *(copy.deepcopy(part).double() for part in parts))
@@ -254,7 +254,7 @@ def test_a_hooked_training_or_unfused_end_runs_its_own_layers(device, triton_bac
     with torch.no_grad():
         assert len(kernels()) == 2
         handles = [part.register_forward_hook(lambda *args: seen.append(args)) for part in (stem.bn, head)]
-        assert kernels() == {"_bn_act_inference_kernel"} and len(seen) == 2  # the head's own pass over its map
+        assert kernels() == {"_bn_act_fwd_kernel"} and len(seen) == 2  # the head's own pass over its map
         for handle in handles:
             handle.remove()
         stem.train()
@@ -302,6 +302,11 @@ def arguments(device, dtype=torch.float32):
             (image(c), expand, *norm(e), taps, *norm(e), *excite, project, *norm(o), *setting),
             (image(e), None, None, None, None, None, 0.0, taps, *bare(e), *(None,) * 4, project, *bare(o),
              "relu6", "none", False, 2, 1, 1, 2, 1),
+        ],
+        "dense_inference": [
+            (image(e), image(o), *norm(e), *excite, project, *norm(o), "silu", "relu"),
+            (image(e), None, *bare(e), *(None,) * 4, project, *bare(o), "relu6", "none"),
+            (image(e), image(e), *norm(e), *(None,) * 9, 0.0, "silu", "none"),
         ],
         "depthwise_bn_act_inference": [(image(e), taps, *norm(e), "silu", 1, 1, 1, h, w)],
         "bn_act_inference": [(image(e), *norm(e), "silu"), (image(e), *bare(e), "none")],

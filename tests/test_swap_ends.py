@@ -16,7 +16,7 @@ from fastmbconv.swap import places
 from fastmbconv.swap.ends import ends_of
 from fastmbconv.swap.fused import FusedBlock, swap_out
 
-BN, POOL = "bn_act_inference", "pointwise_pool"
+BN, POOL = "bn_act_fwd", "pointwise_pool"
 
 
 def timm(name="efficientnet_b0", blocks=1, **options):

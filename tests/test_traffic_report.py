@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 
 from benchmarks import subjects
 from benchmarks.launches import caught
-from benchmarks.registry import Shape
+from benchmarks.registry import DENSE, Shape
+from benchmarks.traffic import dense_row
 from fastmbconv.kernels.traffic import recorded, state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +97,14 @@ def test_inference_moves_less_than_eager_with_folded_batch_norms(report):
         assert inferred(row) < row["inference"]["folded"], row["name"]
 
 
+@pytest.mark.parametrize("shape", DENSE, ids=lambda shape: shape.name)
+def test_behind_a_dense_convolution_launchers_and_model_agree(shape):
+    row = dense_row(replace(shape, batch=1))
+    assert row.training == pytest.approx(row.count.fused_training / row.elements)
+    assert row.inference == pytest.approx(row.count.fused_inference / row.elements)
+    assert row.inference + row.rest < 0.72 * row.count.eager_inference_folded / row.elements
+
+
 def test_lean_keeps_no_expanded_tensor_before_the_walk(report):
     assert not beyond(report, lambda row: row["lean"]["saved"], SAVED_LEAN)
 
@@ -129,6 +139,7 @@ def test_roofline_page(tmp_path):
         assert float(cells[-1].strip().removesuffix("x")) == pytest.approx(eager / floor, rel=0.02)
 
 
+MAKES = {"mbconv": subjects.mbconv, "depthwise": subjects.depthwise, "dense": subjects.fused_mbconv_excited}
 KINDS = [
     Shape("residual", 0, 2, 6, 8, 8, 2, 3, 1),
     Shape("stride", 0, 2, 7, 8, 16, 2, 5, 2),
@@ -137,7 +148,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("make", [subjects.mbconv, subjects.depthwise], ids=["mbconv", "depthwise"])
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
 @pytest.mark.parametrize("shape", KINDS, ids=lambda shape: shape.model)
 def test_launchers_state_what_their_launches_are_given(make, shape):
     given = []

@@ -127,7 +127,7 @@ def test_the_launches_of_a_model(found):
     assert len({launch.question.key for launch in launches}) == len(launches)
     kernels = {launch.question.kernel for launch in launches}
     # Of the single op, of a dense convolution, of a model's ends, and of blocks with more than 64 outputs.
-    others = {"bn_act_bwd", "moments", "bn_act_inference", "pointwise_pool", "project_wide"}
+    others = {"bn_act_bwd", "moments", "pointwise_pool", "project_wide"}
     assert set(tuning.SPACE) - kernels <= others
     walks = [launch.question.sizes["expand"] for launch in launches if launch.question.kernel == "depthwise_bwd"]
     assert sorted(walks) == [0, 8]
@@ -135,6 +135,14 @@ def test_the_launches_of_a_model(found):
     assert pool.count == 4  # two blocks, two plans; inference pools in its depthwise kernel
     assert pool.moved > pool.count * 2 * 16 * 4 * 4 * 4
     assert [launch.moved for launch in launches] == sorted((launch.moved for launch in launches), reverse=True)
+
+
+def test_a_launch_keeps_no_tensor(found):
+    """They are made again on the GPU: one of the CPU's would be refused there."""
+    for launch in found[1]:
+        parts = [p for a in launch.arguments for p in (a if isinstance(a, tuple) else (a,))]
+        assert any(isinstance(part, tuner.Spec) for part in parts), launch.question.key
+        assert not any(torch.is_tensor(part) for part in parts), launch.question.key
 
 
 def test_a_launch_can_be_repeated_with_other_tiles(found, device):

@@ -11,13 +11,12 @@ other, so that is refused. The names in timm's and in our files are the same in 
 from __future__ import annotations
 
 import argparse
-import os
 import pickle
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastmbconv.cli.extras import CommandError, require
+from fastmbconv.files import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,16 +165,12 @@ def _write(path: Path, entries: dict[str, Tensor]) -> None:
     import torch
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in entries.items()}
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
+    try:
+        with replacing(path) as part:
             if path.suffix == ".safetensors":
-                require("safetensors.torch", "train").save_file(tensors, file.name, metadata={"format": "pt"})
+                part.write_bytes(require("safetensors.torch", "train").save(tensors, metadata={"format": "pt"}))
             else:
-                torch.save(tensors, file.name)
-            os.replace(file.name, path)
-        except OSError as error:
-            os.unlink(file.name)
-            raise CommandError(f"DST is {path}: it can't be written: {error}") from error
-        except BaseException:
-            os.unlink(file.name)
-            raise
+                with part.open("wb") as file:
+                    torch.save(tensors, file)
+    except OSError as error:
+        raise CommandError(f"DST is {path}: it can't be written: {error}") from error

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastmbconv._version import __version__
+from fastmbconv.synchronised import synchronise
 from fastmbconv.training import checkpoint
 from fastmbconv.training.config import Config, to_dict, toml
 from fastmbconv.training.data import Samples, open_data
@@ -65,14 +66,17 @@ class Trainer:
         train, val = open_data(config)
         self.classes = train.classes
         self.batch_size = batch_size(config, len(train), world.size)
-        _refuse_lonely_values(config, self.batch_size // world.size // config.accumulate)
+        sharing = config.sync_bn and world.size > 1
+        _refuse_lonely_values(config, self.batch_size // config.accumulate // (1 if sharing else world.size))
 
         network = build(config, len(self.classes))
         self.look = look(config, network.resolution, network.coefficients.lite)
-        self.network = prepare(network, config, world.device, world.size)
+        self.network = prepare(network, config, world.device)
         self.average = Average(self.network, config.ema) if config.ema else None
         trains = any(p.requires_grad for p in self.network.parameters())
         self.model: nn.Module = DistributedDataParallel(self.network) if world.size > 1 and trains else self.network
+        if sharing:
+            synchronise(self.network)
         self.peak = peak_rate(config, self.batch_size)
         self.optimizer = optimizer_for(self.network, config, self.peak)
         self.amp = _amp(config, world.device)
@@ -377,7 +381,7 @@ def _refuse_lonely_values(config: Config, pictures: int) -> None:
     if pictures == 1 and not config.freeze_bn and (config.resolution or 224) <= 32:
         raise TrainingError(
             "a forward pass has one picture, and at --resolution 32 BatchNorm gets one value per channel: raise "
-            "--batch-size, lower --accumulate, or use fewer processes"
+            "--batch-size, lower --accumulate, set --sync-bn, or use fewer processes"
         )
 
 

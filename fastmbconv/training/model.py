@@ -108,19 +108,11 @@ def train_mode(model: EfficientNet, config: Config) -> None:
                 each.eval()
 
 
-def prepare(model: EfficientNet, config: Config, device: torch.device, processes: int) -> EfficientNet:
-    """On its device, in its memory format, with synchronised BatchNorms, fused.
-
-    Raises:
-        TrainingError: for --sync-bn where torch has none.
-    """
+def prepare(model: EfficientNet, config: Config, device: torch.device) -> EfficientNet:
+    """On its device, in its memory format, fused."""
     model = model.to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if config.sync_bn and processes > 1:
-        if device.type == "cpu":
-            raise TrainingError("--sync-bn: torch synchronises BatchNorm on GPUs only; leave it out on CPUs")
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     memory: Any = config.memory
     return fastmbconv.fuse(model, memory=memory) if config.fused else model
 
