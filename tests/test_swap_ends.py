@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import cache
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 import fastmbconv
 from fastmbconv import dispatch, explain, fuse, unfuse
+from fastmbconv.efficientnet import efficientnet
 from fastmbconv.kernels.traffic import recorded
 from fastmbconv.swap import places
 from fastmbconv.swap.ends import ends_of
@@ -51,6 +53,12 @@ def transformers():
     return model
 
 
+def align():
+    from transformers.models.align import modeling_align
+
+    return modeling_align.AlignVisionEmbeddings(modeling_align.AlignVisionConfig())
+
+
 def smp(name):
     model = library("segmentation_models_pytorch").encoders.get_encoder(name, weights=None)
     if hasattr(model, "_blocks"):
@@ -68,14 +76,21 @@ MODELS = {
     "torchvision-mobilenet": (lambda: torchvision("mobilenet_v2"), [BN, POOL]),
     "lukemelas": (lambda: lukemelas(include_top=False), [BN, POOL]),
     "transformers": (transformers, [BN, BN]),
+    "align": (align, [BN]),
+    "synchronised": (lambda: library("timm").layers.convert_sync_batchnorm(timm(num_classes=0)), [BN, POOL]),
     "smp": (lambda: smp("efficientnet-b0"), [BN]),
     "smp-timm": (lambda: smp("tu-efficientnet_b0"), [BN]),
 }
 
 
+@cache
+def made(make):
+    return make()
+
+
 def prepared(make):
     """In eval mode, with BatchNorms at both ends that no wrong path would get right by chance."""
-    model = make().eval()
+    model = copy.deepcopy(made(make)).eval()
     with torch.no_grad():
         for end in ends_of(model):
             norm = end.site.norm
@@ -329,7 +344,7 @@ def test_with_a_filter_they_stay(x):
 def test_without_kernels_nothing_is_looked_at(make, x, monkeypatch):
     model = fuse_ends(prepared(make))
     monkeypatch.setattr(places.Site, "described", None)
-    monkeypatch.setattr(places.Place, "replaced", None)
+    monkeypatch.setattr(places.Names, "replaced", None)
     monkeypatch.setattr(dispatch, "children_reason", None)
     with torch.no_grad():
         model(x)
@@ -381,3 +396,17 @@ def test_explain_has_their_rows_beside_the_blocks():
     (hooked,) = (row for row in explain(model).ends if row.path == "eager")
     assert (hooked.name, hooked.reason) == ("conv_head", "a hook on act")
     handle.remove()
+
+
+def test_explain_of_our_own_model():
+    model = efficientnet("b0").eval()
+    assert [(row.name, row.block, row.path) for row in explain(model).ends] == [
+        ("stem.conv", "stem", "fused"),
+        ("head.conv", "head + pool", "fused"),
+    ]
+    assert {row.reason for row in explain(unfuse(model)).ends} == {
+        "not fused: fastmbconv.fuse without a filter does it"
+    }
+    model.stem.act = nn.GELU()
+    assert [row.reason for row in explain(fuse(model)).ends if row.path == "eager"] == ["act is a GELU"]
+    assert [row.path for row in explain(model.train()).ends] == ["eager"] * 2

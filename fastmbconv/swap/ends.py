@@ -1,8 +1,9 @@
 """The stem and the head of a library's model, swapped: BatchNorm and activation in one pass, the head with its pool.
 
-Only in eval mode, where no gradient is wanted. Two kinds of module get a subclass of their own class, as blocks do:
-* one that runs BatchNorm and activation by itself (timm's BatchNormAct2d, torchvision's Conv2dNormActivation);
-* a model whose methods call them one by one: such a method gets a `View` of the model in the model's place.
+Only in eval mode, where no gradient is wanted. Three kinds of module get a subclass of their own class, as blocks do:
+* a norm that holds its activation (timm's BatchNormAct2d);
+* a Sequential of convolution, norm and activation (torchvision's Conv2dNormActivation);
+* a model whose methods call them, or the head and its pool, one by one: such a method gets a `View` of the model.
 """
 
 from __future__ import annotations
@@ -98,33 +99,47 @@ def _is_swapped(module: Module | None) -> bool:
     return module.fused if isinstance(module, ConvBNAct) else isinstance(module, Swapped)
 
 
-class FusedNormAct(Swapped):
-    """Mixed in before the class of a module that runs BatchNorm and activation by itself."""
+class FusedEnd(Swapped):
+    """What the three kinds have in common: how they are copied and stored."""
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        return _rebuild, (type(self).original,), self.__getstate__()  # type: ignore[attr-defined]
+
+
+class FusedNormAct(FusedEnd):
+    """Mixed in before the class of a norm that holds its activation."""
 
     is_swap: ClassVar[bool] = True
 
     def forward(self, x: Tensor) -> Tensor:
         own: Layer = super().forward  # type: ignore[misc]
-        module: Any = self
-        if module.training or not isinstance(x, Tensor) or dispatch.eager_at_once(x):
+        norm: Any = self
+        if not _may_fuse(norm, x) or dispatch.module_reason(norm) is not None:
             return own(x)
-        if dispatch.module_reason(module) is not None:
+        return norm_act(Site("head", None, norm, norm._modules.get("act"), {}, timm.KINDS), own, x)
+
+
+class FusedUnit(FusedEnd):
+    """Mixed in before the class of a Sequential of convolution, norm and activation."""
+
+    is_swap: ClassVar[bool] = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        own: Layer = super().forward  # type: ignore[misc]
+        unit: Any = self
+        if not _may_fuse(unit, x) or dispatch.module_reason(unit) is not None:
             return own(x)
-        if isinstance(module, nn.Sequential):
-            site = torchvision.unit("stem", module)
-            return own(x) if site is None else norm_act(site, site.behind, site.conv(x))
-        site = Site("head", None, module, module._modules.get("act"), {}, timm.KINDS)
-        return norm_act(site, own, x)
-
-    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
-        return _rebuild, (type(self).original,), self.__getstate__()  # type: ignore[attr-defined]
+        site = torchvision.unit("head", unit)
+        return own(x) if site is None else norm_act(site, site.behind, site.conv(x))
 
 
-class FusedModel(Swapped):
+class FusedModel(FusedEnd):
     """Mixed in before a model's class: `fused_class` gives it the methods that find some of its children replaced."""
 
-    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
-        return _rebuild, (type(self).original,), self.__getstate__()  # type: ignore[attr-defined]
+
+def _may_fuse(module: nn.Module, x: Any) -> bool:
+    """False where a call runs eager whatever is inside the module."""
+    return not module.training and isinstance(x, Tensor) and not dispatch.eager_at_once(x)
 
 
 class View:
@@ -147,9 +162,7 @@ def _method(original: Any, name: str, method: Method) -> Callable[..., Any]:
     @wraps(own)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         x = next(iter((*args, *kwargs.values())), None)
-        if self.training or not isinstance(x, Tensor) or dispatch.eager_at_once(x):
-            return own(self, *args, **kwargs)
-        if any(called in self.__dict__ for called in method.calls):
+        if not _may_fuse(self, x) or any(called in self.__dict__ for called in method.calls):
             return own(self, *args, **kwargs)
         replaced: dict[str, Layer] = {}
         for place in method.places:
@@ -180,7 +193,8 @@ def fused_class(original: Any) -> Any:
     body = {"original": original, "is_swap": True, "__module__": __name__, "__doc__": original.__doc__}
     methods = methods_of(original)
     body |= {name: _method(original, name, method) for name, method in methods.items()}
-    return type(f"Fused{original.__name__}", (FusedModel if methods else FusedNormAct, original), body)
+    base = FusedModel if methods else FusedUnit if issubclass(original, nn.Sequential) else FusedNormAct
+    return type(f"Fused{original.__name__}", (base, original), body)
 
 
 def _rebuild(original: Any) -> nn.Module:
@@ -211,7 +225,7 @@ def _ends_at(module: Module) -> Iterator[End]:
     methods = methods_of(type(module))
     for place in (place for method in methods.values() for place in method.places):
         if (end := place.site(module)) is not None:
-            yield End(end, None if place.act is None else module, None if end.pool is None else module)
+            yield End(end, module if place.apart else None, None if end.pool is None else module)
     stem = timm.STEM.site(module)
     if stem is not None and _holds_blocks(module):
         yield End(stem, stem.norm)

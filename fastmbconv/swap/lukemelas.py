@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastmbconv.block import Block
 from fastmbconv.swap.parts import Gate, Kinds, Module, Parts, Stage, assemble, children_reason, kind, name
-from fastmbconv.swap.places import Method, Place
+from fastmbconv.swap.places import Method, Names
 
 HOMES = ("efficientnet_pytorch.utils", "segmentation_models_pytorch.encoders._efficientnet")
 KINDS = Kinds(
@@ -120,9 +120,9 @@ BLOCKS = {
     "efficientnet_pytorch.model.MBConvBlock": lukemelas,
     "segmentation_models_pytorch.encoders._efficientnet.MBConvBlock": smp,
 }
-STEM = Place("stem", "_conv_stem", "_bn0", "_swish", KINDS)
-HEAD = Place("head", "_conv_head", "_bn1", "_swish", KINDS)
-POOLED = Place("head", "_conv_head", "_bn1", "_swish", KINDS, "_avg_pooling", padding_of=_padding)
+STEM = Names("stem", "_conv_stem", "_bn0", "_swish", KINDS)
+HEAD = Names("head", "_conv_head", "_bn1", "_swish", KINDS)
+POOLED = Names("head", "_conv_head", "_bn1", "_swish", KINDS, "_avg_pooling", padding_of=_padding)
 METHODS = {
     "efficientnet_pytorch.model.EfficientNet": {
         "extract_features": Method((STEM, HEAD)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -135,9 +135,22 @@ def same(x: Tensor) -> Tensor:
     return x
 
 
+class Place(Protocol):
+    """Where the modules of one class have an end. `apart`: its methods call norm and activation one by one."""
+
+    @property
+    def apart(self) -> bool: ...
+
+    def site(self, module: Module) -> Site | None:
+        """The end of this module, or None where it has none."""
+
+    def replaced(self, module: Module) -> dict[str, Layer]:
+        """What a method of this module finds under some names instead of its children, at this call."""
+
+
 @dataclass(frozen=True, slots=True)
-class Place:
-    """The names that one class has for the modules of an end. `act` None: the norm holds it."""
+class Names:
+    """A `Place` by the names of its modules. `act` None: the norm holds it."""
 
     role: Literal["stem", "head"]
     conv: str
@@ -148,8 +161,11 @@ class Place:
     pool_of: Callable[[Module], Pool] = Pool.of
     padding_of: Callable[[Module], Any] | None = None
 
+    @property
+    def apart(self) -> bool:
+        return self.act is not None
+
     def site(self, module: Module) -> Site | None:
-        """The end of this module, or None where it has none."""
         children = module._modules
         conv, norm = children.get(self.conv), children.get(self.norm)
         if conv is None or norm is None or type(conv) is nn.Identity or type(norm) is nn.Identity:
@@ -162,7 +178,6 @@ class Place:
         return Site(self.role, conv, norm, act, layers, self.kinds, found, padding)
 
     def replaced(self, module: Module) -> dict[str, Layer]:
-        """What a method of this module finds under some of these names instead of its children, at this call."""
         site = self.site(module)
         if site is None:
             return {}

@@ -17,7 +17,7 @@ from fastmbconv.swap.parts import (
     kind,
     name,
 )
-from fastmbconv.swap.places import Method, Place, Pool
+from fastmbconv.swap.places import Method, Names, Pool
 
 KINDS = Kinds(
     same_convs=frozenset({"timm.layers.conv2d_same.Conv2dSame"}),
@@ -145,8 +145,8 @@ def pool(module: Module) -> Pool:
     return Pool(module, reason=f"the head is pooled by {module!r}")
 
 
-STEM = Place("stem", "conv_stem", "bn1", None, KINDS)
-HEAD = Place("head", "conv_head", "bn2", None, KINDS, "global_pool", pool)
+STEM = Names("stem", "conv_stem", "bn1", None, KINDS)
+HEAD = Names("head", "conv_head", "bn2", None, KINDS, "global_pool", pool)
 METHODS = {
     "timm.models.efficientnet.EfficientNet": {"forward": Method((HEAD,), ("forward_features", "forward_head"))},
 }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmbconv.block import Block, DenseBlock
 from fastmbconv.swap.parts import Gate, Kinds, Module, Parts, Stage, assemble, assemble_dense, kind, name
-from fastmbconv.swap.places import Layer, Method, Place, Pool, Site, chained, pooled, same
+from fastmbconv.swap.places import Layer, Method, Pool, Site, chained, pooled, same
 
 KINDS = Kinds(drops=frozenset({"torchvision.ops.stochastic_depth.StochasticDepth"}))
 UNIT = "torchvision.ops.misc.Conv2dNormActivation"
@@ -171,15 +171,18 @@ def unit(role: Literal["stem", "head"], module: Module, pool: Pool | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class LastFeature(Place):
-    """The last of the model's `features`, with the pool that its forward calls on them."""
+class LastFeature:
+    """The `Place` of a model's head: the last of its `features`, with the pool that its forward calls on them."""
+
+    pool: str | None
+    apart: bool = False
 
     def site(self, module: Module) -> Site | None:
         children = module._modules
-        features, pool = children.get("features"), children.get("avgpool")
-        if type(features) is not nn.Sequential or len(features) < 2 or (self.pool == "avgpool") != (pool is not None):
+        features, pool = children.get("features"), POOL if self.pool is None else children.get(self.pool)
+        if type(features) is not nn.Sequential or len(features) < 2 or pool is None:
             return None
-        found = unit("head", features[-1], Pool.of(POOL if pool is None else pool))
+        found = unit("head", features[-1], Pool.of(pool))
         return None if found is None else replace(found, around=features)
 
     def replaced(self, module: Module) -> dict[str, Layer]:
@@ -187,7 +190,8 @@ class LastFeature(Place):
         if site is None or site.pool_reason() is not None or site.hooked(pooled=True) is not None:
             return {}
         rest = tuple(module.features._modules.values())[:-1]
-        return {"features": partial(_features_pooled, rest, site), "avgpool": same}
+        features: dict[str, Layer] = {"features": partial(_features_pooled, rest, site)}
+        return features if self.pool is None else {**features, self.pool: same}
 
 
 def _features_pooled(rest: tuple[Layer, ...], site: Site, x: Tensor) -> Tensor:
@@ -195,8 +199,6 @@ def _features_pooled(rest: tuple[Layer, ...], site: Site, x: Tensor) -> Tensor:
 
 
 METHODS = {
-    f"torchvision.models.{owner}": {
-        "forward": Method((LastFeature("head", "", "", None, KINDS, pool),), ("_forward_impl",))
-    }
+    f"torchvision.models.{owner}": {"forward": Method((LastFeature(pool),), ("_forward_impl",))}
     for owner, pool in (("efficientnet.EfficientNet", "avgpool"), ("mobilenetv2.MobileNetV2", None))
 }
