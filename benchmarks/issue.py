@@ -35,6 +35,8 @@ def _depthwise_bwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
 
 
 def _depthwise_inference(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    if a["SPANS"] == 1:
+        return _depthwise_fwd(a)
     columns = -(-a["K"] // a["S"])
     rounds = ceil((a["SPAN"] + columns - 1) / columns)
     inside = a["WO"] * a["HO"] / (rounds * columns * a["SPANS"] * ceil(a["HO"] / a["R"]) * a["R"])

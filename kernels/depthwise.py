@@ -21,6 +21,19 @@ from .traffic import state, summed
 from .tuning import accumulator, cdiv, numeric, precision, walk_tiles
 
 
+@triton.constexpr_function
+def first_step(pad, stride, columns):
+    """The first of the walk's steps that sees more than padding; `columns` are in flight."""
+    return min(pad // stride, columns - 1)
+
+
+@triton.constexpr_function
+def last_step(width, out_width, pad, stride, columns):
+    """The step that the walk ends before, in rounds of `columns`: up to columns - 1 outputs are stored behind it."""
+    first = first_step(pad, stride, columns)
+    return first + (max((width - 1 + pad) // stride + 1, out_width) - first + columns - 1) // columns * columns
+
+
 @triton.jit
 def load_taps(w_ptr, o_c, m_c, K: tl.constexpr, ACC: tl.constexpr, NB: tl.constexpr, BC: tl.constexpr):
     """The K * K taps of a block of channels, each [NB, BC] with equal rows."""
@@ -121,9 +134,8 @@ def _depthwise_fwd_kernel(
     R: tl.constexpr,
 ):
     J: tl.constexpr = (K + S - 1) // S  # output columns in flight
-    # Steps that only see padding add nothing: the walk starts after them, and its last outputs are stored behind it.
-    FIRST: tl.constexpr = min(PL // S, J - 1)
-    LAST: tl.constexpr = FIRST + (max((W - 1 + PL) // S + 1, WO) - FIRST + J - 1) // J * J
+    FIRST: tl.constexpr = first_step(PL, S, J)
+    LAST: tl.constexpr = last_step(W, WO, PL, S, J)
     ROWS: tl.constexpr = (R - 1) * S + K
     h0 = (tl.program_id(1) % STRIPS) * R
     n0 = (tl.program_id(1) // STRIPS) * NB

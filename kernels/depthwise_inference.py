@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .depthwise import expanded, load_column, load_expand, load_taps, tile_mask
+from .depthwise import expanded, first_step, last_step, load_column, load_expand, load_taps, tile_mask
 from .launching import kernel
 from .math import INTERPRETED, activate_halved, halved, stored
 from .running import Running, load_affine
@@ -36,6 +36,16 @@ def accumulated(
             else:
                 updated = updated + (acc[r * J + slot],)
     return updated
+
+
+@triton.jit
+def store_activated(p_y, b_h, b_sum, m, POOLED: tl.constexpr, ACT: tl.constexpr, FAST: tl.constexpr):
+    """Store a finished column of one row, and add it to the image's sum."""
+    b_y = activate_halved(b_h, ACT, FAST)
+    tl.store(p_y, stored(b_y, p_y.dtype.element_ty), mask=m)
+    if POOLED:
+        b_sum += b_y
+    return b_sum
 
 
 @kernel
@@ -82,13 +92,17 @@ def _depthwise_inference_kernel(
     SPAN: tl.constexpr,
 ):
     J: tl.constexpr = (K + S - 1) // S  # output columns in flight
+    WHOLE: tl.constexpr = SPAN >= WO  # else a span begins and ends inside the image
+    FIRST: tl.constexpr = first_step(PL, S, J) if WHOLE else 0
+    LAST: tl.constexpr = last_step(W, WO, PL, S, J) if WHOLE else SPAN + J - 1
     ROWS: tl.constexpr = (R - 1) * S + K
+    POOLED: tl.constexpr = parts_ptr is not None
     columns = (C + BC - 1) // BC
     part = tl.program_id(0) // columns % (STRIPS * SPANS)
     o_n = tl.program_id(0) // columns // (STRIPS * SPANS) * NB + tl.arange(0, NB)
     o_c = tl.program_id(0) % columns * BC + tl.arange(0, BC)
     h0 = part // SPANS * R
-    w0 = part % SPANS * SPAN
+    w0 = 0 if WHOLE else part % SPANS * SPAN
     m_c = o_c < C
     m = tile_mask(o_n, o_c, N, C, EVEN, NB, BC)
     o_x = tl.arange(0, BX) if EXPAND else o_c
@@ -113,8 +127,8 @@ def _depthwise_inference_kernel(
     b_sum = tl.zeros((NB, BC), ACC)
     ahead = ()
     for s in tl.static_range(S):
-        ahead = ahead + load_column(p_x, w0 * S + s - PL, h0 * S - PT, m_x, H, W, CX, ROWS)
-    for t0 in range(0, SPAN + J - 1, J):
+        ahead = ahead + load_column(p_x, (w0 + FIRST) * S + s - PL, h0 * S - PT, m_x, H, W, CX, ROWS)
+    for t0 in range(FIRST, LAST, J):
         for step in tl.static_range(J):
             t = w0 + t0 + step
             b_x = ahead
@@ -134,17 +148,21 @@ def _depthwise_inference_kernel(
             cleared = ()
             for r in tl.static_range(R):
                 if (wo >= w0) & (wo < w0 + SPAN) & (wo < WO) & (h0 + r < HO):
-                    b_y = activate_halved(acc[r * J + (step + 1) % J], ACT, FAST)
-                    tl.store(p_y + ((h0 + r) * WO + wo) * C, stored(b_y, y_ptr.dtype.element_ty), mask=m)
-                    if parts_ptr is not None:
-                        b_sum += b_y
+                    p_out = p_y + ((h0 + r) * WO + wo) * C
+                    b_sum = store_activated(p_out, acc[r * J + (step + 1) % J], b_sum, m, POOLED, ACT, FAST)
                 for slot in tl.static_range(J):
                     if slot == (step + 1) % J:
                         cleared = cleared + (tl.zeros((NB, BC), ACC) + b_shift2[None, :],)
                     else:
                         cleared = cleared + (acc[r * J + slot],)
             acc = cleared
-    if parts_ptr is not None:
+    for step in tl.static_range(J - 1):
+        if WHOLE and LAST + step >= J - 1 and LAST + step - (J - 1) < WO:
+            for r in tl.static_range(R):
+                if h0 + r < HO:
+                    p_out = p_y + ((h0 + r) * WO + LAST + step - (J - 1)) * C
+                    b_sum = store_activated(p_out, acc[r * J + (step + 1) % J], b_sum, m, POOLED, ACT, FAST)
+    if POOLED:
         tl.store(parts_ptr + (part.to(tl.int64) * N + o_n[:, None]) * C + o_c[None, :], b_sum, mask=m)
 
 
