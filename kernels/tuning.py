@@ -22,7 +22,7 @@ PROGRAMS = 264  # two for each multiprocessor of an H100: where a batch is small
 WALK = {
     (False, 3, 1): (512, 7),
     (False, 3, 2): (512, 3),
-    (False, 5, 1): (256, 5),
+    (False, 5, 1): (256, 7),
     (False, 5, 2): (256, 3),
     (True, 3, 1): (256, 6),
     (True, 3, 2): (512, 4),
@@ -168,8 +168,9 @@ def walk_tiles(
     if dtype != torch.bfloat16:  # wider loads ahead, or an exact exponential: fewer registers for rows
         most = min(most, 4 if kernel_size == 3 and stride == 1 else 2)
         tile = 256 if stride == 2 else tile
-    if height > 7 or channels % 64 or images % 8:  # seven rows fit where one strip needs no masks
-        most = min(most, 6)
+    five = kernel_size == 5 and not backward
+    if height > 7 or (images < 8 if five else channels % 64 or images % 8):  # seven rows are one strip; k3 has no masks
+        most = min(most, 5 if five else 6)
     if expand:  # a matrix product per tile: at least 16 images, and registers for its operands
         most = 2 if backward or stride == 2 else 4
     step = stride if backward else 1
