@@ -26,6 +26,7 @@ KERNEL_SIZES = (3, 5)
 STRIDES = (1, 2)
 ACTIVATIONS = ("silu", "relu", "relu6")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+EMPTY = "an empty batch"
 WAY_OUT = "run the model inside `with fastmbconv.backend('eager')`, or take them out with fastmbconv.unfuse(model)"
 
 
@@ -127,7 +128,7 @@ def call_reason(x: Tensor) -> str | None:
     if get_backend() == "eager":
         return "the backend is set to eager"
     if not torch.jit.is_tracing() and x.numel() == 0:  # a tracer warns of what depends on a size
-        return "an empty batch"
+        return EMPTY
     return device_reason(x)
 
 
@@ -147,15 +148,19 @@ def transforms() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def eager_at_once(x: Tensor) -> bool:
-    """True where a call runs eager whatever the block, so that nothing of the block needs to be looked at."""
-    return _backend != "triton" and call_reason(x) is not None
+def eager_at_once(module: nn.Module, x: Tensor) -> bool:
+    """True where a call of a fused module runs eager whatever the block: nothing of it needs to be looked at.
+
+    Raises:
+        ValueError: for an empty batch where its BatchNorms are synchronised: the other ranks would wait.
+    """
+    reason = call_reason(x)
+    if reason == EMPTY:
+        _refuse_absence(module, x)
+    return _backend != "triton" and reason is not None
 
 
-def refuse_absence(module: nn.Module, x: Tensor) -> None:
-    """ValueError for an empty batch where this module's BatchNorms are synchronised: the other ranks would wait."""
-    if get_backend() == "eager":
-        return
+def _refuse_absence(module: nn.Module, x: Tensor) -> None:
     if any(isinstance(norm, nn.SyncBatchNorm) and ranks.group_of(norm) is not None for norm in module.modules()):
         raise ValueError(f"x has shape {tuple(x.shape)}: synchronised BatchNorms want a sample on every rank")
 

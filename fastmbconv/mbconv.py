@@ -212,8 +212,6 @@ class MBConv(nn.Module):
         return self.replaced_reason() or dispatch.module_reason(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused and x.numel() == 0:
-            dispatch.refuse_absence(self, x)
-        if not self.fused or dispatch.eager_at_once(x) or self.eager_reason() is not None:
+        if not self.fused or dispatch.eager_at_once(self, x) or self.eager_reason() is not None:
             return self.forward_eager(x)
         return functional.mbconv(x, self.describe(), eager=self.forward_eager, memory=self.memory)

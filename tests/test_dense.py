@@ -236,6 +236,14 @@ PASSES = {  # training: eager, fused; inference: eager, with folded BatchNorms, 
 }
 
 
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+def test_traced_without_a_warning(device):
+    module, x = fuse(edge(se=True)).eval().to(device), torch.randn(2, 8, 4, 4, device=device)
+    traced = torch.jit.trace(module, x)
+    assert "fastmbconv::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), unfuse(module)(x))
+
+
 @pytest.mark.parametrize("make, training, inference", PASSES.values(), ids=PASSES)
 def test_traffic(make, training, inference, device):
     """The count is dense.py's, and what our launches state is the count without the library's convolution."""

@@ -165,7 +165,9 @@ def test_export_takes_eager(x):
     torch.testing.assert_close(program.module()(x), module.forward_eager(x))
 
 
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
 def test_jit_trace_takes_eager(x):
+    """And warns of nothing: no branch of ours depends on a traced size."""
     module = MBConv(4, 4, expand_ratio=2).to(x.device).eval()
     traced = torch.jit.trace(module, x)
     assert "fastmbconv::" not in str(traced.inlined_graph)

@@ -273,7 +273,7 @@ def test_on_a_cpu_a_block_is_not_even_looked_at(monkeypatch):
     monkeypatch.setattr(dispatch, "module_reason", None)
     with fastmbconv.backend("auto"):
         assert torch.equal(module(x), module.forward_eager(x))
-    kept = min(timeit.repeat(lambda: dispatch.eager_at_once(x), number=200, repeat=20)) / 200
+    kept = min(timeit.repeat(lambda: dispatch.eager_at_once(module, x), number=200, repeat=20)) / 200
     assert kept < 100e-6
 
 

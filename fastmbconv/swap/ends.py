@@ -139,7 +139,7 @@ class FusedModel(FusedEnd):
 
 def _may_fuse(module: nn.Module, x: Any) -> bool:
     """False where a call runs eager whatever is inside the module."""
-    return not module.training and isinstance(x, Tensor) and not dispatch.eager_at_once(x)
+    return not module.training and isinstance(x, Tensor) and not dispatch.eager_at_once(module, x)
 
 
 class View:

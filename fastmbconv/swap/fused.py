@@ -49,9 +49,7 @@ class FusedBlock(Swapped):
             args = (kwargs.pop(type(self).image),)
         if not args or not isinstance(args[0], Tensor):
             return original(*args, **kwargs)
-        if args[0].numel() == 0:
-            dispatch.refuse_absence(self, args[0])  # type: ignore[arg-type]
-        if dispatch.eager_at_once(args[0]):
+        if dispatch.eager_at_once(self, args[0]):  # type: ignore[arg-type]
             return original(*args, **kwargs)
         block = read(self, type(self).adapter, *args[1:], **kwargs)  # type: ignore[arg-type]
         if isinstance(block, str):
