@@ -334,6 +334,12 @@ def test_autocast_and_layouts(x):
     torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
 
 
+def test_a_model_without_known_blocks_is_left_alone():
+    model = torchvision()
+    model.features = nn.Sequential(model.features[0], model.features[-1])
+    assert type(fuse(model)) is type(torchvision()) and not explain(model).ends
+
+
 def test_with_a_filter_they_stay(x):
     model = fuse(prepared(timm), lambda module, name: False)
     assert run(model, x)[1] == []

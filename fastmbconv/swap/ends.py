@@ -36,7 +36,10 @@ NAMES = {name for methods in METHODS.values() for name in methods}
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """A stem or a head as a model has it: `holder` runs it fused if it can, `joiner` together with the pool."""
+    """A stem or a head as a model has it: `holder` runs it fused if it can, `joiner` together with the pool.
+
+    `holder` is None only while a search has found no more than the joiner.
+    """
 
     site: Site
     holder: Module | None
@@ -54,7 +57,7 @@ class End:
         """Why it can't be fused whatever the call, or None."""
         if isinstance(self.holder, ConvBNAct):
             return self.holder.replaced_reason()
-        if self.holder is None or "forward" in vars(self.holder):
+        if "forward" in vars(self.holder):
             return "its forward was replaced on the instance"
         found = self.site.described()
         return found if isinstance(found, str) else None
@@ -67,9 +70,8 @@ class End:
 
     def call_reason(self) -> str | None:
         """Why calls run it eager at present, or None."""
-        if not _is_swapped(self.holder):
+        if self.holder is None or not _is_swapped(self.holder):
             return "not fused: fastmbconv.fuse without a filter does it"
-        assert self.holder is not None
         if self.holder.training or BatchNorm.of(self.site.norm).batch_statistics:
             return "training: the stem and the head are fused in eval mode, without gradients"
         if self.holder in self.site.layers.values():
@@ -90,7 +92,7 @@ class End:
             self.holder.fused = True
             return
         for module in (self.holder, None if self.pool_reason() is not None else self.joiner):
-            if module is not None and not isinstance(module, Swapped):
+            if module is not None and not _is_swapped(module):
                 cls: Any = type(module)
                 module.__class__ = fused_class(cls)
 
@@ -214,7 +216,7 @@ def ends_of(model: nn.Module) -> list[End]:
             inside.update(module.modules())
         for end in _ends_at(module):
             found[end.site.conv] = end.merged(found.get(end.site.conv))
-    return list(found.values())
+    return [end for end in found.values() if end.holder is not None]
 
 
 def _ends_at(module: Module) -> Iterator[End]:
