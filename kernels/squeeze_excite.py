@@ -203,7 +203,7 @@ def _excite_wgrad_kernel(
     BC: tl.constexpr,
 ):
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
-    o_r = tl.arange(0, BR)
+    o_r = tl.program_id(1) * BR + tl.arange(0, BR)
     m_c, m_r = o_c < C, o_r < R
     b_dwr = tl.zeros((BR, BC), ACC)
     b_dwx = tl.zeros((BC, BR), ACC)
@@ -223,7 +223,8 @@ def _excite_wgrad_kernel(
         b_dbx += tl.sum(b_dq, 0)
     tl.store(dwr_ptr + o_r[:, None] * C + o_c[None, :], b_dwr, mask=m_r[:, None] & m_c[None, :])
     tl.store(dwx_ptr + o_c[:, None] * R + o_r[None, :], b_dwx, mask=m_c[:, None] & m_r[None, :])
-    tl.store(dbx_ptr + o_c, b_dbx, mask=m_c)
+    if tl.program_id(1) == 0:
+        tl.store(dbx_ptr + o_c, b_dbx, mask=m_c)
     if tl.program_id(0) == 0:
         tl.store(dbr_ptr + o_r, b_dbr, mask=m_r)
 
@@ -373,7 +374,8 @@ def excite_bwd(
     d_expand = torch.empty(c, reduced, dtype=gate.dtype, device=gate.device)
     d_reduce_bias = torch.empty(reduced, dtype=gate.dtype, device=gate.device)
     d_expand_bias = torch.empty(c, dtype=gate.dtype, device=gate.device)
-    _excite_wgrad_kernel[(cdiv(c, tiles["BC"]),)](
+    tiles["BR"] = min(tiles["BR"], 32)  # 2 x [BR, BC] sums: at 64 they spill
+    _excite_wgrad_kernel[(cdiv(c, tiles["BC"]), cdiv(reduced, tiles["BR"]))](
         p_ptr=pooled,
         r_ptr=r,
         dq_ptr=dq,

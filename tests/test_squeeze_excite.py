@@ -25,6 +25,7 @@ ROWS = {
     "odd-channels": Row((3, 13, 2, 3), 3, "relu"),
     "relu6": Row((2, 24, 1, 5), 6, "relu6"),
     "wide-reduction": Row((2, 5, 2, 2), 21),
+    "reduction-blocks": Row((2, 40, 2, 2), 37),
     "channel-blocks": Row((2, 40, 2, 2), 5, tiles=dict(BC=16)),
     "exact-channel-blocks": Row((2, 32, 2, 2), 16, tiles=dict(BC=16)),
     "pixel-blocks": Row((2, 20, 3, 5), 17, tiles=dict(BC=16, BM=4)),
