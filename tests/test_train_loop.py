@@ -5,10 +5,12 @@ import signal
 import pytest
 import torch
 from libraries import library
+from parity import assert_parity
 
 for needed in ("torchvision", "timm", "rich", "matplotlib"):
     library(needed)
 
+from fastmbconv.mbconv import MBConv  # noqa: E402
 from fastmbconv.training import checkpoint, signals  # noqa: E402
 from fastmbconv.training.config import Config  # noqa: E402
 from fastmbconv.training.distributed import World  # noqa: E402
@@ -85,6 +87,61 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, changes):
     resumed.run()
     assert whole.order.steps == 4 and len(whole.history) == 2
     assert_same(without_times(resumed.state()), without_times(whole.state()))
+
+
+def test_a_finished_run_goes_on_with_more_epochs(tmp_path):
+    """The staircase doesn't know how many: the same history and weights as if all had been asked for at first."""
+    whole, first = trainer(tmp_path / "whole"), trainer(tmp_path / "first", epochs=1)
+    for run in (whole, first):
+        run.output.mkdir()
+        run.run()
+    more = trainer(tmp_path / "first")
+    more.restore(checkpoint.load(first.output / checkpoint.LAST))
+    more.run()
+    assert_same(without_times(more.state()), without_times(whole.state()))
+
+
+def test_checkpointing_and_accumulation_change_nothing(tmp_path):
+    """Blocks that run twice draw the same masks; frozen norms don't see how a step is cut."""
+    same = dict(width=0.01, freeze_bn=True, mixup=0.0, cutmix=0.0, epochs=1, optimizer="sgd", dropout=0.0)
+    runs = [
+        trainer(tmp_path / name, **{**same, **changes})
+        for name, changes in {
+            "plain": dict(accumulate=1, drop_path=0.2), "checkpointing": dict(accumulate=1, checkpointing=True),
+            "whole": dict(accumulate=1, drop_path=0.0), "cut": dict(accumulate=2, drop_path=0.0),
+        }.items()
+    ]  # fmt: skip
+    for run in runs:
+        run._train_epoch()
+    plain, checkpointing, whole, cut = (
+        torch.cat([p.detach().flatten() for p in run.network.parameters()]) for run in runs
+    )
+    assert torch.equal(plain, checkpointing) and not torch.equal(plain, whole)
+    assert_parity("weights", cut, whole, whole)
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_mixed_precision_takes_steps(amp, dtype, tmp_path):
+    """The head's products are narrow, weights are not; fp16 skips the step whose scaled gradients overflow."""
+    losses = {}
+    for name in ("none", amp):
+        run = trainer(tmp_path / name, amp=name, epochs=1)
+        run.order.steps = 1
+        run._train_epoch()
+        losses[name] = torch.tensor(run.total[0], dtype=dtype)
+    assert_parity("loss", losses[amp], losses["none"], losses["none"])
+    assert {p.dtype for p in run.network.parameters()} == {torch.float32}
+    if amp == "fp16":
+        run.scaler.update(1e30)
+        before, run.position = run.network.classifier.weight.detach().clone(), 0
+        run._train_epoch()
+        assert torch.equal(run.network.classifier.weight, before) and run.scaler.get_scale() == pytest.approx(5e29)
+
+
+def test_eager_is_eager(tmp_path):
+    """Our own models are fused unless they are told not to be."""
+    blocks = [m for m in trainer(tmp_path, fused=False).network.modules() if isinstance(m, MBConv)]
+    assert blocks and not any(block.fused for block in blocks)
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def restored(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     device = device_named(options.device)
     trained = restore(options.checkpoint, config, options.model is not None)
     model = trained.model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return trained, model if options.eager else fastmbconv.fuse(model), device
+    return trained, fastmbconv.unfuse(model) if options.eager else fastmbconv.fuse(model), device
 
 
 def run(options: argparse.Namespace) -> int:

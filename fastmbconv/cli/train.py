@@ -55,15 +55,18 @@ def run(options: argparse.Namespace) -> int:
         require(module, "train")
     require_vision("torchvision", "train")
     require_vision("timm", "train")
+    from fastmbconv.training.distributed import leave
     from fastmbconv.training.errors import Interrupted, TrainingError
 
     given = {name: value for name, value in vars(options).items() if name not in ("run", "config", "resume")}
     try:
-        return _train(given, getattr(options, "config", None), getattr(options, "resume", False))
+        code = _train(given, getattr(options, "config", None), getattr(options, "resume", False))
     except TrainingError as error:
         raise CommandError(str(error)) from error
     except Interrupted as stop:
-        return 128 + stop.signal
+        code = 128 + stop.signal
+    leave()
+    return code
 
 
 def _train(given: dict[str, Any], config_file: Path | None, resume: bool) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from fastmbconv.training.errors import TrainingError
 # Python's reference to a group must be the last one. DistributedDataParallel's Reducer drops its own with the GIL
 # held, and gloo's destructor then waits for threads that may want the GIL to drop their last message: a deadlock.
 _groups: list[dist.ProcessGroup | None] = []
+PAUSE = 0.02  # seconds
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,41 @@ def world(device: str | None) -> Iterator[World]:
     if where.type == "cuda":
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(where)
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    rank = int(os.environ["RANK"])
+    store = unused(next(dist.rendezvous("env://"))[0], rank, size)
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     _groups.append(dist.group.WORLD)
     try:
-        yield World(where, dist.get_rank(), size)
+        yield World(where, rank, size)
     finally:
         dist.destroy_process_group()
+
+
+def leave() -> None:
+    """Let the groups go, once DistributedDataParallel is gone: their threads would abort at Python's end."""
+    gc.collect()
+    _groups.clear()
+
+
+def unused(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of the store that is all processes' own: after a restart torchrun's still has the addresses of the dead.
+
+    Each process leaves a new name. The first one lists the names that it finds until all have seen theirs listed; its
+    own is the part's.
+    """
+    mine = uuid.uuid4().hex
+    store.set(f"name/{rank}", mine)
+    if rank:
+        while mine not in (names := store.get("names").decode().split()):
+            time.sleep(PAUSE)
+        store.set(f"{names[0]}/{mine}", "")
+        return dist.PrefixStore(names[0], store)
+    while True:
+        names = [store.get(f"name/{other}").decode() for other in range(size)]
+        store.set("names", " ".join(names))
+        if store.check([f"{mine}/{name}" for name in names[1:]]):
+            return dist.PrefixStore(mine, store)
+        time.sleep(PAUSE)
 
 
 def restarted() -> bool:

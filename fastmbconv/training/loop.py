@@ -268,6 +268,7 @@ class Trainer:
         self.evaluation = result
         self.epoch, self.position = self.epoch + 1, 0
         self.sums.zero_()
+        self.total = [0.0, 0.0, 0.0]
         better = math.isfinite(result.loss) and result.top1 > self.best
         self.best = max(self.best, result.top1) if better else self.best
         if better and self.world.first:

@@ -109,12 +109,12 @@ def train_mode(model: EfficientNet, config: Config) -> None:
 
 
 def prepare(model: EfficientNet, config: Config, device: torch.device) -> EfficientNet:
-    """On its device, in its memory format, fused."""
+    """On its device, in its memory format, fused or not: our models are, unless told otherwise."""
     model = model.to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     memory: Any = config.memory
-    return fastmbconv.fuse(model, memory=memory) if config.fused else model
+    return fastmbconv.fuse(model, memory=memory) if config.fused else fastmbconv.unfuse(model)
 
 
 def path_taken(model: nn.Module, device: torch.device) -> str:

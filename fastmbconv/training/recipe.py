@@ -25,7 +25,7 @@ def rate(config: Config, peak: float, step: int, steps_per_epoch: int) -> float:
     """The learning rate of a step, counted from 0 over the whole run. Source: utils.py of TensorFlow's TPU models."""
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
-        return peak * (step + 1) / max(warmup, 1)
+        return peak * min((step + 1) / warmup, 1.0)
     if (config.schedule or ("step" if config.optimizer == "rmsprop" else "cosine")) == "step":
         return peak * config.decay_rate ** math.floor(step / (config.decay_epochs * steps_per_epoch))
     total = config.epochs * steps_per_epoch
