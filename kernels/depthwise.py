@@ -14,78 +14,28 @@ from torch import Tensor
 
 from .batch_norm import load_xhat, store_moments
 from .launching import kernel
-from .math import activate_grad_halved, activate_halved, dot, halved, stored
+from .math import activate_grad_halved, activate_halved, halved, stored
 from .running import load_norm
 from .tables import tiles as chosen
 from .traffic import state, summed
 from .tuning import accumulator, cdiv, numeric, precision, walk_tiles
-
-
-@triton.constexpr_function
-def first_step(pad, stride, columns):
-    """The first of the walk's steps that sees more than padding; `columns` are in flight."""
-    return min(pad // stride, columns - 1)
-
-
-@triton.constexpr_function
-def last_step(width, out_width, pad, stride, columns):
-    """The step that the walk ends before, in rounds of `columns`: up to columns - 1 outputs are stored behind it."""
-    first = first_step(pad, stride, columns)
-    return first + (max((width - 1 + pad) // stride + 1, out_width) - first + columns - 1) // columns * columns
-
-
-@triton.jit
-def load_taps(w_ptr, o_c, m_c, K: tl.constexpr, ACC: tl.constexpr, NB: tl.constexpr, BC: tl.constexpr):
-    """The K * K taps of a block of channels, each [NB, BC] with equal rows."""
-    taps = ()
-    for i in tl.static_range(K * K):
-        b_tap = tl.load(w_ptr + o_c * (K * K) + i, mask=m_c, other=0.0).to(ACC)
-        taps = taps + (tl.broadcast_to(b_tap[None, :], (NB, BC)),)
-    return taps
-
-
-@triton.jit
-def load_column(p, column, row, m, HEIGHT, WIDTH: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr):
-    """ROWS tiles of one column from `row` on, each from the nearest place inside the image."""
-    column = tl.minimum(tl.maximum(column, 0), WIDTH - 1) * C
-    tiles = ()
-    for i in tl.static_range(ROWS):
-        place = tl.minimum(tl.maximum(row + i, 0), HEIGHT - 1) * (WIDTH * C)
-        tiles = tiles + (tl.load(p + (place + column), mask=m, other=0.0),)
-    return tiles
+from .walk import (
+    accumulated,
+    expanded,
+    first_step,
+    last_step,
+    load_column,
+    load_expand,
+    load_taps,
+    restarted,
+    tile_mask,
+)
 
 
 @triton.constexpr_function
 def tap_slot(row, column, step, stride, top, left, columns):
     """The window's slot of the output (row, column) input pixels, divisible by the stride, from a step's own."""
     return (row // stride - top) * columns + (column // stride - left + step) % columns
-
-
-@triton.jit
-def tile_mask(o_n, o_c, N, C, EVEN: tl.constexpr, NB: tl.constexpr, BC: tl.constexpr):
-    """Images and channels that exist; constant where the tiles divide both."""
-    if EVEN:
-        return tl.full((NB, BC), True, tl.int1)
-    else:
-        return (o_n < N)[:, None] & (o_c < C)[None, :]
-
-
-@triton.jit
-def load_expand(we_ptr, o_c, m_c, CI: tl.constexpr, BI: tl.constexpr):
-    """The expand convolution's weight for a block of channels, as [BI, BC]."""
-    o_i = tl.arange(0, BI)
-    return tl.load(we_ptr + o_c[None, :] * CI + o_i[:, None], mask=(o_i < CI)[:, None] & m_c[None, :], other=0.0)
-
-
-@triton.jit
-def expanded(
-    b_x, b_we, NB: tl.constexpr, BC: tl.constexpr, EXPAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
-):
-    """A tile of u1: the loaded one, or computed from the block's input x [NB, BI]."""
-    if EXPAND:
-        return dot(b_x, b_we, tl.zeros((NB, BC), ACC), b_x.dtype, PRECISION)
-    else:
-        return b_x.to(ACC)
 
 
 @triton.jit
@@ -152,7 +102,7 @@ def _depthwise_fwd_kernel(
         b_scale, b_shift = load_norm(norm_ptr, o_c, m_c, C)
         b_scale, b_shift = halved(b_scale, ACT, FAST)[None, :], halved(b_shift, ACT, FAST)[None, :]
     b_w = load_taps(w_ptr, o_c, m_c, K, ACC, NB, BC)
-    acc = ()  # slot r * J + t % J: output row h0 + r, the column that step t starts
+    acc = ()
     for _ in tl.static_range(R * J):
         acc = acc + (tl.zeros((NB, BC), ACC),)
     pivot = tl.zeros((1, BC), ACC)
@@ -188,28 +138,13 @@ def _depthwise_fwd_kernel(
                         b_v = activate_halved(b_v * b_scale + b_shift, ACT, FAST)
                     # The padding comes after BN and activation.
                     b_v = tl.where(((hi >= 0) & (hi < H)) & ((wi >= 0) & (wi < W)), b_v, 0.0)
-                    updated = ()
-                    for r in tl.static_range(R):
-                        for slot in tl.static_range(J):
-                            # (step - slot + J) % J steps ago this slot's column began.
-                            if (i - r * S >= 0) and (i - r * S < K) and ((step - slot + J) % J * S + s < K):
-                                b_tap = b_w[(i - r * S) * K + (step - slot + J) % J * S + s]
-                                updated = updated + (tl.fma(b_v, b_tap, acc[r * J + slot]),)
-                            else:
-                                updated = updated + (acc[r * J + slot],)
-                    acc = updated
+                    acc = accumulated(acc, b_v, b_w, i, s, step, K, S, J, R)
             wo = t - (J - 1)
-            cleared = ()
             for r in tl.static_range(R):
                 if (wo >= 0) & (wo < WO) & (h0 + r < HO):
                     p_out = p_y + ((h0 + r) * WO + wo) * C
                     s1, s2 = store_output(p_out, acc[r * J + (step + 1) % J], pivot, s1, s2, m, HAS_MOMENTS)
-                for slot in tl.static_range(J):
-                    if slot == (step + 1) % J:
-                        cleared = cleared + (tl.zeros((NB, BC), ACC),)
-                    else:
-                        cleared = cleared + (acc[r * J + slot],)
-            acc = cleared
+            acc = restarted(acc, tl.zeros((NB, BC), ACC), (step + 1) % J, J, R)
     for step in tl.static_range(J - 1):
         if LAST + step >= J - 1 and LAST + step - (J - 1) < WO:
             for r in tl.static_range(R):

@@ -10,32 +10,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .depthwise import expanded, first_step, last_step, load_column, load_expand, load_taps, tile_mask
 from .launching import kernel
 from .math import INTERPRETED, activate_halved, halved, stored
 from .running import Running, load_affine
 from .tables import tiles as chosen
 from .traffic import state
 from .tuning import MIN_DOT, PROGRAMS, accumulator, cdiv, numeric, precision, walk_tiles
+from .walk import (
+    accumulated,
+    expanded,
+    first_step,
+    last_step,
+    load_column,
+    load_expand,
+    load_taps,
+    restarted,
+    tile_mask,
+)
 
 FEWEST_COLUMNS = 4
-
-
-@triton.jit
-def accumulated(
-    acc, b_v, b_w, row: tl.constexpr, column: tl.constexpr, step: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
-    J: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    """The sums of R * J outputs after input pixel (row, column) of a step; slots as in the training walk."""
-    updated = ()
-    for r in tl.static_range(R):
-        for slot in tl.static_range(J):
-            if (row - r * S >= 0) and (row - r * S < K) and ((step - slot + J) % J * S + column < K):
-                b_tap = b_w[(row - r * S) * K + (step - slot + J) % J * S + column]
-                updated = updated + (tl.fma(b_v, b_tap, acc[r * J + slot]),)
-            else:
-                updated = updated + (acc[r * J + slot],)
-    return updated
 
 
 @triton.jit
@@ -145,17 +138,11 @@ def _depthwise_inference_kernel(
                     b_v = tl.where((hi >= 0) & (hi < H) & (wi >= 0) & (wi < W), b_v, 0.0)
                     acc = accumulated(acc, b_v, b_w, i, s, step, K, S, J, R)
             wo = t - (J - 1)
-            cleared = ()
             for r in tl.static_range(R):
                 if (wo >= w0) & (wo < w0 + SPAN) & (wo < WO) & (h0 + r < HO):
                     p_out = p_y + ((h0 + r) * WO + wo) * C
                     b_sum = store_activated(p_out, acc[r * J + (step + 1) % J], b_sum, m, POOLED, ACT, FAST)
-                for slot in tl.static_range(J):
-                    if slot == (step + 1) % J:
-                        cleared = cleared + (tl.zeros((NB, BC), ACC) + b_shift2[None, :],)
-                    else:
-                        cleared = cleared + (acc[r * J + slot],)
-            acc = cleared
+            acc = restarted(acc, tl.zeros((NB, BC), ACC) + b_shift2[None, :], (step + 1) % J, J, R)
     for step in tl.static_range(J - 1):
         if WHOLE and LAST + step >= J - 1 and LAST + step - (J - 1) < WO:
             for r in tl.static_range(R):
