@@ -131,6 +131,7 @@ def test_what_does_not_fit_is_refused(options, timm_file, capsys, tmp_path):
         ("torchvision", "lukemelas", "b0", None, "--to is lukemelas: .* torchvision has weights of family torch"),
         ("torchvision", "timm", "b0", "tf", "--family is tf: torchvision's weights are of family torch"),
         ("lukemelas", "torchvision", "b0", None, "lukemelas has weights of family tf, BN eps 0.001"),
+        ("timm", "torchvision", "b5", None, "b5 runs BN eps 0.001, timm's 1e-05 .*: --eps 0.001 if it came from"),
     ],
 )
 def test_numeric_families_that_do_not_go_together(source, target, variant, family, message):
@@ -149,6 +150,51 @@ def test_numeric_families_that_do_not_go_together(source, target, variant, famil
 )
 def test_numerics_are_those_of_the_library_that_has_one_family(source, target, variant, family, expected):
     assert peers.numerics(source, target, checkpoints.Identity("timm", variant, 1000, 3), family)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "variant", "eps", "expected"),
+    [
+        ("timm", "torchvision", "b5", 1e-3, None),
+        ("timm", "torchvision", "b0", 1e-3, "--eps is 0.001: torchvision's b0 runs 1e-05"),
+        ("torchvision", "timm", "b5", 1e-5, "--eps is 1e-05: torchvision's b5 has BN eps 0.001"),
+        ("fastmbconv", "timm", "b5", 1e-3, None),
+    ],
+)
+def test_another_eps_goes_where_it_fits(source, target, variant, eps, expected):
+    identity = checkpoints.Identity("timm", variant, 1000, 3)
+    if expected is None:
+        assert peers.numerics(source, target, identity, None, eps)[0] == ("torch", eps)
+        return
+    with pytest.raises(convert.CommandError, match=expected):
+        peers.numerics(source, target, identity, None, eps)
+
+
+def test_a_model_with_the_same_numerics_is_named():
+    identity = checkpoints.Identity("timm", "b5", 10, 3)
+    made = [
+        peers.recipe(target, identity, peers.Numerics(*numerics))
+        for target, numerics in (
+            ("timm", ("torch", 1e-3)),
+            ("timm", ("tf", 1e-3)),
+            ("fastmbconv", ("torch", 1e-3)),
+            ("timm", ("torch", 1e-5)),
+            ("torchvision", ("torch", 1e-3)),
+        )
+    ]
+    assert made == [
+        "timm.create_model('efficientnet_b5', num_classes=10, bn_eps=0.001)",
+        "timm.create_model('tf_efficientnet_b5', num_classes=10)",
+        "efficientnet('b5', num_classes=10, family='torch', eps=0.001)",
+        None,
+        None,
+    ]
+
+
+def test_a_runs_own_family_is_known(tmp_path):
+    run = {"look": {}, "config": {"family": "tf"}, "state_dict": state()}
+    torch.save(run, tmp_path / "best.pt")
+    assert convert._trained_family(tmp_path / "best.pt") == "tf"
 
 
 FILES = {

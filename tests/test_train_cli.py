@@ -173,6 +173,16 @@ def test_predict_names_what_is_missing(tmp_path, capsys):
     assert "name its --model" in capsys.readouterr().err
 
 
+def test_a_picture_that_has_no_place_is_named(pictures, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(pictures, *TINY, LIGHT, "--epochs", 1, "--output", run) == 0
+    for command in (["predict", str(pictures / "dark" / "00.png")], ["eval"]):
+        assert main([*command, "--checkpoint", str(run), "--picture", str(tmp_path / "no" / "p.png")]) == 2
+        assert "p.png can't be written: No such file or directory" in capsys.readouterr().err
+    assert train("--output", run, "--resume") == 0
+    assert "all 1 epochs are done; a higher --epochs trains on" in capsys.readouterr().out
+
+
 def test_two_processes_are_one(pictures, tmp_path):
     """The same steps, on one process and on two that torchrun starts; frozen BNs, which see no batch."""
     same = (str(pictures), *TINY, LIGHT, "--freeze-bn", "--drop-path", "0", "--dropout", "0", "--flip", "0.5")

@@ -6,6 +6,8 @@ where they are installed, on random input in float64, and the largest difference
 The libraries come in two numeric families: torch (timm's efficientnet_*, torchvision) pads symmetrically, tf (timm's
 tf_efficientnet_*, lukemelas, transformers) as TensorFlow does, with another BN eps. Weights of one lose accuracy in the
 other, so that is refused. The names in timm's and in our files are the same in both families: --family says which.
+torchvision's b5 to b7 are of family torch with tf's BN eps, 1e-3 (and momentum 0.01): timm's and our models take it as
+bn_eps=1e-3 and eps=1e-3, and --eps 1e-3 takes such weights back to torchvision.
 """
 
 from __future__ import annotations
@@ -55,13 +57,19 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--to", choices=LIBRARIES, required=True, help="whose names DST shall have")
     parser.add_argument("--model", help="b0 to b8, l2, lite0 to lite4; tf_... for family tf (default: found out)")
     parser.add_argument("--family", choices=("torch", "tf"), help="numeric family of SRC's weights")
+    parser.add_argument(
+        "--eps", type=float, help="BN eps of SRC's weights (default: the library's or the family's own)"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite DST")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     _check_paths(options)
+    if options.eps is not None and not 0 < options.eps < 1:
+        raise CommandError(f"--eps is {options.eps:g}: allowed are 0 < eps < 1")
     from fastmbconv import checkpoints
+    from fastmbconv.cli import peers
 
     content = _contents(options.source)
     plan = _plan(options, content)
@@ -80,6 +88,8 @@ def run(options: argparse.Namespace) -> int:
         return 1
     _write(options.target, renamed)
     print(f"{options.target}: {plan.target}'s names, {len(renamed)} entries")
+    if (made := peers.recipe(plan.target, plan.identity, plan.numerics)) is not None:
+        print(f"a model with the same numerics: {made}")
     return 0
 
 
@@ -134,9 +144,21 @@ def _plan(options: argparse.Namespace, content: dict[str, Tensor]) -> Plan:
         raise CommandError(f"--from is {options.origin}: SRC has the names of {source}")
     if wanted not in (None, identity.variant):
         raise CommandError(f"--model is {options.model}: SRC fits efficientnet {identity.variant}")
-    family = options.family or ("tf" if tf or options.source.name.startswith("tf_") else None)
-    numerics, reason = peers.numerics(source, options.to, identity, family)
+    named = "tf" if tf or options.source.name.startswith("tf_") else None
+    family = options.family or named or _trained_family(options.source)
+    numerics, reason = peers.numerics(source, options.to, identity, family, options.eps)
     return Plan(source, options.to, identity, numerics, reason)
+
+
+def _trained_family(path: Path) -> str | None:
+    """The family of a run of ours, which stands in its checkpoint."""
+    if path.suffix == ".safetensors":
+        return None
+    import torch
+
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    config = content.get("config") if isinstance(content, dict) and "look" in content else None
+    return config.get("family") if isinstance(config, dict) else None
 
 
 def _agrees(plan: Plan, content: dict[str, Tensor], renamed: dict[str, Tensor]) -> bool:

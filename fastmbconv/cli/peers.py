@@ -23,11 +23,13 @@ class Numerics(NamedTuple):
     eps: float
 
 
-def numerics(source: str, target: str, identity: Identity, family: str | None) -> tuple[Numerics, str]:
+def numerics(
+    source: str, target: str, identity: Identity, family: str | None, eps: float | None = None
+) -> tuple[Numerics, str]:
     """The numerics of the weights of a conversion, and where they are known from.
 
     Raises:
-        CommandError: if source, target and family don't go together.
+        CommandError: if source, target, family and eps don't go together.
     """
     from fastmbconv.efficientnet import FAMILIES
 
@@ -37,6 +39,8 @@ def numerics(source: str, target: str, identity: Identity, family: str | None) -
         raise CommandError(f"--family is {family}: {source}'s weights are of family {weights.family}")
     if weights and here and weights != here:
         raise CommandError(_refusal(f"{source} has", weights, target, here))
+    if weights and eps not in (None, weights.eps):
+        raise CommandError(f"--eps is {eps:g}: {source}'s {identity.variant} has BN eps {weights.eps:g}")
     if weights:
         return weights, f"{source}'s own"
     same = f"{source}'s names are the same in both families"
@@ -45,12 +49,44 @@ def numerics(source: str, target: str, identity: Identity, family: str | None) -
             _refusal("SRC has", None, target, here, family) + f" ({same}; --family, or a name with tf_, says {family})"
         )
     if here:
+        _check_eps(source, target, identity.variant, here, eps)
         told = "" if family else f"; {same}, so SRC is taken to be of this one (--family tf or torch if you know)"
         return here, f"{target}'s own{told}"
     lite = identity.variant.startswith("lite")
     chosen = family or ("tf" if lite else "torch")
-    told = "as told by --family or a name with tf_" if family else f"assumed; {same}, --family chooses"
-    return Numerics(chosen, FAMILIES[chosen].eps), told
+    told = "as told by --family, a name with tf_ or a run" if family else f"assumed; {same}, --family chooses"
+    return Numerics(chosen, FAMILIES[chosen].eps if eps is None else eps), told
+
+
+def _check_eps(source: str, target: str, variant: str, here: Numerics, eps: float | None) -> None:
+    """CommandError where weights whose names tell no eps would meet another one than theirs."""
+    from fastmbconv.efficientnet import FAMILIES
+
+    own = FAMILIES[here.family].eps
+    if eps is None and own != here.eps:
+        raise CommandError(
+            f"--to is {target}: its {variant} runs BN eps {here.eps:g}, {source}'s {own:g} unless told otherwise, and "
+            f"SRC doesn't say what it was trained with: --eps {here.eps:g} if it came from {target}"
+        )
+    if eps not in (None, here.eps):
+        raise CommandError(
+            f"--eps is {eps:g}: {target}'s {variant} runs {here.eps:g}, and weights of another one give other outputs "
+            "there; allowed are timm and fastmbconv, which take any"
+        )
+
+
+def recipe(target: str, identity: Identity, numerics: Numerics) -> str | None:
+    """How a model that takes the converted weights is made, where a library's default would run other numerics."""
+    from fastmbconv.efficientnet import FAMILIES
+
+    other = numerics.eps != FAMILIES[numerics.family].eps
+    if target not in FREE or (numerics.family == "torch" and not other):
+        return None
+    classes = f", num_classes={identity.num_classes}"
+    if target == "timm":
+        name = f"{'tf_' if numerics.family == 'tf' else ''}efficientnet_{identity.variant}"
+        return f"timm.create_model({name!r}{classes}{f', bn_eps={numerics.eps:g}' if other else ''})"
+    return f"efficientnet({identity.variant!r}{classes}, family={numerics.family!r}, eps={numerics.eps:g})"
 
 
 def _own(library: str, variant: str) -> Numerics:

@@ -78,6 +78,8 @@ def _predict(options: argparse.Namespace) -> int:
     from fastmbconv.training.predict import draw, predict
 
     paths = pictures_of(options.images)
+    if not paths:
+        raise CommandError(f"IMAGE is {options.images[0]}: it holds no picture")
     guesses, broken = predict(trained, model, paths, options.top, device)
     for path, reason in broken.items():
         print(f"skipped {path}: {reason}", file=sys.stderr)

@@ -102,7 +102,9 @@ def _train(given: dict[str, Any], config_file: Path | None, resume: bool) -> int
         if state is not None:
             trainer.restore(state)
             notes_told = f"; not the same run any more: {', '.join(notes)}" if notes else ""
-            log.say(f"going on with {last}: epoch {trainer.epoch + 1}, step {trainer.position}{notes_told}")
+            at = f"epoch {trainer.epoch + 1}, step {trainer.position}"
+            done = f"all {config.epochs} epochs are done; a higher --epochs trains on"
+            log.say(f"going on with {last}: {at if trainer.epoch < config.epochs else done}{notes_told}")
         elif resume:
             log.say(f"nothing to resume in {config.output}: a new run")
         log.say(trainer.describe())

@@ -209,7 +209,9 @@ class Trainer:
         self._note(dict(batch.broken))
         if len(batch.labels) < self.batch_size // self.world.size // self.config.accumulate:
             name, reason = batch.broken[-1]
-            raise TrainingError(f"too many pictures in a row can't be read; the last one is {name}: {reason}")
+            raise TrainingError(
+                f"too many pictures in a row can't be read; the last one is {name}: {reason}; replace them"
+            )
         return batch
 
     def _note(self, broken: dict[str, str]) -> None:

@@ -36,6 +36,8 @@ def open_picture(path: str | Path) -> Image.Image:
                 picture = to_rgb(ImageOps.exif_transpose(image))
     except Image.UnidentifiedImageError as error:
         raise PictureError("not a picture that Pillow knows") from error
+    except FileNotFoundError as error:
+        raise PictureError("there is no such file") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
         raise PictureError(f"{type(error).__name__}: {error}") from error
     if min(picture.size) < 2:

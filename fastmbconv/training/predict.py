@@ -14,6 +14,7 @@ from torch import nn
 
 from fastmbconv.training.loader import eval_transform
 from fastmbconv.training.pictures import PictureError, open_picture
+from fastmbconv.training.report import save
 from fastmbconv.training.restore import Trained
 
 matplotlib.use("Agg")
@@ -67,10 +68,7 @@ def draw(path: Path, guesses: Sequence[Guess]) -> None:
         row, column = divmod(index, columns)
         _picture(figure.add_subplot(grid[2 * row, column]), guess)
         _bars(figure.add_subplot(grid[2 * row + 1, column]), guess)
-    try:
-        figure.savefig(path)
-    finally:
-        plt.close(figure)
+    save(figure, path)
 
 
 def _picture(axes: Any, guess: Guess) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fastmbconv.training import checkpoint
+from fastmbconv.training.errors import TrainingError
 
 if TYPE_CHECKING:
     from fastmbconv.training.loop import Trainer
@@ -82,7 +83,7 @@ def draw_curves(path: Path, history: Sequence[dict[str, float]], mixed: bool) ->
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
         axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str]) -> None:
@@ -107,7 +108,7 @@ def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str]) -> Non
             if count:
                 colour = "white" if shares[row, column] > 0.5 else INK
                 axes.text(column, row, f"{count:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _marker(epochs: Sequence[float]) -> str:
@@ -121,8 +122,16 @@ def _plain(axes: Any, title: str) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a figure and close it.
+
+    Raises:
+        TrainingError: if it can't be written there, or the name ends in no format of pictures.
+    """
     try:
         figure.savefig(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TrainingError(f"the picture {path} can't be written: {reason}") from error
     finally:
         plt.close(figure)
