@@ -172,7 +172,7 @@ def walk_tiles(
     if height > 7 or (images < 8 if five else channels % 64 or images % 8):  # seven rows are one strip; k3 has no masks
         most = min(most, 5 if five else 6)
     if expand:  # a matrix product per tile: at least 16 images, and registers for its operands
-        most = 2 if backward or stride == 2 else 4
+        most = 2 if backward else 4 if stride == 1 else 3 if expand <= MIN_DOT else 2
     step = stride if backward else 1
     halo = max(0.3, (kernel_size - stride) * 0.1) if backward else (kernel_size - stride) * 0.25
     rows = min(range(step, most + 1, step), key=lambda r: cdiv(height, r) * (r + halo))
