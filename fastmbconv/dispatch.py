@@ -9,8 +9,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -19,13 +20,16 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastmbconv import ranks
-from fastmbconv.block import Block, DenseBlock, Padding
+from fastmbconv.block import BatchNorm, Block, DenseBlock, Padding, SqueezeExcite
 
 BACKENDS = ("auto", "triton", "eager")
 KERNEL_SIZES = (3, 5)
 STRIDES = (1, 2)
 ACTIVATIONS = ("silu", "relu", "relu6")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OLDEST = (8, 0)  # compute capability
+IMAGE_VALUES, PIXELS = 2**31, 2**30  # of one image, and of a batch: kernels count both in 32 bits
+MOST_INPUTS, MOST_REDUCED = 4096, 1024  # channels of an expansion's input and of a squeeze, which a program takes whole
 EMPTY = "an empty batch"
 WAY_OUT = "run the model inside `with fastmbconv.backend('eager')`, or take them out with fastmbconv.unfuse(model)"
 
@@ -89,7 +93,22 @@ def device_reason(x: Tensor) -> str | None:
         return None if x.dtype in (*DTYPES, torch.float64) else f"dtype {x.dtype}"
     if x.device.type != "cuda":
         return f"a {x.device.type} tensor"
-    return None if x.dtype in DTYPES else f"dtype {x.dtype}"
+    if x.dtype not in DTYPES:
+        return f"dtype {x.dtype}"
+    return (
+        None if torch.compiler.is_compiling() else _gpu_reason(x.device)
+    )  # a compiler would ask about it at each call
+
+
+@cache
+def _gpu_reason(device: torch.device) -> str | None:
+    """Why this GPU runs no kernel, or None."""
+    if torch.version.hip is not None:
+        return "a GPU under ROCm (supported: NVIDIA's)"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        return "a GPU of compute capability {}.{} (supported: {}.{} and later)".format(*capability, *OLDEST)
+    return None
 
 
 def activation_reason(activation: str) -> str | None:
@@ -119,8 +138,17 @@ def block_reason(block: Block | DenseBlock) -> str | None:
     else:
         reason = shape_reason(block.kernel_size, block.stride, block.padding, block.activation)
     if reason is None and block.se is not None:
-        reason = activation_reason(block.se.activation)
+        reason = activation_reason(block.se.activation) or squeeze_reason(block.se)
+    if reason is None and isinstance(block, Block) and block.expand_weight is not None:
+        channels = block.in_channels
+        return f"{channels} input channels (supported: up to {MOST_INPUTS})" if channels > MOST_INPUTS else None
     return reason
+
+
+def squeeze_reason(se: SqueezeExcite) -> str | None:
+    """Why no kernel takes this squeeze-and-excitation's width, or None."""
+    reduced = se.reduce_weight.shape[0]
+    return None if reduced <= MOST_REDUCED else f"{reduced} reduced channels (supported: up to {MOST_REDUCED})"
 
 
 def call_reason(x: Tensor) -> str | None:
@@ -167,7 +195,25 @@ def _refuse_absence(module: nn.Module, x: Tensor) -> None:
 
 def supports(block: Block | DenseBlock, x: Tensor) -> str | None:
     """None where the kernels take this call, else the reason why eager does."""
-    return call_reason(x) or block_reason(block) or _weight_reason(block)
+    return call_reason(x) or block_reason(block) or _weight_reason(block) or _block_size_reason(block, x)
+
+
+def size_reason(x: Tensor, channels: int) -> str | None:
+    """Why images of x's size, with so many channels, are too large for the kernels' 32-bit counts, or None."""
+    if x.dim() != 4:
+        return None
+    images, _, height, width = x.shape
+    if height * width * channels >= IMAGE_VALUES:
+        return f"an image of {height} x {width} pixels and {channels} channels (supported: 2^31 values)"
+    if images * height * width >= PIXELS:
+        return f"{images} images of {height} x {width} pixels (supported: 2^30 pixels)"
+    return None
+
+
+def _block_size_reason(block: Block | DenseBlock, x: Tensor) -> str | None:
+    if isinstance(block, Block):
+        return size_reason(x, max(block.in_channels, block.depthwise_weight.shape[0]))
+    return size_reason(x, 1)  # nothing behind a dense convolution counts inside an image
 
 
 def _weight_reason(block: Block | DenseBlock) -> str | None:
@@ -176,6 +222,26 @@ def _weight_reason(block: Block | DenseBlock) -> str | None:
     for weight in (spatial, block.project_weight):
         if weight is not None and is_traceable_wrapper_subclass(weight):
             return f"a weight is a {type(weight).__name__} (FSDP: outside of its forward)"
+    if isinstance(block, DenseBlock):
+        return layout_reason(block.project_weight, *_vectors(block.se, block.bn1, block.bn2))
+    return layout_reason(
+        block.expand_weight, spatial, block.project_weight, *_vectors(block.se, block.bn1, block.bn2, block.bn3)
+    )
+
+
+def _vectors(se: SqueezeExcite | None, *bns: BatchNorm | None) -> Iterable[Tensor | None]:
+    if se is not None:
+        yield from (se.reduce_weight, se.reduce_bias, se.expand_weight, se.expand_bias)
+    for bn in bns:
+        if bn is not None:
+            yield from (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+
+
+def layout_reason(*tensors: Tensor | None) -> str | None:
+    """Why kernels can't read these weights, or None: they take a tensor's values one behind the other."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_contiguous():
+            return f"a weight's strides are {tensor.stride()} for its shape {tuple(tensor.shape)}"
     return None
 
 

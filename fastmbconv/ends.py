@@ -83,6 +83,8 @@ def infers(x: Tensor, bn: BatchNorm, weight: Tensor | None = None) -> bool:
         return False
     if any(tensor.device != x.device or is_traceable_wrapper_subclass(tensor) for tensor in tensors):
         return False
+    if dispatch.layout_reason(*tensors) is not None or dispatch.size_reason(x, 1) is not None:
+        return False
     assert bn.running_mean is not None
     if x.dim() != 4 or x.shape[1] != (bn.running_mean.shape[0] if weight is None else weight.shape[1]):
         return False

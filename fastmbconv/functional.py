@@ -99,7 +99,12 @@ def depthwise_bn_act(
     Raises ValueError as `mbconv` does.
     """
     checks.check_depthwise(x, weight, bn, stride, padding)
-    reason = dispatch.call_reason(x) or dispatch.shape_reason(weight.shape[-1], stride, padding, activation)
+    reason = (
+        dispatch.call_reason(x)
+        or dispatch.shape_reason(weight.shape[-1], stride, padding, activation)
+        or dispatch.size_reason(x, x.shape[1])
+        or dispatch.layout_reason(weight, *_frozen(bn)[:4])
+    )
     if not _use_kernels(reason, x):
         return reference.depthwise_bn_act(x, weight, bn, stride, padding, activation)
     compute = _compute_dtype(x)
@@ -127,7 +132,13 @@ def squeeze_excite(x: Tensor, se: SqueezeExcite) -> Tensor:
     Raises ValueError as `mbconv` does.
     """
     checks.check_squeeze_excite(x, se, x.shape[1] if x.dim() == 4 else -1)
-    reason = dispatch.call_reason(x) or dispatch.activation_reason(se.activation)
+    reason = (
+        dispatch.call_reason(x)
+        or dispatch.activation_reason(se.activation)
+        or dispatch.squeeze_reason(se)
+        or dispatch.layout_reason(*_excite(se))
+        or dispatch.size_reason(x, 1)
+    )
     if not _use_kernels(reason, x):
         return reference.squeeze_excite(x, se)
     from fastmbconv.autograd import SqueezeExciteFunction

@@ -3,11 +3,20 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MOST_PROGRAMS = 65535  # along a grid's second and third axis
 
 
 class Written(NamedTuple):
-    """A launch that was not run: Triton's function and the arguments that it is specialised by."""
+    """A launch that was not run: Triton's function and the arguments that it is specialised by.
+
+    A tensor is there as an empty one: its dtype and alignment count, and its memory is free for the next launch.
+    """
 
     function: Any
     arguments: dict[str, Any]
@@ -18,6 +27,16 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+
+
+def _without_memory(argument: Any) -> Any:
+    aligned = isinstance(argument, Tensor) and argument.data_ptr() % 16 == 0
+    return _nothing(argument.dtype, argument.device) if aligned else argument
+
+
+@cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 class kernel:
@@ -31,9 +50,16 @@ class kernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         written = _thread.written
-        if written is None:
-            return self.function[grid]
-        return lambda **arguments: written.append(Written(self.function, arguments))
+        if written is not None:
+            return lambda **given: written.append(
+                Written(self.function, {name: _without_memory(argument) for name, argument in given.items()})
+            )
+        if len(grid) > 1 and max(grid[1:]) > MOST_PROGRAMS:
+            raise ValueError(
+                f"x is too large for {self.function.__name__}: its grid would be {grid}, and an axis behind the first "
+                f"holds {MOST_PROGRAMS} programs; split the batch, or run it inside `with fastmbconv.backend('eager')`"
+            )
+        return self.function[grid]
 
 
 def writing() -> bool:

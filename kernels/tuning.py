@@ -108,8 +108,11 @@ def numeric(dtype: torch.dtype) -> dict[str, object]:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Matrix products of fp32 follow the switch that cuDNN's convolutions follow."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    """Matrix products of fp32 follow the switch that cuDNN's convolutions follow.
+
+    Not by `cudnn.allow_tf32`: that raises where somebody has set `cudnn.conv.fp32_precision`.
+    """
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 def cdiv(size: int, part: int) -> int:

@@ -54,6 +54,14 @@ def test_ahead_are_the_launches_of_the_step(settings, device, triton_backend):
     assert GPU or len(seen) == len(expected)
 
 
+def test_what_is_ahead_holds_no_memory(device, triton_backend):
+    """A whole model's launches are noted before the first one compiles: its tensors together don't fit a GPU."""
+    launches = ahead.model_launches(image(device), MBConv(8, 8).to(device).describe(), "fast", functional._unstarted)
+    tensors = [v for one in launches for v in one.arguments.values() if isinstance(v, torch.Tensor)]
+    assert len(tensors) > 100
+    assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == 0
+
+
 def test_the_blocks_after_the_first_are_ahead_too(device, triton_backend):
     model = fastmbconv.fuse(nn.Sequential(MBConv(8, 8, 3), MBConv(8, 16, 5, 2), MBConv(16, 16, 3)).to(device))
     x = image(device)

@@ -69,7 +69,62 @@ def test_eager_never_takes_them(block, x):
 )
 def test_dtypes_on_a_gpu(dtype, reason, monkeypatch):
     monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    monkeypatch.setattr(dispatch, "_gpu_reason", lambda device: None)
     assert dispatch.device_reason(OnGPU(dtype)) == reason
+
+
+@pytest.mark.parametrize("capability, reason", [((7, 5), "a GPU of compute capability 7.5"), ((8, 0), None)])
+def test_old_gpus_stay_eager(capability, reason, monkeypatch):
+    """What shipped tiles need of shared memory and of matrix instructions was compiled for 8.0 and later."""
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    dispatch._gpu_reason.cache_clear()
+    given = dispatch.device_reason(OnGPU(torch.float16))
+    dispatch._gpu_reason.cache_clear()
+    assert given is None if reason is None else given.startswith(reason)
+
+
+def transposed(weight):
+    return nn.Parameter(weight.detach().transpose(0, 1).contiguous().transpose(0, 1))
+
+
+WEIGHTS = {
+    "expand": lambda m: setattr(m.expand_conv, "weight", transposed(m.expand_conv.weight)),
+    "squeeze": lambda m: setattr(m.se.reduce, "weight", transposed(m.se.reduce.weight)),
+    "norm": lambda m: setattr(m.project_bn, "weight", nn.Parameter(m.depthwise_bn.weight.detach()[::2])),
+}
+
+
+@pytest.mark.parametrize("scatter", WEIGHTS.values(), ids=WEIGHTS)
+def test_weights_that_are_scattered_in_memory_stay_eager(scatter, x, device):
+    module = make_block(4, 4, expand_ratio=2, se_ratio=0.5, device=device)
+    module.to(memory_format=torch.channels_last)
+    with fastmbconv.backend("triton"):
+        assert dispatch.supports(module.describe(), x) is None
+        scatter(module)
+        assert "strides are" in dispatch.supports(module.describe(), x)
+
+
+@pytest.mark.parametrize(
+    "size, reason",
+    [
+        pytest.param((128, 4, 300, 300), None, id="a-tensor-of-many"),
+        pytest.param((1, 4, 16384, 16384), "an image of 16384 x 16384 pixels and 8 channels", id="a-large-image"),
+        pytest.param((2**16, 4, 128, 128), "65536 images of 128 x 128 pixels", id="many-pixels"),
+    ],
+)
+def test_what_32_bits_do_not_count_stays_eager(size, reason, block, triton_backend, monkeypatch):
+    monkeypatch.setattr(dispatch, "device_reason", lambda x: None)
+    given = dispatch.supports(block.describe(), torch.empty(size, device="meta"))
+    assert given is None if reason is None else given.startswith(reason)
+
+
+def test_widths_that_one_program_takes_whole_are_limited(block, x, triton_backend):
+    wide = make_block(4, 4, expand_ratio=2, device=x.device)
+    wide.se.reduce = nn.Conv2d(8, 1025, 1)
+    assert dispatch.block_reason(wide.describe()) == "1025 reduced channels (supported: up to 1024)"
+    many = MBConv(4097, 8, expand_ratio=0.002)
+    assert dispatch.block_reason(many.describe()) == "4097 input channels (supported: up to 4096)"
 
 
 def test_reasons_of_the_device(x, monkeypatch):

@@ -1,15 +1,19 @@
 """Backward of the expand convolution and its BatchNorm without u1: against autograd through both."""
 
+import inspect
 from importlib import import_module
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+import triton.language as tl
 from blocks import HALVES, PRECISE, ieee, nchw, nhwc, normal  # noqa: F401
 from parity import assert_parity
 
 from fastmbconv import ops
+from fastmbconv.kernels import expand_backward, tuning
+from fastmbconv.kernels.launching import written
 
 
 class Row(NamedTuple):
@@ -92,3 +96,23 @@ def test_both_gradients(row, device, monkeypatch):
 def test_narrow_types(row, dtype, device, monkeypatch):
     shrunk(monkeypatch, row)
     assert_row(row, dtype, device)
+
+
+def fixed(images):
+    """What the kernels of a batch of images are compiled for, apart from pointers and sizes."""
+    x, dv = (torch.empty(images, 112, 112, channels, dtype=torch.bfloat16, device="meta") for channels in (16, 96))
+    with written() as launches:
+        expand_backward.expand_bwd(
+            dv, x, torch.empty(96, 16, 1, 1, device="meta"), torch.empty(3, 96, device="meta"), None, True
+        )
+    return [
+        {name: one.arguments[name] for name, p in signature.items() if p.annotation is tl.constexpr}
+        for one in launches
+        for signature in [inspect.signature(one.function.fn).parameters]
+    ]
+
+
+def test_batches_of_other_sizes_compile_nothing_anew(monkeypatch):
+    for module in (tuning, expand_backward):
+        monkeypatch.setattr(module, "INTERPRETED", tl.constexpr(False))
+    assert fixed(128) == fixed(144)

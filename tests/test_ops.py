@@ -5,14 +5,18 @@ import copy
 
 import pytest
 import torch
+import triton.language as tl
 from blocks import BatchNorm, bn_module, ieee, make_block, nhwc, norm_vectors, normal, outcome  # noqa: F401
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmbconv
-from fastmbconv import functional, ops
+from benchmarks.launches import caught
+from fastmbconv import ahead, functional, ops
 from fastmbconv.block import SqueezeExcite
+from fastmbconv.kernels import expand_backward, launching
+from fastmbconv.mbconv import MBConv
 
 NAMES = sorted(name for name in vars(ops) if isinstance(getattr(ops, name), torch._library.custom_ops.CustomOpDef))
 
@@ -229,3 +233,23 @@ def test_running_statistics_that_moved_say_so(device, triton_backend):
     before = module.project_bn.running_mean._version
     module(normal(2, 4, 3, 2, dtype=torch.float32, device=device).requires_grad_())
     assert module.project_bn.running_mean._version > before
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_only_the_walks_reach_the_end_of_a_grid(memory, monkeypatch):
+    """CUDA takes 65535 programs along the second and third axis; who asks for more is told so."""
+    monkeypatch.setattr(expand_backward, "INTERPRETED", tl.constexpr(False))  # its chunks are 2 tiles
+    grids = []
+
+    def step():
+        block = MBConv(16, 16, 3).to("meta").describe()
+        x = torch.empty(2**20, 16, 16, 16, device="meta")
+        with caught(lambda kernel, args, kwargs: grids.append((kernel.__name__, kwargs["grid"]))), torch.no_grad():
+            ahead._step(x, functional._arguments(x, block, memory, x.dtype, None))
+
+    with pytest.raises(ValueError, match=r"x is too large for _depthwise_fwd_kernel: its grid would be \(1, 65536\)"):
+        step()
+    monkeypatch.setattr(launching, "MOST_PROGRAMS", 2**31)
+    step()
+    larger = {name for name, grid in grids if max(grid[1:], default=0) > 65535 or grid[0] >= 2**31}
+    assert larger == {"_depthwise_fwd_kernel", "_depthwise_bwd_kernel"}

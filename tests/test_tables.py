@@ -190,3 +190,19 @@ def test_fast_is_lean_where_a_table_says_so_in_training(hold, device):
     assert len(kept(x, block.eval())) == len(fast)
     hold({"memory": {key: "fast"}}, {"memory": {key: "lean"}})
     assert kept(x, block.train()) == fast
+
+
+def test_either_way_to_choose_tf32_is_followed(monkeypatch):
+    """torch raises where `allow_tf32` is asked for after `fp32_precision` was set."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    try:
+        for chosen in ("ieee", "tf32"):
+            conv.fp32_precision = chosen
+            assert tuning.precision(torch.float32) == chosen
+    finally:
+        conv.fp32_precision = before
+    assert tuning.precision(torch.bfloat16) == "ieee"
+    for allowed in (False, True):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        assert tuning.precision(torch.float32) == ("tf32" if allowed else "ieee")
