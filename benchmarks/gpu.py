@@ -16,7 +16,10 @@ import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ("tests", "memcheck", "ceilings", "start", "blocks", "models", "ops", "inference", "training", "compiled")
+SECTIONS = (
+    "tests", "memcheck", "ceilings", "start", "kernels",
+    "blocks", "models", "ops", "inference", "training", "compiled",
+)  # fmt: skip
 GRACE = 10.0  # seconds kept for the summary; whatever still compiles then is given up
 
 

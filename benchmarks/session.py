@@ -60,6 +60,7 @@ class Session:
     def __init__(self, out: Path, seconds: float, dry: bool) -> None:
         self.start = time.monotonic()
         self.deadline = self.start + seconds
+        self.beginning = self.start  # of the comparisons: whatever comes before them takes its time from all alike
         self.dry = dry
         self.head = header(dry)
         self.rows: list[dict[str, Any]] = []
@@ -69,6 +70,10 @@ class Session:
         taken = sum(1 for _ in out.glob(f"{stem}*.json"))
         self.path = out / f"{stem}{f'-{taken + 1}' if taken else ''}.json"
         self.write()
+
+    def share(self, part: float) -> float:
+        """When this part of the time that `beginning` left to comparisons has gone."""
+        return self.beginning + part * (self.deadline - self.beginning)
 
     def left(self) -> float:
         return self.deadline - time.monotonic()

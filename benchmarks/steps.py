@@ -12,6 +12,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import wait
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -20,13 +22,16 @@ import torch
 
 from benchmarks import subjects, timing, training
 from benchmarks.comparison import COMPILE, EAGER, LATENCY, Plan, compare
+from benchmarks.gpu import GRACE
 from benchmarks.registry import BATCHES, Shape, by_weight
 from benchmarks.session import ROOT, Session
 from benchmarks.subjects import MODES, Subject
+from fastmbconv import ahead, functional
 
 MODEL_COMPILE_SCALE = 4.0  # a whole model's graph against one block's
 INFERENCE_BATCHES = (1, 32, 256)
-TESTS_SECONDS, MEMCHECK_SECONDS, START_SECONDS = 130.0, 50.0, 90.0
+TESTS_SECONDS, MEMCHECK_SECONDS, START_SECONDS, KERNELS_SECONDS = 110.0, 40.0, 70.0, 80.0
+FAREWELL_SECONDS = 8.0  # for pytest to say what failed before its time was up
 
 
 def _captured(
@@ -36,14 +41,23 @@ def _captured(
     log = session.path.with_name(f"{session.path.stem}-{name}.txt")
     with open(log, "w") as file:
         child = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=os.environ | env, start_new_session=True
+            command,
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | env,
+            start_new_session=True,
         )
         try:
             status: int | None = child.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)  # its own group: test workers end with it
-            child.wait()
             status = None
+            child.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(FAREWELL_SECONDS)
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # its own group: test workers end with it
+            child.wait()
     return status, log.read_text(errors="replace")
 
 
@@ -93,8 +107,8 @@ def ceilings(session: Session) -> None:
 
 
 def _plan(session: Session, dtype: torch.dtype, share: float, **more: Any) -> Plan:
-    """Until this share of the session's whole time has gone; peers that need compiling are named by the caller."""
-    deadline = min(session.deadline, session.start + share * (session.deadline - session.start))
+    """Until this share of the comparisons' time has gone; peers that need compiling are named by the caller."""
+    deadline = session.share(share)
     copy = session.head.get("copy_gb_s")
     if session.dry:
         return Plan("cpu", torch.float32, tuple(EAGER), 1, session.deadline, interpreted=True)
@@ -112,6 +126,17 @@ def _run(session: Session, section: str, work: Iterable[tuple[Subject, str, Plan
         except Exception as error:  # one comparison that fails must not lose the others
             row["error"] = f"{type(error).__name__}: {error}"[:400]
         session.add(section, row)
+        if "error" in row and _device_is_lost():
+            return
+
+
+def _device_is_lost() -> bool:
+    """Whether this process can't use its GPU any more: an access outside memory ends it for all later launches."""
+    try:
+        timing.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _shapes(session: Session) -> list[Shape]:
@@ -120,9 +145,29 @@ def _shapes(session: Session) -> list[Shape]:
     return by_weight()
 
 
+def kernels(session: Session, dtype: torch.dtype) -> None:
+    """The blocks' training kernels compile side by side, so that no comparison waits for a 5x5 walk alone."""
+    if session.dry:
+        session.add("kernels", {"what": "kernels", "skipped": "nothing compiles in a dry run"})
+        return
+    began, deadline = time.monotonic(), time.monotonic() + min(KERNELS_SECONDS, session.left())
+    launches = []
+    with torch.no_grad(), torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        for shape in _shapes(session):
+            size = (shape.batch, shape.in_channels, shape.size, shape.size)
+            x = torch.empty(size, device="cuda", dtype=dtype, memory_format=torch.channels_last)
+            block = shape.block().cuda().train().describe()
+            launches += ahead.model_launches(x, block, "fast", functional._unstarted)
+    under_way = [kernel.future for kernel in ahead.submit(launches)]
+    done = len(wait(under_way, max(0.0, deadline - time.monotonic())).done)
+    for future in under_way:
+        future.cancel()  # the launch compiles what has not begun
+    session.add("kernels", {"what": "kernels", "of": len(under_way), "done": done, "s": time.monotonic() - began})
+
+
 def blocks(session: Session, dtype: torch.dtype) -> None:
     """Every block shape against eager in both memory formats; training first."""
-    plan = _plan(session, dtype, 0.50, peers=tuple(EAGER))
+    plan = _plan(session, dtype, 0.45, peers=tuple(EAGER))
     _run(session, "blocks", ((subjects.mbconv(s), m, plan) for m in reversed(MODES) for s in _shapes(session)))
 
 
@@ -160,7 +205,7 @@ def learning(session: Session, dtype: torch.dtype) -> None:
     for row in training.compare(setting, dtypes, training.digits(setting.size)):
         rows.append(row)
         session.add("training", row)
-        if session.elapsed() > 0.85 * (session.deadline - session.start):
+        if time.monotonic() > session.share(0.85):
             break
     if find_spec("matplotlib"):
         title = f"{rows[0]['data']}; {session.head['gpu']}, commit {session.head['commit']}"
@@ -222,6 +267,7 @@ SECTIONS: dict[str, Callable[..., None]] = {
     "memcheck": memcheck,
     "ceilings": ceilings,
     "start": start,
+    "kernels": kernels,
     "blocks": blocks,
     "models": models,
     "ops": ops,
@@ -234,11 +280,26 @@ WITHOUT_DTYPE = ("tests", "memcheck", "ceilings", "start")
 
 
 def run(session: Session, sections: list[str], dtype: torch.dtype) -> None:
-    for name in sections:
+    for place, name in enumerate(sections):
         began = time.monotonic()
+        if name not in (*WITHOUT_DTYPE, "kernels") and session.beginning == session.start:
+            session.beginning = began
         try:
             SECTIONS[name](*((session,) if name in WITHOUT_DTYPE else (session, dtype)))
         except Exception as error:  # a step that fails must not lose the ones after it
             session.add(name, {"what": name, "error": f"{type(error).__name__}: {error}"[:400]})
         session.head.setdefault("seconds", {})[name] = round(time.monotonic() - began, 1)
         session.write()
+        if _device_is_lost():
+            session.add(name, {"what": "device", "error": "this process lost its GPU; another one goes on"})
+            _go_on(session, sections[place + 1 :], dtype)
+            return
+
+
+def _go_on(session: Session, sections: list[str], dtype: torch.dtype) -> None:
+    """What is left, in a new process, with a result file of its own."""
+    if sections and session.left() > 0:
+        minutes = f"{(session.left() + 2 * GRACE) / 60:.3f}"
+        kind = str(dtype).removeprefix("torch.")
+        command = [sys.executable, "-m", "benchmarks.gpu", "--minutes", minutes, "--out", str(session.path.parent)]
+        subprocess.run([*command, "--dtype", kind, "--sections", *sections], cwd=ROOT, check=False)

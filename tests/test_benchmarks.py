@@ -4,10 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from benchmarks import steps
+from benchmarks.session import Session
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ("blocks", "models", "ops", "inference")
@@ -129,3 +134,47 @@ def test_shapes_are_the_models_blocks():
     assert {s.model for s in by_weight()[:4]} == {"b0", "b4"}
     widest = max(shapes("b4"), key=lambda s: s.hidden)
     assert (widest.size, widest.hidden, widest.out_channels, widest.kernel_size) == (12, 2688, 448, 3)
+
+
+def test_a_child_whose_time_is_up_says_what_it_knows(tmp_path):
+    code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('3 failed')"
+    session = SimpleNamespace(path=tmp_path / "result.json")
+    assert steps._captured(session, "tests", [sys.executable, "-c", code], 3.0, {}) == (None, "3 failed\n")
+
+
+@pytest.fixture
+def session(tmp_path):
+    return Session(tmp_path, 100.0, dry=True)
+
+
+def test_comparisons_share_what_is_left_to_them(tmp_path, monkeypatch):
+    """However long the tests took: their time is nobody's share."""
+    now, deadlines = [1000.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    session = Session(tmp_path, 100.0, dry=True)
+    session.dry = False
+    monkeypatch.setitem(steps.SECTIONS, "tests", lambda session: now.append(now.pop() + 60))
+
+    def comparisons(session, dtype):
+        deadlines.append(steps._plan(session, dtype, 0.5).deadline)
+        now[0] += 5
+
+    for name in ("blocks", "models"):
+        monkeypatch.setitem(steps.SECTIONS, name, comparisons)
+    steps.run(session, ["tests", "blocks", "models"], torch.float32)
+    assert deadlines == [1080.0, 1080.0]
+
+
+def test_a_lost_gpu_loses_no_other_section(session, monkeypatch):
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    commands, ran = [], []
+    monkeypatch.setattr(steps.timing, "synchronize", lost)
+    monkeypatch.setattr(steps.subprocess, "run", lambda command, **options: commands.append(command))
+    for name in ("blocks", "models", "ops"):
+        monkeypatch.setitem(steps.SECTIONS, name, lambda session, dtype, name=name: ran.append(name))
+    steps.run(session, ["blocks", "models", "ops"], torch.float16)
+    assert ran == ["blocks"]
+    assert commands[0][-5:] == ["--dtype", "float16", "--sections", "models", "ops"]
+    assert session.rows[-1]["error"].startswith("this process lost its GPU")
