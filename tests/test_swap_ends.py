@@ -255,8 +255,11 @@ def test_a_pool_that_stays(make, change, reason, x):
     ours, launched = run(fuse_ends(model), x)
     assert launched == [BN, BN]
     torch.testing.assert_close(ours, theirs)
-    assert [row.block for row in explain(model).ends if row.block != "stem"] == ["head"]
-    assert any(reason in str(end.pool_reason()) for end in ends_of(model))
+    (head,) = (row for row in explain(model).ends if row.block != "stem")
+    assert (head.block, head.path) == ("head", "fused")
+    assert head.reason.startswith("its pool by itself: ") and reason in head.reason
+    lines = str(explain(model)).splitlines()
+    assert any("fused [" in line for line in lines) and any("] its pool by itself: " in line for line in lines)
 
 
 @pytest.mark.parametrize("replaced", ["forward_features", "extract_features"])
@@ -272,6 +275,43 @@ def test_a_model_that_runs_its_head_elsewhere(replaced, x):
         ours, launched = run(fuse_ends(each), x)
         assert POOL not in launched
         torch.testing.assert_close(ours, theirs)
+        assert "head + pool" not in {row.block for row in explain(each).ends}
+    reasons = (
+        {row.reason for row in explain(model).ends}
+        if replaced == "extract_features"
+        else {end.pool_reason() for end in ends_of(model) if end.site.role == "head"}
+    )
+    assert all(f"{replaced} was replaced on the instance" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("name", ["_bn0", "_bn1"])
+def test_ends_that_share_their_activation(name, x):
+    """A BatchNorm that was folded into its convolution: its end is eager, and keeps the activation."""
+    model = prepared(lukemelas)
+    setattr(model, name, nn.Identity())
+    (theirs,), _ = run(model, x, "extract_features")
+    (ours,), launched = run(fuse_ends(model), x, "extract_features")
+    torch.testing.assert_close(ours, theirs)
+    assert launched == [BN]
+    assert [row.reason.split(" is a ")[-1] for row in explain(model).ends if row.path == "eager"] == [
+        "Identity (supported: BatchNorm2d, SyncBatchNorm)"
+    ]
+
+
+@pytest.mark.parametrize("make", [timm, torchvision, lukemelas])
+def test_a_forward_kept_from_a_fused_model_runs_the_unfused_one(make, x):
+    model = fuse(prepared(make))
+    modules = [module for module in model.modules() if type(module).__name__.startswith("Fused")]
+    kept = [(module, module.forward) for module in modules]
+    unfuse(model)
+    inputs = {}
+    for module in modules:
+        module.register_forward_pre_hook(lambda module, args: inputs.update({module: args}))
+    run(model, x)
+    for module, forward in kept:
+        theirs, _ = run(module, *inputs[module])
+        ours, launched = run(forward, *inputs[module])
+        assert not launched and torch.equal(ours[0], theirs[0])
 
 
 @pytest.mark.parametrize("make", [timm, torchvision, lukemelas, transformers])

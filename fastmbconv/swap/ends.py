@@ -20,7 +20,7 @@ from fastmbconv import dispatch
 from fastmbconv.block import BatchNorm
 from fastmbconv.ends import ConvBNAct
 from fastmbconv.swap import lukemelas, ours, timm, torchvision, transformers
-from fastmbconv.swap.fused import Swapped
+from fastmbconv.swap.fused import Swapped, own_forward
 from fastmbconv.swap.parts import Module
 from fastmbconv.swap.places import Layer, Method, Site, norm_act
 from fastmbconv.swap.registry import adapter_of
@@ -31,6 +31,7 @@ METHODS: dict[str, dict[str, Method]] = {
     **lukemelas.METHODS,
     **transformers.METHODS,
 }
+UNFUSED = "not fused: fastmbconv.fuse without a filter does it"
 NAMES = {name for methods in METHODS.values() for name in methods}
 
 
@@ -57,32 +58,35 @@ class End:
         """Why it can't be fused whatever the call, or None."""
         if isinstance(self.holder, ConvBNAct):
             return self.holder.replaced_reason()
-        if "forward" in vars(self.holder):
-            return "its forward was replaced on the instance"
+        if (name := _replaced(self.holder)) is not None:
+            return f"its {name} was replaced on the instance"
         found = self.site.described()
         return found if isinstance(found, str) else None
 
     def pool_reason(self) -> str | None:
         """Why its pool can't be joined whatever the call, or None."""
-        if self.joiner is not None and "forward" in vars(self.joiner):
-            return "the model's forward was replaced on the instance"
+        if self.joiner is not None and (name := _replaced(self.joiner)) is not None:
+            return f"the model's {name} was replaced on the instance"
         return self.site.pool_reason()
 
     def call_reason(self) -> str | None:
         """Why calls run it eager at present, or None."""
         if self.holder is None or not _is_swapped(self.holder):
-            return "not fused: fastmbconv.fuse without a filter does it"
+            return UNFUSED
         if self.holder.training or BatchNorm.of(self.site.norm).batch_statistics:
             return "training: the stem and the head are fused in eval mode, without gradients"
         if self.holder in self.site.layers.values():
             return dispatch.module_reason(self.holder)
         return self.site.hooked(pooled=False)
 
-    def call_pools(self) -> bool:
-        """Whether calls of the model's forward join the pool at present."""
-        if self.joiner is None or self.pool_reason() is not None or not _is_swapped(self.joiner):
-            return False
-        return not self.joiner.training and self.site.hooked(pooled=True) is None
+    def call_pool_reason(self) -> str | None:
+        """Why calls of the model's forward run the pool by itself at present, or None."""
+        reason = self.pool_reason()
+        if self.joiner is None or reason is not None:
+            return reason
+        if not _is_swapped(self.joiner):
+            return UNFUSED
+        return "the model is training" if self.joiner.training else self.site.hooked(pooled=True)
 
     def swap_in(self) -> None:
         """Change the classes of those who run it; nothing where it can't be fused."""
@@ -101,6 +105,13 @@ def _is_swapped(module: Module | None) -> bool:
     return module.fused if isinstance(module, ConvBNAct) else isinstance(module, Swapped)
 
 
+def _replaced(module: Module) -> str | None:
+    """The method that an instance has of its own, among its forward and those that this one calls; None for none."""
+    forward = methods_of(type(module)).get("forward")
+    names = ("forward", *(() if forward is None else forward.calls))
+    return next((name for name in names if name in vars(module)), None)
+
+
 class FusedEnd(Swapped):
     """What the three kinds have in common: how they are copied and stored."""
 
@@ -114,7 +125,7 @@ class FusedNormAct(FusedEnd):
     is_swap: ClassVar[bool] = True
 
     def forward(self, x: Tensor) -> Tensor:
-        own: Layer = super().forward  # type: ignore[misc]
+        own = own_forward(self)
         norm: Any = self
         if not _may_fuse(norm, x) or dispatch.module_reason(norm) is not None:
             return own(x)
@@ -127,7 +138,7 @@ class FusedUnit(FusedEnd):
     is_swap: ClassVar[bool] = True
 
     def forward(self, x: Tensor) -> Tensor:
-        own: Layer = super().forward  # type: ignore[misc]
+        own = own_forward(self)
         unit: Any = self
         if not _may_fuse(unit, x) or dispatch.module_reason(unit) is not None:
             return own(x)
@@ -140,8 +151,10 @@ class FusedModel(FusedEnd):
 
 
 def _may_fuse(module: nn.Module, x: Any) -> bool:
-    """False where a call runs eager whatever is inside the module."""
-    return not module.training and isinstance(x, Tensor) and not dispatch.eager_at_once(module, x)
+    """False where a call runs eager whatever is inside the module, or the module is a fused one no more."""
+    if not _is_swapped(module) or module.training or not isinstance(x, Tensor):
+        return False
+    return not dispatch.eager_at_once(module, x)
 
 
 class View:

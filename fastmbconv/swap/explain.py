@@ -35,7 +35,7 @@ class Geometry:
 class Row:
     """One block, or a stem or a head, which `block` then says.
 
-    `path` is what `fuse` has made of it, `reason` says why not ("" if fused).
+    `path` is what `fuse` has made of it, `reason` says why not ("" if fused, but of a fused head why without its pool).
     `runs` is what a call runs in the present environment: "kernels", or "eager" and why. `saving` is what the kernels
     save, or would save if nothing kept the block from them; None for a block that can't be fused, and for a
     stem or a head in training.
@@ -120,14 +120,16 @@ def _end_row(name: str, end: End, shapes: Shapes) -> Row:
         channels = (conv.in_channels, conv.out_channels)
         geometry = Geometry(channels, _first(conv.kernel_size), _first(conv.stride), False)
     fused = reason is None and end.call_reason() is None
-    pooled = end.call_pools() if fused else end.joiner is not None and end.pool_reason() is None
+    apart = end.call_pool_reason() if fused else end.pool_reason()
+    pooled = end.joiner is not None and apart is None
     saved = end_saving(end.site, pooled, shapes) if sized and reason is None and not end.site.norm.training else None
     block = f"{role} + pool" if pooled else role
     if not fused:
         reason = reason or end.call_reason() or ""
         return Row(name, block, geometry, "eager", reason, f"eager: {reason}", saved)
     here = dispatch.call_reason(end.site.norm.running_mean)
-    return Row(name, block, geometry, "fused", "", "kernels" if here is None else f"eager: {here}", saved)
+    reason = f"its pool by itself: {apart}" if end.joiner is not None and apart is not None else ""
+    return Row(name, block, geometry, "fused", reason, "kernels" if here is None else f"eager: {here}", saved)
 
 
 def _row(name: str, module: nn.Module, shape: tuple[int, int, int, int] | None) -> Row:

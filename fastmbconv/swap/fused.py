@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -35,6 +35,12 @@ class Swapped:
         return module
 
 
+def own_forward(module: Any) -> Callable[..., Any]:
+    """The forward of a module's own class; of an unfused one too, for somebody may have kept the swapped forward."""
+    cls = type(module)
+    return partial((cls.original if isinstance(module, Swapped) else cls).forward, module)
+
+
 class FusedBlock(Swapped):
     """Mixed in before a block's own class. Each call describes the block anew, so that no change of it goes unseen."""
 
@@ -44,7 +50,9 @@ class FusedBlock(Swapped):
     image: ClassVar[str]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        original: Callable[..., Any] = super().forward  # type: ignore[misc]
+        original = own_forward(self)
+        if not is_fused(self):  # type: ignore[arg-type]
+            return original(*args, **kwargs)
         if not args and type(self).image in kwargs:
             args = (kwargs.pop(type(self).image),)
         if not args or not isinstance(args[0], Tensor):

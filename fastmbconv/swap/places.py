@@ -168,7 +168,10 @@ class Names:
     def site(self, module: Module) -> Site | None:
         children = module._modules
         conv, norm = children.get(self.conv), children.get(self.norm)
-        if conv is None or norm is None or type(conv) is nn.Identity or type(norm) is nn.Identity:
+        if conv is None or norm is None:
+            return None
+        # The activation of ends that are `apart` may be shared: then it is taken over for all of them.
+        if not self.apart and nn.Identity in (type(conv), type(norm)):
             return None
         act = norm._modules.get("act") if self.act is None else children.get(self.act)
         layers = {self.conv: conv, self.norm: norm} | ({} if self.act is None else {self.act: act})

@@ -24,7 +24,7 @@ def table(blocks: Sequence[Row], width: int, ends: Sequence[Row] = ()) -> str:
         return "no MBConv block found"
     stems = [row for row in ends if row.block == "stem"]
     rows = [*stems, *blocks, *(row for row in ends if row not in stems)]
-    reasons = list(dict.fromkeys(row.reason for row in rows if row.path == "eager"))
+    reasons = list(dict.fromkeys(row.reason for row in rows if row.reason))
     cells = [HEADER, *(_cells(row, reasons) for row in rows)]
     columns = {name: values for name, *values in zip(*cells, strict=True) if any(values)}
     widths = {name: max(map(len, (name, *values))) for name, values in columns.items()}
@@ -56,17 +56,14 @@ def _cells(row: Row, reasons: list[str]) -> tuple[str, ...]:
         if g.kernel_size is None
         else f"{g.kernel_size}x{g.kernel_size}" + (f" /{g.stride}" if g.stride != 1 else ""),
         "yes" if g.squeeze_excite else "no",
-        "fused" if row.path == "fused" else f"eager [{reasons.index(row.reason) + 1}]",
+        f"{row.path} [{reasons.index(row.reason) + 1}]" if row.reason else row.path,
         "" if s is None else f"{s.passes[0]:.1f} -> {s.passes[1]:.1f}",
         "" if moved is None else size(moved[0] - moved[1]),
     )
 
 
 def _reason(number: int, reason: str, blocks: Sequence[Row], ends: Sequence[Row]) -> str:
-    names, others = (
-        [row.name or "(model)" for row in rows if row.path == "eager" and row.reason == reason]
-        for rows in (blocks, ends)
-    )
+    names, others = ([row.name or "(model)" for row in rows if row.reason == reason] for rows in (blocks, ends))
     listed = ", ".join(names if len(names) <= 4 else (*names[:3], f"... {names[-1]}"))
     counted = f"{len(names)} {'block' if len(names) == 1 else 'blocks'}: {listed}"
     return f"[{number}] {reason} ({'; '.join(filter(None, (counted if names else '', ', '.join(others))))})"
