@@ -27,7 +27,8 @@ class Recording:
                     run()
             torch.cuda.current_stream().wait_stream(side)
             self._graph, self._done = torch.cuda.CUDAGraph(), torch.cuda.Event()
-            with torch.cuda.graph(self._graph):
+            # Other threads may go on: a loader that pins memory would end a capture of the default kind.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self.outputs = run()
             self._done.record()
 

@@ -3,6 +3,7 @@
 import copy
 import threading
 from contextlib import nullcontext
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -213,6 +214,14 @@ def test_threads_take_turns(make, model, device):
     with torch.no_grad():
         for x, y in zip(inputs, found, strict=True):
             torch.testing.assert_close(y, model(x))
+
+
+def test_a_capture_forbids_other_threads_nothing(monkeypatch):
+    """By default whoever allocates meanwhile, as a loader that pins memory, ends it."""
+    cuda, runs = MagicMock(), []
+    monkeypatch.setattr(torch, "cuda", cuda)
+    assert graphs.Recording(lambda: runs.append(None) or len(runs), "cuda:0").outputs == graphs.WARMUP + 1
+    cuda.graph.assert_called_once_with(cuda.CUDAGraph.return_value, capture_error_mode="thread_local")
 
 
 @pytest.mark.gpu

@@ -247,7 +247,7 @@ def test_only_the_walks_reach_the_end_of_a_grid(memory, monkeypatch):
         with caught(lambda kernel, args, kwargs: grids.append((kernel.__name__, kwargs["grid"]))), torch.no_grad():
             ahead._step(x, functional._arguments(x, block, memory, x.dtype, None))
 
-    with pytest.raises(ValueError, match=r"x is too large for _depthwise_fwd_kernel: its grid would be \(1, 65536\)"):
+    with pytest.raises(ValueError, match=r"x is too large for _depthwise_fwd_kernel: its grid would be \(\d+, \d+\)"):
         step()
     monkeypatch.setattr(launching, "MOST_PROGRAMS", 2**31)
     step()

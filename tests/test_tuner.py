@@ -274,6 +274,21 @@ def test_a_dry_run_lists_buckets_and_candidates(capsys, monkeypatch):
     assert not re.search("^depthwise_fwd .*expand=8", printed, re.M)  # the lean plan's
 
 
+def test_a_search_starts_from_its_own_gpus_formulas(capsys, fake, monkeypatch):
+    """Launches are caught on CPU tensors, for which the formulas would be a Hopper's."""
+    asked = []
+    monkeypatch.setattr(models, "load", lambda name: models.Model(small(), 32))
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(tuner, "launches", lambda *_: asked.append(tables.capability(CPU)) or [])
+    monkeypatch.setattr(command.Search, "__init__", lambda self, *_: None)
+    monkeypatch.setattr(command.Search, "run", lambda self, *_: 0)
+    assert main(["tune", "small"]) == 0
+    assert asked == [86] and tables.capability(CPU) == 90
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_a_real_search_finds_tiles_that_do_not_spill(tmp_path):

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from fastmbconv.cli.extras import CommandError, require
 if TYPE_CHECKING:
     import torch
 
+    from fastmbconv.block import Memory
     from fastmbconv.tuner import BlockCase, Found, Launch
 
 LIMITS = {"batch": 1, "resolution": 32, "budget": 1}
@@ -63,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
         why = "TRITON_INTERPRET=1 is set" if dispatch.interpreted() else "torch sees none"
         raise CommandError(f"tuning needs a CUDA GPU, and {why}; --dry-run lists what would be tried")
     from fastmbconv import tuner
+    from fastmbconv.kernels import tables
 
     with torch.device("meta"):
         model, side = models.load(options.model)
@@ -70,12 +72,15 @@ def run(options: argparse.Namespace) -> int:
     blocks = tuner.cases(model, (options.batch, 3, side, side))
     if not blocks:
         raise CommandError(f"MODEL is {options.model!r}: it has no MBConv block")
-    launches = tuner.launches(blocks, dtype, ("fast", "lean") if options.memory == "both" else (options.memory,))
+    plans: tuple[Memory, ...] = ("fast", "lean") if options.memory == "both" else (options.memory,)
+    gpu = None if options.dry_run else torch.device("cuda", torch.cuda.current_device())
+    with nullcontext() if gpu is None else tables.compiled_for(tables.capability(gpu)):
+        launches = tuner.launches(blocks, dtype, plans)  # on CPU tensors, with this GPU's formulas
     what = f"{options.model}, {options.batch} images of {side} px, {options.dtype}"
     print(f"{what}: {len(launches)} distinct launches of {len(blocks)} distinct blocks")
-    if options.dry_run:
+    if gpu is None:
         return list_candidates(launches)
-    search = Search(torch.device("cuda", torch.cuda.current_device()), dtype, options.cache, options.budget)
+    search = Search(gpu, dtype, options.cache, options.budget)
     return search.run(launches, blocks if options.memory == "both" else [])
 
 
