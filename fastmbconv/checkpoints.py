@@ -158,6 +158,10 @@ class CheckpointError(ValueError):
     """A checkpoint does not fit a model; the message names the first mismatch. The model is as it was."""
 
 
+class UnknownNamesError(CheckpointError):
+    """It has the names of no known library."""
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """What `load` did.
@@ -356,7 +360,7 @@ def _recognised(
                 hits, best = count, (scheme, candidate)
     if best is None:
         first = ", ".join(list(entries)[:3])
-        raise CheckpointError(
+        raise UnknownNamesError(
             f"source has names of no known library ({first}, ...): known are {', '.join(SCHEMES)}, "
             'and scheme="position" loads by order'
         )

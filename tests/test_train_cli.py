@@ -97,6 +97,16 @@ def test_a_folder_is_trained_judged_and_predicted(pictures, tmp_path, capsys):
     assert moved and all(name.startswith(("head.", "classifier.")) for name in moved)
 
 
+def test_a_run_is_judged_in_its_own_precision(pictures, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(pictures, *TINY, LIGHT, "--epochs", 1, "--amp", "bf16", "--output", run) == 0
+    (row,) = json.loads((run / "history.json").read_text())
+    capsys.readouterr()
+    assert main(["eval", "--checkpoint", str(run), "--picture", str(tmp_path / "c.png"), "--json"]) == 0
+    judged = json.loads(capsys.readouterr().out)
+    assert (judged["precision"], judged["loss"]) == ("bfloat16", pytest.approx(row["val_loss"], rel=1e-6))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_resume_ends_the_run(number, pictures, tmp_path, capsys, monkeypatch):
     run, step = tmp_path / "run", Trainer._step
@@ -152,6 +162,7 @@ def test_a_full_disk_and_a_lost_loss_keep_the_last_good_checkpoint(pictures, tmp
         (["digits", "--batch-size", "10", "--accumulate", "3"], "must be a multiple of 3"),
         (["digits", "--weights", "B1"], "a checkpoint of another model"),
         (["digits", "--weights", "WORDS"], "it can't be read"),
+        (["digits", "--weights", "NAMES"], "that is checkpoints.load(model, source, scheme=...) in Python"),
     ],
 )
 def test_bad_input_says_what_to_do(arguments, told, tmp_path, capsys):
@@ -159,7 +170,8 @@ def test_bad_input_says_what_to_do(arguments, told, tmp_path, capsys):
         torch.save(efficientnet_b0(num_classes=3).state_dict(), tmp_path / "B1")
         arguments = [*arguments, "--model", "efficientnet_b1"]
     (tmp_path / "WORDS").write_text("words")
-    arguments = [str(tmp_path / a) if a in ("B1", "WORDS") else a for a in arguments]
+    torch.save({"a": torch.ones(1)}, tmp_path / "NAMES")
+    arguments = [str(tmp_path / a) if a in ("B1", "WORDS", "NAMES") else a for a in arguments]
     assert train(*arguments, "--output", tmp_path / "run", LIGHT) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

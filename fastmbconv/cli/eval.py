@@ -1,6 +1,7 @@
 """`fastmbconv eval [DATA]`: top-1, top-5, loss and confusion matrix of a model that `fastmbconv train` left.
 
-DATA is as in `train`; without it, the run's own held-out pictures. --checkpoint also takes the weights of timm,
+DATA is as in `train`; without it, the run's own held-out pictures. A run's mixed precision is its evaluation's too.
+--checkpoint also takes the weights of timm,
 torchvision, lukemelas or Hugging Face; name their --model then.
 """
 
@@ -57,6 +58,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from fastmbconv.training.distributed import World
     from fastmbconv.training.evaluate import evaluate
     from fastmbconv.training.loader import Pictures, eval_transform, loader, shard
+    from fastmbconv.training.model import precision
     from fastmbconv.training.report import draw_confusion
     from fastmbconv.training.restore import same_classes
 
@@ -70,17 +72,28 @@ def _evaluate(options: argparse.Namespace) -> int:
         options.workers,
         device.type == "cuda",
     )
-    classes = len(trained.classes)
-    result = evaluate(model, batches, classes, World(device), lambda: torch.autocast(device.type, enabled=False))
+    amp = precision(config, device)
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, amp, enabled=amp is not None)
+
+    result = evaluate(model, batches, len(trained.classes), World(device), autocast)
     for name, reason in result.broken.items():
         print(f"skipped {name}: {reason}", file=sys.stderr)
     draw_confusion(options.picture, result.confusion, trained.classes)
-    row = {"pictures": result.count, "top1": result.top1, "top5": result.top5, "loss": result.loss}
+    computed = str(amp or torch.float32).removeprefix("torch.")
+    row = {
+        "precision": computed,
+        "pictures": result.count,
+        "top1": result.top1,
+        "top5": result.top5,
+        "loss": result.loss,
+    }
     if options.json:
         print(json.dumps({**row, "confusion": result.confusion.tolist(), "skipped": result.broken}))
     else:
         print(
             f"{trained.source}: {result.count} pictures, top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "
-            f"loss {result.loss:.4f}\npicture: {options.picture}"
+            f"loss {result.loss:.4f}, in {computed}\npicture: {options.picture}"
         )
     return 0

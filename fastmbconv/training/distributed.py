@@ -20,6 +20,7 @@ from fastmbconv.training.errors import TrainingError
 # held, and gloo's destructor then waits for threads that may want the GIL to drop their last message: a deadlock.
 _groups: list[dist.ProcessGroup | None] = []
 PAUSE = 0.02  # seconds
+PATIENCE = 1800.0  # seconds, as torch's own
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,26 @@ def device_named(name: str | None) -> torch.device:
 
 @contextmanager
 def world(device: str | None) -> Iterator[World]:
-    """Join the processes that torchrun started (gloo on CPUs, NCCL on GPUs), or be alone."""
+    """Join the processes that torchrun started (gloo on CPUs, NCCL on GPUs), or be alone.
+
+    Raises:
+        TrainingError: for a device that can't be used, or where something else than torchrun set half of what it sets.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     where = device_named(device)
     if size == 1:
         yield World(where)
         return
-    if where.type == "cuda":
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(where)
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise TrainingError(
+            f"WORLD_SIZE is {size}, and {', '.join(missing)} not set: start with torchrun, which sets them all, or "
+            "unset WORLD_SIZE for one process"
+        )
     rank = int(os.environ["RANK"])
+    if where.type == "cuda":
+        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
+        torch.cuda.set_device(where)
     store = unused(next(dist.rendezvous("env://"))[0], rank, size)
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     _groups.append(dist.group.WORLD)
@@ -110,20 +121,26 @@ def unused(store: dist.Store, rank: int, size: int) -> dist.Store:
 
     Each process leaves a new name. The first one lists the names that it finds until all have seen theirs listed; its
     own is the part's.
+
+    Raises:
+        TrainingError: if they don't come within `PATIENCE`.
     """
     mine = uuid.uuid4().hex
     store.set(f"name/{rank}", mine)
-    if rank:
-        while mine not in (names := store.get("names").decode().split()):
-            time.sleep(PAUSE)
-        store.set(f"{names[0]}/{mine}", "")
-        return dist.PrefixStore(names[0], store)
-    while True:
-        names = [store.get(f"name/{other}").decode() for other in range(size)]
-        store.set("names", " ".join(names))
-        if store.check([f"{mine}/{name}" for name in names[1:]]):
-            return dist.PrefixStore(mine, store)
+    limit = time.monotonic() + PATIENCE
+    while time.monotonic() < limit:
+        if rank:
+            names = store.get("names").decode().split()
+            if mine in names:
+                store.set(f"{names[0]}/{mine}", "")
+                return dist.PrefixStore(names[0], store)
+        else:
+            names = [store.get(f"name/{other}").decode() for other in range(size)]
+            store.set("names", " ".join(names))
+            if store.check([f"{mine}/{name}" for name in names[1:]]):
+                return dist.PrefixStore(mine, store)
         time.sleep(PAUSE)
+    raise TrainingError(f"not all {size} processes came within {PATIENCE:g} s: look at the others' messages")
 
 
 def restarted() -> bool:

@@ -38,7 +38,7 @@ from fastmbconv.training.loader import (
     shard,
     train_transform,
 )
-from fastmbconv.training.model import build, path_taken, prepare, train_mode
+from fastmbconv.training.model import build, path_taken, precision, prepare, train_mode
 from fastmbconv.training.progress import Log, Scalars
 from fastmbconv.training.recipe import Average, optimizer_for, peak_rate, rate
 from fastmbconv.training.signals import SIGNALS, Wish
@@ -79,7 +79,7 @@ class Trainer:
             synchronise(self.network)
         self.peak = peak_rate(config, self.batch_size)
         self.optimizer = optimizer_for(self.network, config, self.peak)
-        self.amp = _amp(config, world.device)
+        self.amp = precision(config, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.amp is torch.float16)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
         self.mix = mixing(config, len(self.classes))
@@ -386,8 +386,3 @@ def _refuse_lonely_values(config: Config, pictures: int) -> None:
             "a forward pass has one picture, and at --resolution 32 BatchNorm gets one value per channel: raise "
             "--batch-size, lower --accumulate, set --sync-bn, or use fewer processes"
         )
-
-
-def _amp(config: Config, device: torch.device) -> torch.dtype | None:
-    default = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "none"
-    return {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.amp or default]

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import fastmbconv
 from fastmbconv import dispatch
-from fastmbconv.checkpoints import CheckpointError, load
+from fastmbconv.checkpoints import CheckpointError, UnknownNamesError, load
 from fastmbconv.efficientnet import EfficientNet
 from fastmbconv.scaling import COEFFICIENTS, Coefficients, compound
 from fastmbconv.swap.explain import rows
@@ -72,6 +72,8 @@ def load_weights(model: EfficientNet, source: str, option: str = "--weights") ->
             warnings.simplefilter("always")
             report = load(model, source, strict=False)
     except CheckpointError as error:
+        if isinstance(error, UnknownNamesError):
+            advice = f"that is checkpoints.load(model, source, scheme=...) in Python; then {option} its state dict"
         raise TrainingError(f"{option} is {source}: {error}; {advice}") from error
     except Exception as error:  # torch.load raises much: UnpicklingError, RuntimeError, EOFError, OSError, ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -115,6 +117,12 @@ def prepare(model: EfficientNet, config: Config, device: torch.device) -> Effici
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     memory: Any = config.memory
     return fastmbconv.fuse(model, memory=memory) if config.fused else fastmbconv.unfuse(model)
+
+
+def precision(config: Config, device: torch.device) -> torch.dtype | None:
+    """What a run's autocast computes in; None: as it is."""
+    default = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "none"
+    return {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.amp or default]
 
 
 def path_taken(model: nn.Module, device: torch.device) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,8 @@ def _ours(path: Path, content: Mapping[str, Any]) -> Trained:
 def _theirs(path: Path, config: Config) -> Trained:
     model = build(config, IMAGENET)
     load_weights(model, str(path), "--checkpoint")
-    names = imagenet_names()
-    return Trained(model.eval(), names, look(config, model.resolution, model.coefficients.lite), config, str(path))
+    pictures = look(config, model.resolution, model.coefficients.lite)
+    return Trained(model.eval(), imagenet_names(), pictures, replace(config, amp="none"), str(path))
 
 
 def imagenet_names() -> tuple[str, ...]:
