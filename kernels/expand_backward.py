@@ -227,6 +227,14 @@ def expand_tiles(rows: int, channels: int, expanded: int) -> dict[str, int]:
     return dict(BM=64, BE=pow2(expanded, MIN_DOT, 64), BI=pow2(channels, MIN_DOT, 64), num_warps=4, num_stages=2)
 
 
+def prepare_tiles(wide: int) -> dict[str, int]:
+    """[BS samples, or BE expanded channels, x `wide` input channels]: in few steps, each a wait for memory."""
+    if INTERPRETED:
+        return dict(BS=SAMPLES, BE=256)
+    rows = 16384 // wide  # 64 registers of a thread
+    return dict(BS=min(rows, SAMPLES), BE=min(max(rows, MIN_DOT), 64), num_warps=8)
+
+
 def chunk_pixels(rows: int, channels: int, tile: int) -> int:
     """Pixels of a chunk, whole tiles: few enough for L2, enough that the parts of dWe are small beside dv1."""
     pixels = 2 * tile if INTERPRETED else max(40 * channels, cdiv(rows, 128))
@@ -266,8 +274,7 @@ def expand_bwd(
         BATCH=batch_statistics,
         ACC=acc,
         SAMPLES=SAMPLES,
-        BS=SAMPLES if INTERPRETED else max(1, 4096 // wide),
-        BE=256 if INTERPRETED else max(MIN_DOT, 4096 // wide),
+        **prepare_tiles(wide),
         BI=side,
         BW=wide,
     )

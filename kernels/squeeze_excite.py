@@ -288,8 +288,20 @@ def _launch_pool(
     )
 
 
-def _excite_tiles(channels: int, reduced: int) -> dict[str, int]:
-    return dict(BR=pow2(reduced, MIN_DOT, 1024), BC=pow2(channels, MIN_DOT, 1024 if INTERPRETED else 64))
+def _excite_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
+    rows = pow2(reduced, MIN_DOT, 1024)
+    if INTERPRETED:
+        return dict(BR=rows, BC=pow2(channels, MIN_DOT, 1024))
+    few = images < PROGRAMS  # one wave or less: what counts is how long an image takes, and so its number of steps
+    block = max(MIN_DOT, min((16384 if few else 4096) // rows, 256))
+    return dict(BR=rows, BC=pow2(channels, MIN_DOT, block), num_warps=8 if few else 4)
+
+
+def _wgrad_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
+    """2 x [BR, BC] sums: at 64 x 64 they spill."""
+    if INTERPRETED:
+        return dict(BN=pow2(images, MIN_DOT, 256), **_excite_tiles(images, channels, reduced))
+    return dict(BN=MIN_DOT, BR=pow2(reduced, MIN_DOT, 32), BC=pow2(channels, MIN_DOT, 64))
 
 
 def excite_fwd(
@@ -317,7 +329,7 @@ def excite_fwd(
         R=reduced,
         ACT=activation,
         ACC=numeric(pooled.dtype)["ACC"],
-        **_excite_tiles(c, reduced),
+        **_excite_tiles(n, c, reduced),
     )
     state("excite_fwd", (pooled, reduce_weight, reduce_bias, expand_weight, expand_bias), (r, gate))
     return r, gate
@@ -344,7 +356,7 @@ def excite_bwd(
     dq, offset = torch.empty_like(gate), torch.empty_like(gate)
     dr = torch.empty_like(r)
     bn_sums = torch.empty(n, 2, c, dtype=gate.dtype, device=gate.device)
-    acc, tiles = numeric(gate.dtype)["ACC"], _excite_tiles(c, reduced)
+    acc = numeric(gate.dtype)["ACC"]
     _excite_bwd_kernel[(n,)](
         sums_ptr=sums,
         gate_ptr=gate,
@@ -363,7 +375,7 @@ def excite_bwd(
         ROWS=rows,
         OB=parts,
         ACC=acc,
-        **tiles,
+        **_excite_tiles(n, c, reduced),
     )
     state(
         "excite_bwd",
@@ -374,7 +386,7 @@ def excite_bwd(
     d_expand = torch.empty(c, reduced, dtype=gate.dtype, device=gate.device)
     d_reduce_bias = torch.empty(reduced, dtype=gate.dtype, device=gate.device)
     d_expand_bias = torch.empty(c, dtype=gate.dtype, device=gate.device)
-    tiles["BR"] = min(tiles["BR"], 32)  # 2 x [BR, BC] sums: at 64 they spill
+    tiles = _wgrad_tiles(n, c, reduced)
     _excite_wgrad_kernel[(cdiv(c, tiles["BC"]), cdiv(reduced, tiles["BR"]))](
         p_ptr=pooled,
         r_ptr=r,
@@ -389,7 +401,6 @@ def excite_bwd(
         R=reduced,
         ACT=activation,
         ACC=acc,
-        BN=MIN_DOT if not INTERPRETED else pow2(n, MIN_DOT, 256),
         **tiles,
     )
     state("excite_wgrad", (pooled, r, dq, dr), (d_reduce, d_reduce_bias, d_expand, d_expand_bias))
