@@ -284,6 +284,17 @@ def test_a_model_that_runs_its_head_elsewhere(replaced, x):
     assert all(f"{replaced} was replaced on the instance" in reason for reason in reasons)
 
 
+@pytest.mark.parametrize("make, method", [(timm, "forward_features"), (lukemelas, "extract_features")])
+def test_a_method_replaced_in_the_librarys_class(make, method, x, monkeypatch):
+    model = prepared(make)
+    own = getattr(type(model), method)
+    monkeypatch.setattr(type(model), method, lambda self, x: own(self, x) + 1)
+    theirs, _ = run(model, x)
+    ours, launched = run(fuse_ends(model), x)
+    assert POOL not in launched
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("name", ["_bn0", "_bn1"])
 def test_ends_that_share_their_activation(name, x):
     """A BatchNorm that was folded into its convolution: its end is eager, and keeps the activation."""

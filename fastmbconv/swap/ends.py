@@ -23,7 +23,7 @@ from fastmbconv.swap import lukemelas, ours, timm, torchvision, transformers
 from fastmbconv.swap.fused import Swapped, own_forward
 from fastmbconv.swap.parts import Module
 from fastmbconv.swap.places import Layer, Method, Site, norm_act
-from fastmbconv.swap.registry import adapter_of
+from fastmbconv.swap.registry import adapter_of, is_own
 
 METHODS: dict[str, dict[str, Method]] = {
     **timm.METHODS,
@@ -193,7 +193,9 @@ def methods_of(cls: type) -> dict[str, Method]:
     for name in sorted(NAMES):
         owner = _owner(cls, name)
         method = METHODS.get(f"{owner.__module__}.{owner.__qualname__}", {}).get(name) if owner is not None else None
-        if method is not None and all(_owner(cls, called) is owner for called in method.calls):
+        if owner is None or method is None or any(_owner(cls, called) is not owner for called in method.calls):
+            continue
+        if all(is_own(owner, each) for each in (name, *method.calls)):
             found[name] = method
     return found
 
@@ -202,12 +204,16 @@ def _owner(cls: type, name: str) -> type | None:
     return next((base for base in cls.__mro__ if name in vars(base) and not vars(base).get("is_swap")), None)
 
 
-@cache
 def fused_class(original: Any) -> Any:
-    """The fused subclass of a class, made once."""
+    """The fused subclass of a class; another one where its methods were replaced since."""
+    return _fused_class(original, tuple(methods_of(original)))
+
+
+@cache
+def _fused_class(original: Any, methods: tuple[str, ...]) -> Any:
     body = {"original": original, "is_swap": True, "__module__": __name__, "__doc__": original.__doc__}
-    methods = methods_of(original)
-    body |= {name: _method(original, name, method) for name, method in methods.items()}
+    found = methods_of(original)
+    body |= {name: _method(original, name, found[name]) for name in methods}
     base = FusedModel if methods else FusedUnit if issubclass(original, nn.Sequential) else FusedNormAct
     return type(f"Fused{original.__name__}", (base, original), body)
 

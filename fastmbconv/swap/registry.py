@@ -34,4 +34,9 @@ def forward_owner(cls: type) -> type:
 def adapter_of(cls: type) -> Adapter | None:
     """The adapter for instances of a module class, or None for a class that none knows."""
     owner = forward_owner(cls)
-    return ADAPTERS.get(f"{owner.__module__}.{owner.__qualname__}")
+    return ADAPTERS.get(f"{owner.__module__}.{owner.__qualname__}") if is_own(owner, "forward") else None
+
+
+def is_own(owner: type, method: str) -> bool:
+    """Whether a class's method is its library's: False where somebody put another one there."""
+    return getattr(vars(owner)[method], "__module__", None) == owner.__module__
