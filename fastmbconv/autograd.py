@@ -78,7 +78,7 @@ def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
     if gradient is None or like is None:
         return None
     gradient = gradient.reshape(like.shape).to(like.dtype)
-    if gradient.stride() == like.stride() or not like.is_contiguous():
+    if gradient.stride() == like.stride() or not (gradient.is_contiguous() and like.is_contiguous()):
         return gradient
     return gradient.as_strided(like.shape, like.stride())
 
