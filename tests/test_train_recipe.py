@@ -56,3 +56,14 @@ def test_the_average_warms_up():
         decay = min(0.25, (1 + n) / (10 + n)) if n else 0.0
         expected = decay * expected + (1 - decay) * n
     assert average.module.weight.item() == pytest.approx(expected)
+
+
+def test_the_average_sends_nothing_between_devices(monkeypatch):
+    """torch's own copies the count, which is on the CPU, to the GPU at each step, and so waits for it."""
+    layer = torch.nn.BatchNorm2d(2)
+    average = Average(layer, 0.25)
+    monkeypatch.setattr(torch.Tensor, "to", lambda *_, **__: pytest.fail("a copy"))
+    layer.num_batches_tracked.add_(3)
+    for _ in range(2):
+        average.update_parameters(layer)
+    assert average.module.num_batches_tracked == 3

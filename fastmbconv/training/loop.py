@@ -196,7 +196,9 @@ class Trainer:
                 self.scaler.scale(loss / config.accumulate).backward()
             right = (logits.detach().argmax(1) == labels).sum()
             count = len(labels)
-            self.sums += torch.stack([loss.detach().double() * count, right.double(), right.new_tensor(count).double()])
+            self.sums += torch.stack(
+                [loss.detach().double() * count, right.double(), loss.new_full((), count).double()]
+            )
         if config.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.network.parameters(), config.clip_grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 
 import torch
 from timm.optim import RMSpropTF
@@ -12,7 +13,6 @@ from torch.optim.swa_utils import AveragedModel
 from fastmbconv.training.config import Config
 
 RATES = {"rmsprop": 0.016, "adamw": 0.001, "sgd": 0.125}
-Tensors = tuple[Tensor, ...] | list[Tensor]
 PER = 256  # pictures: the paper's 0.256 for a batch of 4096
 
 
@@ -54,12 +54,23 @@ class Average(AveragedModel):
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        super().__init__(model, multi_avg_fn=self._towards, use_buffers=True)
+        super().__init__(model, use_buffers=True)
         self.decay = decay
 
-    def _towards(self, averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
-        if not averaged[0].is_floating_point():
-            torch._foreach_copy_(averaged, current)  # num_batches_tracked
-            return
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """One step towards this model; torch's own waits for the GPU, to which it sends the count from the CPU."""
         n = int(self.n_averaged)
-        torch._foreach_lerp_(averaged, current, 1 - min(self.decay, (1 + n) / (10 + n)))
+        weight = 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
+        groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        own, theirs = (chain(each.parameters(), each.buffers()) for each in (self.module, model))
+        for averaged, current in zip(own, theirs, strict=True):
+            group = groups.setdefault(averaged.dtype, ([], []))
+            group[0].append(averaged.detach())
+            group[1].append(current.detach())
+        for dtype, (ours, others) in groups.items():
+            if dtype.is_floating_point:
+                torch._foreach_lerp_(ours, others, weight)
+            else:
+                torch._foreach_copy_(ours, others)  # num_batches_tracked
+        self.n_averaged += 1
