@@ -143,10 +143,9 @@ def squeeze_excite(x: Tensor, se: SqueezeExcite) -> Tensor:
         return reference.squeeze_excite(x, se)
     from fastmbconv.autograd import SqueezeExciteFunction
 
-    weights = (se.reduce_weight, se.reduce_bias, se.expand_weight, se.expand_bias)
     with torch.autocast(x.device.type, enabled=False):
         # Eager's product keeps x's own dtype under autocast: only the gate's convolutions are narrowed.
-        return SqueezeExciteFunction.apply(x, *weights, se.activation).permute(0, 3, 1, 2)
+        return SqueezeExciteFunction.apply(x, *_excite(se), se.activation).permute(0, 3, 1, 2)
 
 
 def bn_act(x: Tensor, bn: BatchNorm, activation: Activation) -> Tensor:

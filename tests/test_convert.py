@@ -112,6 +112,7 @@ REFUSED = {
     "--to lukemelas --family torch": "lukemelas: its models are of family tf, .*timm's names are the same in both",
     "--to torchvision --family tf": "--to is torchvision: its models are of family torch, .* allowed are timm and fast",
     "--to torchvision --model tf_efficientnet_b0": "its models are of family torch",
+    "--to torchvision --model tf_b0 --family torch": "--model is 'tf_b0' and --family torch: tf_ says family tf",
     "--to torchvision --model b1": "--model is b1: SRC fits efficientnet b0",
     "--to torchvision --model b9": "--model is 'b9': allowed are b0, b1,",
     "--to torchvision --from lukemelas": "--from is lukemelas: SRC has the names of timm",

@@ -14,7 +14,7 @@ from fastmbconv.mbconv import MBConv  # noqa: E402
 from fastmbconv.training import checkpoint, signals  # noqa: E402
 from fastmbconv.training.config import Config  # noqa: E402
 from fastmbconv.training.distributed import World  # noqa: E402
-from fastmbconv.training.errors import Interrupted  # noqa: E402
+from fastmbconv.training.errors import Interrupted, TrainingError  # noqa: E402
 from fastmbconv.training.loop import Trainer  # noqa: E402
 from fastmbconv.training.progress import Log  # noqa: E402
 
@@ -136,6 +136,14 @@ def test_mixed_precision_takes_steps(amp, dtype, tmp_path):
         before, run.position = run.network.classifier.weight.detach().clone(), 0
         run._train_epoch()
         assert torch.equal(run.network.classifier.weight, before) and run.scaler.get_scale() == pytest.approx(5e29)
+
+
+def test_processes_that_found_other_checkpoints_do_not_start(tmp_path, monkeypatch):
+    run = trainer(tmp_path)
+    run.agree()
+    monkeypatch.setattr(World, "gather", lambda self, value: {**value, "1": "epoch 3, step 0"})
+    with pytest.raises(TrainingError, match=r"process 0: epoch 1, step 0; process 1: epoch 3, step 0\); it must be a"):
+        run.agree()
 
 
 def test_eager_is_eager(tmp_path):

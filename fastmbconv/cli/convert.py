@@ -135,6 +135,8 @@ def _plan(options: argparse.Namespace, content: dict[str, Tensor]) -> Plan:
         wanted = options.model.removeprefix("tf_").removeprefix("efficientnet").lstrip("_-").lower()
         if wanted not in COEFFICIENTS:
             raise CommandError(f"--model is {options.model!r}: allowed are {', '.join(COEFFICIENTS)}, also with tf_")
+        if tf and options.family == "torch":
+            raise CommandError(f"--model is {options.model!r} and --family torch: tf_ says family tf; give one of them")
     try:
         identity = checkpoints.identify(content)
     except ValueError as error:

@@ -107,6 +107,7 @@ def _train(given: dict[str, Any], config_file: Path | None, resume: bool) -> int
             log.say(f"going on with {last}: {at if trainer.epoch < config.epochs else done}{notes_told}")
         elif resume:
             log.say(f"nothing to resume in {config.output}: a new run")
+        trainer.agree()
         log.say(trainer.describe())
         try:
             trainer.run()

@@ -361,6 +361,20 @@ class Trainer:
         if self.world.first:
             self.sums.copy_(self.sums.new_tensor(self.total))
 
+    def agree(self) -> None:
+        """Make sure that all processes stand at the same step: otherwise they would wait for each other.
+
+        Raises:
+            TrainingError: if they found other checkpoints, on machines that don't share the folder.
+        """
+        places = self.world.gather({str(self.world.rank): f"epoch {self.epoch + 1}, step {self.position}"})
+        if len(set(places.values())) > 1:
+            told = "; ".join(f"process {rank}: {place}" for rank, place in places.items())
+            raise TrainingError(
+                f"--output is {self.output}: not all processes find the same {checkpoint.LAST} there ({told}); it must "
+                "be a folder that all machines share"
+            )
+
 
 def batch_size(config: Config, pictures: int, processes: int) -> int:
     """Pictures per step.
