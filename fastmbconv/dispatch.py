@@ -95,9 +95,8 @@ def device_reason(x: Tensor) -> str | None:
         return f"a {x.device.type} tensor"
     if x.dtype not in DTYPES:
         return f"dtype {x.dtype}"
-    return (
-        None if torch.compiler.is_compiling() else _gpu_reason(x.device)
-    )  # a compiler would ask about it at each call
+    # A compiled graph would ask about the GPU at each call.
+    return None if torch.compiler.is_compiling() else _gpu_reason(x.device)
 
 
 @cache

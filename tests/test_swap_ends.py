@@ -295,6 +295,24 @@ def test_a_method_replaced_in_the_librarys_class(make, method, x, monkeypatch):
     torch.testing.assert_close(ours, theirs)
 
 
+def test_a_forward_that_takes_the_stem_as_modules(x, monkeypatch):
+    """As segmentation_models_pytorch had it up to 0.3."""
+    model = prepared(lambda: smp("efficientnet-b0"))
+    encoder = type(model)
+
+    def forward(self, x):
+        return [self.stem_of()(x)]
+
+    forward.__module__ = encoder.__module__
+    monkeypatch.setattr(
+        encoder, "stem_of", lambda self: nn.Sequential(self._conv_stem, self._bn0, self._swish), raising=False
+    )
+    monkeypatch.setattr(encoder, "forward", forward)
+    theirs, _ = run(model, x)
+    ours, _ = run(fuse_ends(model), x)
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("name", ["_bn0", "_bn1"])
 def test_ends_that_share_their_activation(name, x):
     """A BatchNorm that was folded into its convolution: its end is eager, and keeps the activation."""

@@ -195,7 +195,8 @@ def methods_of(cls: type) -> dict[str, Method]:
         method = METHODS.get(f"{owner.__module__}.{owner.__qualname__}", {}).get(name) if owner is not None else None
         if owner is None or method is None or any(_owner(cls, called) is not owner for called in method.calls):
             continue
-        if all(is_own(owner, each) for each in (name, *method.calls)):
+        own = all(is_own(owner, each) for each in (name, *method.calls))
+        if own and (not method.reads or set(method.reads) <= set(vars(owner)[name].__code__.co_names)):
             found[name] = method
     return found
 

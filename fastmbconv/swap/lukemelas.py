@@ -129,5 +129,8 @@ METHODS = {
         "extract_endpoints": Method((STEM, HEAD)),
         "forward": Method((STEM, POOLED), ("extract_features",)),
     },
-    "segmentation_models_pytorch.encoders.efficientnet.EfficientNetEncoder": {"forward": Method((STEM,))},
+    # Up to 0.3 its forward puts the stem into a Sequential.
+    "segmentation_models_pytorch.encoders.efficientnet.EfficientNetEncoder": {
+        "forward": Method((STEM,), reads=("_conv_stem",))
+    },
 }

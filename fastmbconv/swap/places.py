@@ -195,7 +195,11 @@ class Names:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A method of a model's class that runs these ends, itself or through `calls`, methods of the same class."""
+    """A method of a model's class that runs these ends, itself or through `calls`, methods of the same class.
+
+    `reads` are children that it must name itself, where other versions of the library don't.
+    """
 
     places: tuple[Place, ...]
     calls: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
