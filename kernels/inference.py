@@ -13,7 +13,7 @@ from torch import Tensor
 from .launching import kernel
 from .math import INTERPRETED, activate, dot, stored
 from .running import Running, given, load_affine
-from .squeeze_excite import store_gate
+from .squeeze_excite import excite_tiles, store_gate
 from .tables import tiles as chosen
 from .traffic import state
 from .tuning import MIN_DOT, PROGRAMS, cdiv, matmul_tiles, numeric, pow2, precision
@@ -157,15 +157,6 @@ def prologue_tiles(rows: int, reduce: int, out: int, dtype: torch.dtype) -> dict
     return tiles | dict(BK=max(tiles["BK"], pow2(reduce, MIN_DOT, 64)), num_stages=2)
 
 
-def _excite_tiles(images: int, parts: int, channels: int, reduced: int) -> dict[str, int]:
-    rows = pow2(reduced, MIN_DOT, 1024)
-    if INTERPRETED:
-        return dict(BP=pow2(parts, 1, 64), BR=rows, BC=pow2(channels, MIN_DOT, 1024))
-    few = images < PROGRAMS  # one wave or less: what counts is how long an image takes
-    block = max(MIN_DOT, min((16384 if few else 4096) // rows, 256))
-    return dict(BP=pow2(parts, 1, 16), BR=rows, BC=pow2(channels, MIN_DOT, block), num_warps=8 if few else 4)
-
-
 def pointwise_inference(
     x: Tensor,
     in_bn: Running | None,
@@ -240,7 +231,8 @@ def excite_inference(
         R=reduced,
         ACT=activation,
         ACC=numeric(parts.dtype)["ACC"],
-        **_excite_tiles(n, count, c, reduced),
+        BP=pow2(count, 1, 64 if INTERPRETED else 16),
+        **excite_tiles(n, c, reduced),
     )
     state("excite_inference", (parts, reduce_weight, reduce_bias, expand_weight, expand_bias), (gate,))
     return gate

@@ -288,7 +288,8 @@ def _launch_pool(
     )
 
 
-def _excite_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
+def excite_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
+    """[BR, BC]: all reduced channels and a step's others; training and inference."""
     rows = pow2(reduced, MIN_DOT, 1024)
     if INTERPRETED:
         return dict(BR=rows, BC=pow2(channels, MIN_DOT, 1024))
@@ -299,9 +300,10 @@ def _excite_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
 
 def _wgrad_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
     """2 x [BR, BC] sums: at 64 x 64 they spill."""
+    rows = pow2(reduced, MIN_DOT, 32)
     if INTERPRETED:
-        return dict(BN=pow2(images, MIN_DOT, 256), **_excite_tiles(images, channels, reduced))
-    return dict(BN=MIN_DOT, BR=pow2(reduced, MIN_DOT, 32), BC=pow2(channels, MIN_DOT, 64))
+        return dict(BN=pow2(images, MIN_DOT, 256), BR=rows, BC=pow2(channels, MIN_DOT, 1024))
+    return dict(BN=MIN_DOT, BR=rows, BC=pow2(channels, MIN_DOT, 64))
 
 
 def excite_fwd(
@@ -329,7 +331,7 @@ def excite_fwd(
         R=reduced,
         ACT=activation,
         ACC=numeric(pooled.dtype)["ACC"],
-        **_excite_tiles(n, c, reduced),
+        **excite_tiles(n, c, reduced),
     )
     state("excite_fwd", (pooled, reduce_weight, reduce_bias, expand_weight, expand_bias), (r, gate))
     return r, gate
@@ -375,7 +377,7 @@ def excite_bwd(
         ROWS=rows,
         OB=parts,
         ACC=acc,
-        **_excite_tiles(n, c, reduced),
+        **excite_tiles(n, c, reduced),
     )
     state(
         "excite_bwd",

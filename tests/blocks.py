@@ -24,7 +24,8 @@ KERNEL_MODULES = (
     "ends",
 )  # fmt: skip
 TILES = (
-    "walk_tiles", "row_tiles", "matmul_tiles", "sweep_tiles", "_excite_tiles", "product_tiles", "walk_inference_tiles",
+    "walk_tiles", "row_tiles", "matmul_tiles", "sweep_tiles", "excite_tiles", "_wgrad_tiles", "product_tiles",
+    "walk_inference_tiles",
 )  # fmt: skip
 
 

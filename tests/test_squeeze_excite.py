@@ -9,7 +9,6 @@ from parity import assert_parity
 
 from fastmbconv import functional, ops, reference
 from fastmbconv.block import SqueezeExcite
-from fastmbconv.kernels import squeeze_excite
 
 
 class Row(NamedTuple):
@@ -40,12 +39,6 @@ def rows():
     ]  # fmt: skip
 
 
-def shrunk(monkeypatch, row):
-    shrink(monkeypatch, **row.tiles)
-    if "BN" in row.tiles:  # images per step of the weight gradients
-        monkeypatch.setattr(squeeze_excite, "pow2", lambda size, low, high: low)
-
-
 def excite(channels, reduced, dtype, device):
     weights = (
         normal(reduced, channels, 1, 1), normal(reduced), normal(channels, reduced, 1, 1), normal(channels)
@@ -74,7 +67,7 @@ def assert_row(row, dtype, device):
 
 @pytest.mark.parametrize("row", rows())
 def test_both_directions(row, device, triton_backend, monkeypatch):
-    shrunk(monkeypatch, row)
+    shrink(monkeypatch, **row.tiles)
     assert_row(row, PRECISE, device)
 
 
