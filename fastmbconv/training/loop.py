@@ -291,14 +291,20 @@ class Trainer:
             f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}{' (best)' if better else ''}; {speed:.0f} images/s"
         )
 
-    def kept(self, row: dict[str, float]) -> dict[str, Any]:
-        """What evaluation, prediction and fine-tuning need, and nothing of the optimizer."""
+    def _about(self) -> dict[str, Any]:
+        """What every checkpoint says of its run."""
         return {
             "format": checkpoint.FORMAT,
             "version": __version__,
             "config": to_dict(self.config),
             "classes": list(self.classes),
             "look": self.look._asdict(),
+        }
+
+    def kept(self, row: dict[str, float]) -> dict[str, Any]:
+        """What evaluation, prediction and fine-tuning need, and nothing of the optimizer."""
+        return {
+            **self._about(),
             "metrics": row,
             "state_dict": self.judged.state_dict(),
         }
@@ -318,11 +324,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         return {
-            "format": checkpoint.FORMAT,
-            "version": __version__,
-            "config": to_dict(self.config),
-            "classes": list(self.classes),
-            "look": self.look._asdict(),
+            **self._about(),
             "epoch": self.epoch,
             "position": self.position,
             "step": self.step,
