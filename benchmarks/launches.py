@@ -22,7 +22,8 @@ def observed(seen: Seen, *, run: bool) -> Iterator[None]:
 
     def spy(original: Callable[..., Any]) -> Callable[..., Any]:
         def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-            seen(kernel, args, {"grid": grid, **kwargs})
+            if not warmup:  # compiles and runs nothing
+                seen(kernel, args, {"grid": grid, **kwargs})
             return original(kernel, *args, grid=grid, warmup=warmup, **kwargs) if run else None
 
         return launch

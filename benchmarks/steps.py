@@ -157,7 +157,7 @@ def kernels(session: Session, dtype: torch.dtype) -> None:
             size = (shape.batch, shape.in_channels, shape.size, shape.size)
             x = torch.empty(size, device="cuda", dtype=dtype, memory_format=torch.channels_last)
             block = shape.block().cuda().train().describe()
-            launches += ahead.model_launches(x, block, "fast", functional._unstarted)
+            launches += ahead.model_launches(x, block, "fast", functional._train_ahead)
     under_way = [kernel.future for kernel in ahead.submit(launches)]
     done = len(wait(under_way, max(0.0, deadline - time.monotonic())).done)
     for future in under_way:

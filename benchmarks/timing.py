@@ -7,11 +7,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-Step = Callable[[], object]
+from fastmbconv.device_timer import DeviceTimer
 
-FLUSH_BYTES = 256 << 20  # several times the L2 of an H100 (50 MB) or H200 (60 MB)
-CYCLES_PER_MS = 2_000_000  # at the highest clock; a slower clock only waits longer
-MAX_HEAD_START_MS = 30.0
+Step = Callable[[], object]
 
 
 def quantiles(samples: list[float]) -> dict[str, float]:
@@ -40,27 +38,6 @@ def queue_ms(step: Step) -> float:
     start = time.perf_counter()
     step()
     return (time.perf_counter() - start) * 1e3
-
-
-class DeviceTimer:
-    """Device time of one step between two CUDA events.
-
-    The L2 is cold (a large buffer is overwritten first), and the device is kept busy while the host queues the step, so
-    launch overhead is not counted: that favours whoever launches most kernels, which is never the fused block.
-    """
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-
-    def __call__(self, step: Step, head_start_ms: float) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._buffer.zero_()
-        torch.cuda._sleep(int(min(head_start_ms, MAX_HEAD_START_MS) * CYCLES_PER_MS))
-        begin.record()
-        step()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
 
 
 def interleaved(

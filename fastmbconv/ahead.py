@@ -1,4 +1,6 @@
-"""Cold kernels compile side by side: a block's first training call submits its forward's and backward's to threads.
+"""Cold kernels compile side by side: a block's first call submits what it will launch to threads.
+
+In training that is its forward's and its backward's kernels, without gradients the inference kernels.
 
 A block is followed by others (`fuse` says by which), and their shapes follow from its own, so the first call of a
 model's first block submits the whole model's. A launch waits for its own kernel only. What can't be said ahead, or
@@ -25,7 +27,7 @@ from fastmbconv.block import Block, Memory
 if TYPE_CHECKING:
     from fastmbconv.kernels.launching import Written
 
-Arguments = Callable[[Tensor, Block, Memory], tuple[Any, ...]]
+Step = Callable[[Tensor, Block, Memory], Tensor]  # a block's call, backward included; its output
 Next = Callable[[], tuple[Block, Memory] | None]
 
 _log = logging.getLogger(__name__)
@@ -44,36 +46,36 @@ def wanted(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and x.is_cuda
-        and torch.is_grad_enabled()
         and not dispatch.interpreted()
         and not torch.cuda.is_current_stream_capturing()
     )
 
 
-def key(x: Tensor, block: Block, memory: Memory) -> tuple[Any, ...]:
+def key(x: Tensor, block: Block, memory: Memory, step: Step) -> tuple[Any, ...]:
     """Blocks of one key need the same kernels, as far as it matters here."""
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     expanded, bn1, bn2 = block.expand_weight is not None, block.bn1, block.bn2
     traits = (expanded, block.se is None, block.stride, block.residual, block.drop is None, block.activation, memory)
     frozen = (bn1 is None or bn1.batch_statistics, bn2.batch_statistics, block.bn3.batch_statistics)
-    return x.device, x.shape, x.dtype, autocast, block.depthwise_weight.shape, len(block.project_weight), traits, frozen
+    sizes = block.depthwise_weight.shape, len(block.project_weight)
+    return step, x.device, x.shape, x.dtype, autocast, sizes, traits, frozen
 
 
-def block_called(x: Tensor, block: Block, memory: Memory, arguments: Arguments) -> None:
+def block_called(x: Tensor, block: Block, memory: Memory, step: Step) -> None:
     """Submit what this call and the blocks after it will launch, unless that was done; never an error."""
-    if not wanted(x) or (own := key(x, block, memory)) in _seen:
+    if not wanted(x) or (own := key(x, block, memory, step)) in _seen:
         return
     _seen.add(own)
     try:
         with torch.cuda.device_of(x), torch.no_grad():
-            submit(model_launches(x, block, memory, arguments))
+            submit(model_launches(x, block, memory, step))
     except Exception as error:
         _log.debug("kernels compile at their launches: %s", error)
 
 
-def model_launches(x: Tensor, block: Block, memory: Memory, arguments: Arguments) -> list[Written]:
-    """The launches of a training step of this block and of those that follow it; nothing runs and nothing changes."""
+def model_launches(x: Tensor, block: Block, memory: Memory, step: Step) -> list[Written]:
+    """The launches of `step` for this block and for those that follow it; no kernel runs and nothing changes."""
     from fastmbconv.kernels.launching import written
 
     passed: set[int] = set()
@@ -84,15 +86,15 @@ def model_launches(x: Tensor, block: Block, memory: Memory, arguments: Arguments
             if id(block.depthwise_weight) in passed:
                 break
             passed.add(id(block.depthwise_weight))
-            _seen.add(key(x, block, memory))
-            x = _step(x, arguments(x, block, memory))
+            _seen.add(key(x, block, memory, step))
+            x = step(x, block, memory)
             describe = _following.get(block.depthwise_weight)
             following = None if describe is None else describe()
     return launches
 
 
-def _step(x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
-    """The tensor that a block's output will be, after its forward and its backward were written down."""
+def train(arguments: tuple[Any, ...]) -> Tensor:
+    """A block's output, after the forward and the backward of an MBConvFunction of these arguments."""
     from fastmbconv.autograd import MBConvFunction
 
     saved: list[Any] = []
@@ -108,10 +110,19 @@ def submit(launches: Iterable[Written], threads: int | None = None) -> list[Comp
     """Start compiling each kernel that isn't there, the longest first, and leave; launches find what is under way."""
     from triton import AsyncCompileMode
 
+    from fastmbconv.kernels.tuning import TRITON
+
+    class Mode(AsyncCompileMode):
+        def submit(self, key: Any, compile_fn: Any, finalize_fn: Any) -> Any:
+            under_way = super().submit(key, compile_fn, finalize_fn)
+            if TRITON < (3, 7):  # there a launch finds a kernel only once somebody has waited for it: it compiles again
+                finalize_fn(under_way)
+            return under_way
+
     threads = min(MOST_THREADS, len(os.sched_getaffinity(0))) if threads is None else threads
     pool = ThreadPoolExecutor(threads, thread_name_prefix="fastmbconv")
     executor: Any = SimpleNamespace(submit=lambda compile_kernel: Compiled(pool, compile_kernel))
-    mode = AsyncCompileMode(executor, ignore_errors=True)
+    mode = Mode(executor, ignore_errors=True)
 
     def start() -> None:
         mode.__enter__()  # for this context only, and for ever: its end would wait for every kernel
@@ -136,7 +147,7 @@ class Compiled:
 
     def __init__(self, pool: ThreadPoolExecutor, compile_kernel: Callable[[], Any]) -> None:
         self.compile_kernel = compile_kernel
-        self.future: Future[Any] = pool.submit(compile_kernel)
+        self.future: Future[Any] = pool.submit(_with_launcher, compile_kernel)
 
     def result(self) -> Any:
         try:
@@ -144,3 +155,15 @@ class Compiled:
         except Exception as error:
             _log.debug("compiling again: %s", error)
             return self.compile_kernel()
+
+
+def _with_launcher(compile_kernel: Callable[[], Any]) -> Any:
+    """A kernel, and in Triton's cache what starts it: up to 3.6 gcc builds that, at the first launch of a signature."""
+    from triton.runtime import driver
+
+    kernel = compile_kernel()
+    try:
+        driver.active.launcher_cls(kernel.src, kernel.metadata)
+    except Exception as error:
+        _log.debug("the launch builds its own start: %s", error)
+    return kernel

@@ -55,12 +55,13 @@ def mbconv(
     compute = _compute_dtype(x)
     bns = (block.bn1, block.bn2, block.bn3)
     if _infers(block, bns, x, block.expand_weight, block.depthwise_weight, block.project_weight):
+        ahead.block_called(x, block, memory, _infer_ahead)
         return _mbconv_inference(x, block, compute)
     from fastmbconv.autograd import MBConvFunction
 
     # As in eager under autocast: the branch is computed in autocast's dtype, a wider shortcut is added in its own.
     wide = block.residual and compute != x.dtype
-    ahead.block_called(x, block, memory, _unstarted)
+    ahead.block_called(x, block, memory, _train_ahead)
     with torch.autocast(x.device.type, enabled=False):
         keep = _keep(x, block, compute)
         for bn in bns:
@@ -84,11 +85,16 @@ def _arguments(x: Tensor, block: Block, memory: Memory, compute: torch.dtype, ke
     )  # fmt: skip
 
 
-def _unstarted(x: Tensor, block: Block, memory: Memory) -> tuple[Any, ...]:
-    """The same of a call that has not begun: no seed is drawn."""
+def _train_ahead(x: Tensor, block: Block, memory: Memory) -> Tensor:
+    """A training step of a call that has not begun, for its launches: no seed is drawn, no batch counted."""
     drops = block.residual and block.drop is not None
     keep = x.new_empty(x.shape[0], dtype=torch.float32) if drops else None
-    return _arguments(x, block, memory, _compute_dtype(x), keep)
+    return ahead.train(_arguments(x, block, memory, _compute_dtype(x), keep))
+
+
+def _infer_ahead(x: Tensor, block: Block, memory: Memory) -> Tensor:
+    """The same without gradients."""
+    return _mbconv_inference(x, block, _compute_dtype(x))
 
 
 def depthwise_bn_act(

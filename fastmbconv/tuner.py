@@ -25,16 +25,14 @@ from triton.runtime.jit import JITFunction
 import fastmbconv
 from fastmbconv import dispatch, inference_ops, ops  # noqa: F401 (they bring every launcher in)
 from fastmbconv.block import Block, Memory
+from fastmbconv.device_timer import DeviceTimer
 from fastmbconv.kernels import tables, traffic
 from fastmbconv.kernels.running import Running
 from fastmbconv.kernels.tuning import SPACE
 from fastmbconv.swap.fused import fusible
 
 GAIN = 0.99  # of the best time so far: what is not faster than noise changes nothing
-FLUSH_BYTES = 256 << 20  # several times the L2 of an H100 (50 MB) or H200 (60 MB)
 SAMPLES, SAMPLES_MS = 15, 60.0
-CYCLES_PER_SECOND = 2e9  # at the highest clock; a slower one only waits longer
-MOST_HEAD_START = 0.03
 
 Step = Callable[[], object]
 Tiles = dict[str, int]
@@ -349,25 +347,15 @@ def compiled_spills(step: Step) -> int | None:
 
 
 def device_ms(step: Step) -> float:
-    """Median device time of a step in milliseconds, warm, with the L2 overwritten before each sample.
-
-    The device sleeps while the host queues the step, so that launches are not what is timed.
-    """
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    """Median device time of a warm step in milliseconds, as `DeviceTimer` takes it."""
+    timer = DeviceTimer()
     samples: list[float] = []
     for _ in range(3):
         torch.cuda.synchronize()
         began = time.perf_counter()
         step()
         queued = time.perf_counter() - began
-    head_start = min(1.5 * queued + 2e-4, MOST_HEAD_START)
+    head_start_ms = 1.5e3 * queued + 0.2
     while len(samples) < SAMPLES and (len(samples) < 3 or sum(samples) < SAMPLES_MS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
-        torch.cuda._sleep(int(head_start * CYCLES_PER_SECOND))
-        begin.record()
-        step()
-        end.record()
-        end.synchronize()
-        samples.append(begin.elapsed_time(end))
+        samples.append(timer(step, head_start_ms))
     return statistics.median(samples)

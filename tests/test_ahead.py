@@ -42,7 +42,7 @@ def test_ahead_are_the_launches_of_the_step(settings, device, triton_backend):
     module, x = MBConv(8, 8, **settings).to(device), image(device)
     state = {name: value.clone() for name, value in module.state_dict().items()}
     seed = torch.get_rng_state()
-    expected = ahead.model_launches(x, module.describe(), "fast", functional._unstarted)
+    expected = ahead.model_launches(x, module.describe(), "fast", functional._train_ahead)
     assert torch.equal(seed, torch.get_rng_state())
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
     with written() as launches:  # the backward runs in this thread on a CPU, in another one on a GPU
@@ -56,7 +56,7 @@ def test_ahead_are_the_launches_of_the_step(settings, device, triton_backend):
 
 def test_what_is_ahead_holds_no_memory(device, triton_backend):
     """A whole model's launches are noted before the first one compiles: its tensors together don't fit a GPU."""
-    launches = ahead.model_launches(image(device), MBConv(8, 8).to(device).describe(), "fast", functional._unstarted)
+    launches = ahead.model_launches(image(device), MBConv(8, 8).to(device).describe(), "fast", functional._train_ahead)
     tensors = [v for one in launches for v in one.arguments.values() if isinstance(v, torch.Tensor)]
     assert len(tensors) > 100
     assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == 0
@@ -68,16 +68,16 @@ def test_the_blocks_after_the_first_are_ahead_too(device, triton_backend):
     each, h = [], x
     for block in model:
         alone = fastmbconv.fuse(copy.deepcopy(block))  # a copy is followed by nobody
-        each += named(ahead.model_launches(h, alone.describe(), "fast", functional._unstarted))
+        each += named(ahead.model_launches(h, alone.describe(), "fast", functional._train_ahead))
         h = block(h).detach()
-    assert named(ahead.model_launches(x, model[0].describe(), "fast", functional._unstarted)) == each
+    assert named(ahead.model_launches(x, model[0].describe(), "fast", functional._train_ahead)) == each
 
 
 def test_a_block_that_is_gone_ends_the_chain(device, triton_backend):
     model = fastmbconv.fuse(nn.Sequential(MBConv(8, 8), MBConv(8, 8)).to(device))
-    both = ahead.model_launches(image(device), model[0].describe(), "fast", functional._unstarted)
+    both = ahead.model_launches(image(device), model[0].describe(), "fast", functional._train_ahead)
     del model[1]
-    one = ahead.model_launches(image(device), model[0].describe(), "fast", functional._unstarted)
+    one = ahead.model_launches(image(device), model[0].describe(), "fast", functional._train_ahead)
     assert len(both) == 2 * len(one)
 
 

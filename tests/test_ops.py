@@ -245,7 +245,7 @@ def test_only_the_walks_reach_the_end_of_a_grid(memory, monkeypatch):
         block = MBConv(16, 16, 3).to("meta").describe()
         x = torch.empty(2**20, 16, 16, 16, device="meta")
         with caught(lambda kernel, args, kwargs: grids.append((kernel.__name__, kwargs["grid"]))), torch.no_grad():
-            ahead._step(x, functional._arguments(x, block, memory, x.dtype, None))
+            ahead.train(functional._arguments(x, block, memory, x.dtype, None))
 
     with pytest.raises(ValueError, match=r"x is too large for _depthwise_fwd_kernel: its grid would be \(\d+, \d+\)"):
         step()
