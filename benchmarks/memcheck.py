@@ -16,6 +16,7 @@ CASES = [  # in, out, kernel, stride, expansion, padding, batch, size: odd ones,
 
 
 def main(cases: list[tuple] = CASES) -> None:
+    """Run them all in each dtype that this device has."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for dtype in (torch.bfloat16, torch.float32) if device == "cuda" else (torch.float32,):
         for inside, outside, kernel, stride, expand, padding, batch, size in cases:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 import fastmbconv
 from benchmarks.registry import BATCHES, Shape
 from fastmbconv import functional, reference
-from fastmbconv.block import BatchNorm, DenseBlock
+from fastmbconv.block import BatchNorm, Block, DenseBlock, Memory
 from fastmbconv.dense import dense_mbconv
 from fastmbconv.efficientnet import EfficientNet
 from fastmbconv.ends import ConvBNAct
@@ -207,6 +210,25 @@ def tiny_model() -> Subject:
 
 def _own(coefficients: Coefficients) -> nn.Module:
     return Fused(fastmbconv.unfuse(EfficientNet(coefficients, dropout=0.0, drop_path=0.0)))
+
+
+@contextmanager
+def left_eager(avoided: Iterable[str]) -> Iterator[set[str]]:
+    """Inside the `with` block the blocks of these subjects run eager wherever a model has them; yields who did."""
+    ends = {what.split(" ", 2)[-1] for what in avoided if what.startswith("mbconv ")}
+    left: set[str] = set()
+    fused = functional.mbconv
+
+    def mbconv(x: Tensor, block: Block, *, eager: Any = None, memory: Memory = "fast") -> Tensor:
+        channels = f"{x.shape[1]}-{block.depthwise_weight.shape[0]}-{len(block.project_weight)}"
+        name = f"n{len(x)} {x.shape[2]}px {channels} k{block.kernel_size}s{block.stride}"
+        if name not in ends:
+            return fused(x, block, eager=eager, memory=memory)
+        left.add(name)
+        return reference.mbconv(x, block) if eager is None else eager(x)
+
+    with mock.patch.object(functional, "mbconv", mbconv):
+        yield left
 
 
 def settle(module: nn.Module) -> nn.Module:

@@ -291,14 +291,15 @@ def main() -> None:
     args = parser.parse_args()
     if not dispatch.interpreted():
         raise SystemExit("benchmarks.training: start it with TRITON_INTERPRET=1; on a GPU it is benchmarks.gpu's")
-    from benchmarks.session import RESULTS, header
+    from benchmarks.recorder import RESULTS, head, versions
 
     if args.out.resolve().is_relative_to(RESULTS):
         raise SystemExit(f"benchmarks.training: {RESULTS} is for runs on a GPU, choose another --out")
     args.out.mkdir(parents=True, exist_ok=True)
     setting = replace(SMALL, steps=args.steps)
     rows = list(compare(setting, (torch.float32,), digits(setting.size)))
-    (args.out / "training.json").write_text(json.dumps({"head": header(dry=True), "rows": rows}, indent=1) + "\n")
+    about = head("training", 0.0, measured=False) | versions(dry=True)
+    (args.out / "training.json").write_text(json.dumps({"head": about, "rows": rows}, indent=1) + "\n")
     draw(args.out / "training.png", rows, f"{rows[0]['data']}; kernels interpreted on a CPU")
     for row in rows:
         print(row.get("error", "the same curve"), {k: v for k, v in row.items() if k not in ("losses", "skipped")})

@@ -14,9 +14,9 @@ MOST_HEAD_START_MS = 30.0
 class DeviceTimer:
     """Milliseconds that the device takes for a step, with a cold L2 and the host out of the way.
 
-    Before a sample one buffer is overwritten, which throws the step's data out of the L2, and another one is read, which
-    writes the first one's lines back: left dirty they would be written during the sample, up to 17 us of it. Then the
-    device sleeps while the host queues the step, so launches are not counted; that favours whoever launches most.
+    Before a sample one buffer is overwritten, which throws the step's data out of the L2, and another one is read,
+    which writes the first one's lines back: left dirty they would be written during the sample, up to 17 us of it. Then
+    the device sleeps while the host queues the step, so launches are not counted; that favours whoever launches most.
     """
 
     def __init__(self) -> None:

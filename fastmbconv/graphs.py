@@ -65,7 +65,7 @@ class Graphed:
             for name, tensor in owner.items()
             if tensor is not None
         ]
-        with torch.no_grad(), _uncached_autocast():
+        with torch.no_grad(), uncached_autocast():
             self._recording = Recording(lambda: model(self._x), example.device)
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(self._recording.outputs)):
             raise TypeError(f"model returns a {type(self._recording.outputs).__name__}: allowed are tensors")
@@ -100,7 +100,7 @@ class Graphed:
 
 
 @contextmanager
-def _uncached_autocast() -> Iterator[None]:
+def uncached_autocast() -> Iterator[None]:
     """Casts of weights become part of the graph: autocast's cached ones would be old, and freed with its context."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)

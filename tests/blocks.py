@@ -29,12 +29,6 @@ TILES = (
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def ieee(monkeypatch):
-    """fp32 products in fp32: TF32 is a choice of the user's, and has its own row."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 def nhwc(x):
     return x.permute(0, 2, 3, 1).contiguous()
 

@@ -10,7 +10,6 @@ from blocks import (  # noqa: F401
     assert_untouched,
     bn_module,
     fused,
-    ieee,
     launches,
     make_block,
     normal,

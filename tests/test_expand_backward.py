@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton.language as tl
-from blocks import HALVES, PRECISE, ieee, nchw, nhwc, normal  # noqa: F401
+from blocks import HALVES, PRECISE, nchw, nhwc, normal
 from parity import assert_parity
 
 from fastmbconv import ops

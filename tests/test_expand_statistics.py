@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
-from blocks import HALVES, PRECISE, ieee, nhwc, normal  # noqa: F401
+from blocks import HALVES, PRECISE, nhwc, normal
 from parity import assert_parity
 
 from fastmbconv.kernels.expand_statistics import expand_statistics

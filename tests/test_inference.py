@@ -13,7 +13,6 @@ from blocks import (  # noqa: F401
     batch_norms,
     bn_module,
     fused,
-    ieee,
     launches,
     make_block,
     nhwc,

@@ -13,7 +13,6 @@ from blocks import (  # noqa: F401
     assert_outcomes,
     batch_norms,
     fused,
-    ieee,
     make_block,
     normal,
     outcome,

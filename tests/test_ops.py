@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import triton.language as tl
-from blocks import BatchNorm, bn_module, ieee, make_block, nhwc, norm_vectors, normal, outcome  # noqa: F401
+from blocks import BatchNorm, bn_module, make_block, nhwc, norm_vectors, normal, outcome
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -9,7 +9,6 @@ from blocks import (  # noqa: F401
     HALVES,
     PRECISE,
     bn_module,
-    ieee,
     nchw,
     nhwc,
     norm_vectors,

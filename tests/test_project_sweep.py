@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from blocks import HALVES, PRECISE, ieee, nhwc, norm_vectors, normal, shrink  # noqa: F401
+from blocks import HALVES, PRECISE, nhwc, norm_vectors, normal, shrink
 from parity import assert_parity
 
 from fastmbconv import ops, reference

@@ -1,0 +1,1 @@
+"""The GPU runs without a GPU: real compilation, real host paths, a device that computes nothing."""

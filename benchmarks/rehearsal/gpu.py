@@ -1,0 +1,257 @@
+"""A GPU that is not there, for this process: PyTorch and Triton take every path that they take on one.
+
+Tensors on "cuda" are fake ones (shapes, dtypes, strides, no values), kernels compile for sm_90, Triton's own launcher
+calls a driver (libcuda.c) whose launches compute nothing and take the time that they are told. What is read off a
+tensor is 0 or True. It is for a process of its own, nothing takes it back:
+
+    library = preload.load(folder)      # before PyTorch is imported
+    device = gpu.install(library)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch._dynamo  # noqa: F401 (it reads torch's own classes when it is imported)
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+NAME = "rehearsal, no GPU"
+ADDRESS = 0x7F0000000000  # of every tensor; aligned as an allocation is
+OPERATION_US = 2.0  # of a kernel of PyTorch's, beside its bytes
+BYTES_PER_US = 3e6
+FAULTS = {"lost": 1, "hang": 2, "kill": 3}
+LOST = "CUDA error: an illegal memory access was encountered"
+
+
+class Device:
+    """The driver's side: its clock, what was launched, and the fault that it is told."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        for name, kind in (("now", ctypes.c_double), ("idle_at", ctypes.c_double), ("launch_us", ctypes.c_double)):
+            getattr(self.library, f"fake_{name}").restype = kind
+        self.library.fake_launches.restype = ctypes.c_long
+        self.library.fake_name.restype = ctypes.c_char_p
+
+    def set_launch_us(self, us: float) -> None:
+        self.library.fake_set_launch_us(ctypes.c_double(us))
+
+    def set_fault(self, kernel: str, kind: str) -> None:
+        """At its next launch this kernel loses the device, makes it hang, or kills the process."""
+        self.library.fake_set_fault(kernel.encode(), FAULTS[kind])
+
+    def queue(self, us: float) -> None:
+        self.library.fake_queue(ctypes.c_double(us))
+
+    def idle_at(self) -> float:
+        """When it will have done what is queued, in seconds."""
+        return float(self.library.fake_idle_at())
+
+    def launches(self) -> int:
+        return int(self.library.fake_launches())
+
+    def name(self, index: int) -> str:
+        return self.library.fake_name(ctypes.c_long(index)).decode()
+
+    def check(self) -> None:
+        if self.library.fake_is_lost():
+            raise torch.AcceleratorError(LOST) if hasattr(torch, "AcceleratorError") else RuntimeError(LOST)
+
+    def synchronize(self, *_: Any) -> None:
+        """Wait until it is idle."""
+        while self.library.fake_is_hung():
+            time.sleep(1.0)
+        time.sleep(max(0.0, self.idle_at() - float(self.library.fake_now())))
+        self.check()
+
+
+class Event:
+    """A place in the device's queue."""
+
+    device: Device
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.at = 0.0
+
+    def record(self, *_: Any) -> None:
+        self.device.check()
+        self.at = self.device.idle_at()
+
+    def synchronize(self) -> None:
+        self.device.synchronize()
+
+    def wait(self, *_: Any) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, later: Event) -> float:
+        return 1e3 * (later.at - self.at)
+
+
+class Stream:
+    """The device's one queue."""
+
+    device: Device
+    cuda_stream = 0
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def wait_stream(self, other: Stream) -> None:
+        pass
+
+    def wait_event(self, event: Event) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        self.device.synchronize()
+
+
+class Entered:
+    """What chooses a device or a stream inside a `with` block, where there is one of each."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
+class Generator(torch.Generator):
+    """Numbers that nobody sees: one for the device is none at all."""
+
+    def __new__(cls, device: Any = "cpu") -> Any:
+        if torch.device(device).type == "cpu":
+            return torch._C.Generator(device)
+        return SimpleNamespace(manual_seed=lambda seed: None)
+
+
+class Graph:
+    """A capture notes how long its kernels take; a replay takes that long."""
+
+    device: Device
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.us = 0.0
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        self.device.synchronize()
+        began = self.device.idle_at()
+        yield
+        self.us = 1e6 * max(0.0, self.device.idle_at() - began)
+
+    def replay(self) -> None:
+        self.device.check()
+        self.device.queue(self.us)
+
+    def reset(self) -> None:
+        pass
+
+
+def install(library: ctypes.CDLL, *, launch_us: float = 10.0, operation_us: float = OPERATION_US) -> Device:
+    """Put the device of `preload.load` in place, before a tensor is made and Triton's driver is asked."""
+    device = Device(library)
+    device.set_launch_us(launch_us)
+    _fake_tensors(device, operation_us)
+    _fake_cuda(device)
+    from fastmbconv import inference_ops, ops
+
+    ops.plain = lambda x: True  # fake tensors would take the operators' fakes, and launch nothing
+    for name, launched in vars(ops.direct).items():
+        if hasattr(inference_ops, name):
+            setattr(inference_ops, name, launched)
+    FakeTensorMode(allow_non_fake_inputs=True).__enter__()
+    return device
+
+
+def launched(device: Device, step: Callable[[], object]) -> list[tuple[str, float]]:
+    """Names and microseconds of what a step launches: a profiler's answer."""
+    before = device.launches()
+    step()
+    device.synchronize()
+    us = device.library.fake_launch_us()
+    return [(device.name(index), us) for index in range(before, device.launches())]
+
+
+def _fake_tensors(device: Device, operation_us: float) -> None:
+    """Values that are read are 0 or True; each operation on the device takes its time."""
+    for name, value in (("item", 0.0), ("__bool__", True), ("__float__", 0.0), ("__int__", 0), ("tolist", [])):
+        setattr(FakeTensor, name, lambda self, value=value: value)
+    FakeTensor.data_ptr = lambda self: ADDRESS
+    FakeTensorMode.may_turn_const = lambda self, tensor: False  # it would compute with it, on the device
+    torch.equal = Tensor.equal = lambda a, b: True
+    torch.tensor = _made_on_the_host(torch.tensor)
+    nn.Module._apply = _apply
+    dispatch = FakeTensorMode.dispatch
+
+    def queued(self: Any, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = dispatch(self, function, types, args, kwargs)
+        if isinstance(out, Tensor) and out.is_cuda and not function.is_view:
+            device.queue(operation_us + 2 * out.nbytes / BYTES_PER_US)
+        return out
+
+    FakeTensorMode.dispatch = queued
+
+
+def _made_on_the_host(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A tensor of Python's numbers is filled before it is on its device, and the device has no memory to fill."""
+
+    def tensor(*args: Any, device: Any = None, requires_grad: bool = False, **kwargs: Any) -> Tensor:
+        return make(*args, **kwargs).to(device or "cpu").requires_grad_(requires_grad)
+
+    return tensor
+
+
+def _apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """nn.Module's own swaps a fake tensor's contents, which something else may hold."""
+    for child in self.children() if recurse else ():
+        child._apply(function)
+    for name, parameter in self._parameters.items():
+        if parameter is not None:
+            with torch.no_grad():
+                self._parameters[name] = nn.Parameter(function(parameter), parameter.requires_grad)
+    for name, buffer in self._buffers.items():
+        if buffer is not None:
+            self._buffers[name] = function(buffer)
+    return self
+
+
+def _fake_cuda(device: Device) -> None:
+    properties = SimpleNamespace(
+        name=NAME, total_memory=80 << 30, L2_cache_size=50 << 20, multi_processor_count=132, major=9, minor=0
+    )
+    for kind in (Event, Stream, Graph):
+        kind.device = device
+    always: dict[str, Any] = {
+        "is_available": True, "is_initialized": True, "is_bf16_supported": True, "is_current_stream_capturing": False,
+        "device_count": 1, "current_device": 0, "get_device_capability": (9, 0), "get_device_properties": properties,
+        "get_device_name": NAME, "current_stream": Stream(), "default_stream": Stream(),
+        "memory_allocated": 1 << 20, "max_memory_allocated": 2 << 20, "memory_reserved": 2 << 20,
+        "mem_get_info": (80 << 30, 80 << 30), "reset_peak_memory_stats": None, "empty_cache": None, "_lazy_init": None,
+        "_lazy_call": None, "set_device": None, "graph_pool_handle": (0, 0), "manual_seed_all": None,
+    }  # fmt: skip
+    for name, value in always.items():
+        setattr(torch.cuda, name, lambda *args, value=value, **kwargs: value)
+    torch.cuda.synchronize = device.synchronize
+    torch.cuda.Event, torch.cuda.Stream, torch.cuda.CUDAGraph = Event, Stream, Graph
+    torch.cuda._sleep = lambda cycles: device.queue(cycles / 2e3)
+    torch.cuda.graph = lambda graph, *args, **kwargs: graph.capture()
+    for name in ("device", "device_of", "stream"):
+        setattr(torch.cuda, name, Entered)
+    torch._C._cuda_getCurrentRawStream = lambda index: 0
+    torch.version.cuda = "rehearsal"
+    torch.Generator = Generator
+    torch.compile = lambda run=None, **kwargs: run  # inductor would ask the device for more than it knows
