@@ -1,7 +1,7 @@
 """A diverged model shows it: where eager has NaN, the kernels have NaN.
 
-Outputs and running statistics have it in the same places. Gradients may have more: a kernel multiplies by relu's
-derivative where eager selects, and 0 * NaN is NaN.
+Outputs and running statistics have it in the same places. Gradients may have more: a kernel multiplies by 0 where eager
+selects, or has no such term, and 0 * NaN is NaN.
 """
 
 import copy
