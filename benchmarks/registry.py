@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from fastmbconv import scaling
+from fastmbconv.block import Activation
 from fastmbconv.mbconv import MBConv
 
 
@@ -26,6 +27,7 @@ class Shape:
     stride: int
     count: int = 1
     se: bool = True
+    activation: Activation = "silu"
 
     @property
     def hidden(self) -> int:
@@ -55,10 +57,8 @@ class Shape:
         return self.stride == 1 and self.in_channels == self.out_channels
 
     def block(self) -> nn.Module:
-        squeeze = 0.25 if self.se else 0
-        return MBConv(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.expand_ratio, se_ratio=squeeze
-        )
+        sizes = (self.in_channels, self.out_channels, self.kernel_size, self.stride, self.expand_ratio)
+        return MBConv(*sizes, se_ratio=0.25 if self.se else 0, activation=self.activation)
 
 
 # EfficientNetV2-S's Fused-MBConv blocks in training, at 300 px.

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 import fastmbconv
 from benchmarks.registry import BATCHES, Shape
 from fastmbconv import functional, reference
-from fastmbconv.block import BatchNorm, Block, DenseBlock, Memory
+from fastmbconv.block import Activation, BatchNorm, Block, DenseBlock, Memory
 from fastmbconv.dense import dense_mbconv
 from fastmbconv.efficientnet import EfficientNet
 from fastmbconv.ends import ConvBNAct
-from fastmbconv.mbconv import MBConv, SqueezeExcitation, StochasticDepth
+from fastmbconv.mbconv import ACTIVATIONS, MBConv, SqueezeExcitation, StochasticDepth
 from fastmbconv.scaling import COEFFICIENTS, Coefficients
 
 MODES = ("fwd_no_grad", "fwd_bwd")  # evaluation without gradients; training, forward and backward
@@ -37,21 +37,22 @@ class Subject:
 
 
 class DepthwiseBnAct(nn.Module):
-    """silu(BN(depthwise(x)))."""
+    """act(BN(depthwise(x)))."""
 
-    def __init__(self, channels: int, kernel_size: int, stride: int) -> None:
+    def __init__(self, channels: int, kernel_size: int, stride: int, activation: Activation = "silu") -> None:
         super().__init__()
+        self.activation, self.act = activation, ACTIVATIONS[activation]()
         self.stride, self.padding = stride, kernel_size // 2
         self.conv = nn.Conv2d(channels, channels, kernel_size, stride, self.padding, groups=channels, bias=False)
         self.bn = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.depthwise_bn_act(
-            x, self.conv.weight, BatchNorm.of(self.bn), self.stride, self.padding, "silu"
+            x, self.conv.weight, BatchNorm.of(self.bn), self.stride, self.padding, self.activation
         )
 
     def forward_eager(self, x: Tensor) -> Tensor:
-        return nn.functional.silu(self.bn(self.conv(x)))
+        return self.act(self.bn(self.conv(x)))
 
 
 class SqueezeExcite(SqueezeExcitation):
@@ -65,17 +66,26 @@ class SqueezeExcite(SqueezeExcitation):
 
 
 class FusedMBConv(nn.Module):
-    """EfficientNetV2's early block: dense 3x3, BN, SiLU, [SE, project, BN,] [+ x].
+    """EfficientNetV2's early block: dense 3x3, BN, act, [SE, project, BN,] [+ x].
 
     With a residual half of the images are dropped in training.
     """
 
-    def __init__(self, channels: int, expand_ratio: int, out: int | None = None, stride: int = 1, squeeze: int = 0):
+    def __init__(
+        self,
+        channels: int,
+        expand_ratio: int,
+        out: int | None = None,
+        stride: int = 1,
+        squeeze: int = 0,
+        activation: Activation = "silu",
+    ) -> None:
         super().__init__()
+        self.activation = activation
         hidden, out = channels * expand_ratio, out or channels
         self.stride, self.residual = stride, stride == 1 and out == channels
         self.conv, self.bn1 = nn.Conv2d(channels, hidden, 3, stride, 1, bias=False), nn.BatchNorm2d(hidden)
-        self.se = SqueezeExcitation(hidden, squeeze) if squeeze else None
+        self.se = SqueezeExcitation(hidden, squeeze, activation) if squeeze else None
         self.project = self.bn2 = None
         if expand_ratio > 1:
             self.project, self.bn2 = nn.Conv2d(hidden, out, 1, bias=False), nn.BatchNorm2d(out)
@@ -91,7 +101,7 @@ class FusedMBConv(nn.Module):
             se=None if self.se is None else self.se.describe(),
             project_weight=None if self.project is None else self.project.weight,
             bn2=None if self.bn2 is None else BatchNorm.of(self.bn2),
-            activation="silu",
+            activation=self.activation,
             residual=self.residual,
             drop=self.drop if self.training and self.residual else None,
         )
@@ -130,25 +140,37 @@ def depthwise(shape: Shape) -> Subject:
     name = f"depthwise_bn_act n{shape.batch} {shape.size}px {shape.hidden} k{shape.kernel_size}s{shape.stride}"
 
     def make() -> nn.Module:
-        return DepthwiseBnAct(shape.hidden, shape.kernel_size, shape.stride)
+        return DepthwiseBnAct(shape.hidden, shape.kernel_size, shape.stride, shape.activation)
 
     return Subject(name, make, size, shape.elements, shape.model, shape.count)
 
 
 def fused_mbconv(shape: Shape) -> Subject:
     size = (2, shape.in_channels, shape.size, shape.size)
-    return Subject(f"fused_mbconv {shape.name}", lambda: FusedMBConv(shape.in_channels, 4), size, shape.elements, "v2")
+
+    def make() -> nn.Module:
+        return FusedMBConv(shape.in_channels, 4, activation=shape.activation)
+
+    return Subject(f"fused_mbconv {shape.name}", make, size, shape.elements, "v2")
 
 
 def fused_mbconv_excited(shape: Shape) -> Subject:
     size, channels = (2, shape.in_channels, shape.size, shape.size), shape.in_channels
     name = f"fused_mbconv with se {shape.name}"
-    return Subject(name, lambda: FusedMBConv(channels, 4, squeeze=channels // 4), size, shape.elements, "v2")
+
+    def make() -> nn.Module:
+        return FusedMBConv(channels, 4, squeeze=channels // 4, activation=shape.activation)
+
+    return Subject(name, make, size, shape.elements, "v2")
 
 
 def fused_mbconv_single(shape: Shape) -> Subject:
     size = (2, shape.in_channels, shape.size, shape.size)
-    return Subject(f"conv_bn_act {shape.name}", lambda: FusedMBConv(shape.in_channels, 1), size, shape.elements, "v2")
+
+    def make() -> nn.Module:
+        return FusedMBConv(shape.in_channels, 1, activation=shape.activation)
+
+    return Subject(f"conv_bn_act {shape.name}", make, size, shape.elements, "v2")
 
 
 def squeeze_excite(shape: Shape) -> Subject:
@@ -156,7 +178,7 @@ def squeeze_excite(shape: Shape) -> Subject:
     name = f"squeeze_excite n{shape.batch} {shape.out_size}px {shape.hidden}"
 
     def make() -> nn.Module:
-        return SqueezeExcite(shape.hidden, max(1, shape.in_channels // 4))
+        return SqueezeExcite(shape.hidden, max(1, shape.in_channels // 4), shape.activation)
 
     elements = shape.elements * shape.out_size**2 // shape.size**2
     return Subject(name, make, size, elements, shape.model, shape.count)
@@ -165,10 +187,10 @@ def squeeze_excite(shape: Shape) -> Subject:
 class Ends(nn.Module):
     """A stem's BN and activation, and a head with its pool, on one image: what stands around the blocks."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, activation: Activation = "silu") -> None:
         super().__init__()
-        self.stem = ConvBNAct(in_channels, in_channels, 3, 2, 1, "silu", 1e-5, 0.1)
-        self.head = ConvBNAct(in_channels, out_channels, 1, 1, 0, "silu", 1e-5, 0.1)
+        self.stem = ConvBNAct(in_channels, in_channels, 3, 2, 1, activation, 1e-5, 0.1)
+        self.head = ConvBNAct(in_channels, out_channels, 1, 1, 0, activation, 1e-5, 0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head.pooled(self.stem(x))
@@ -181,7 +203,11 @@ class Ends(nn.Module):
 def ends(shape: Shape) -> Subject:
     size = (shape.batch, shape.in_channels, shape.size, shape.size)
     name = f"ends n{shape.batch} {shape.size}px {shape.in_channels}-{shape.hidden}"
-    return Subject(name, lambda: Ends(shape.in_channels, shape.hidden), size, shape.elements, shape.model, shape.count)
+
+    def make() -> nn.Module:
+        return Ends(shape.in_channels, shape.hidden, shape.activation)
+
+    return Subject(name, make, size, shape.elements, shape.model, shape.count)
 
 
 def whole(model: str, batch: int | None = None) -> Subject:

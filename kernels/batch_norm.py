@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launching import kernel
-from .math import activate, activate_grad, stored
+from .math import activate, activate_grad, at_least, stored
 from .running import Running, affine, given, load_map, load_norm
 from .tables import tiles as chosen
 from .traffic import state
@@ -54,7 +54,7 @@ def merged(partials_ptr, o_c, m_c, P, C, ACC: tl.constexpr, BP: tl.constexpr, BC
         b_n = tl.load(p_part, mask=m, other=0.0)
         b_count += tl.sum(b_n, 0)
         b_sum += tl.sum(b_n * (tl.load(p_part + C, mask=m, other=0.0) - b_pivot[None, :]), 0)
-    b_mean = b_pivot + b_sum / tl.maximum(b_count, 1.0)
+    b_mean = b_pivot + b_sum / at_least(b_count, 1.0)
     b_m2 = tl.zeros((BC,), ACC)
     for p0 in range(0, P, BP):
         o_p = p0 + tl.arange(0, BP)
@@ -105,7 +105,7 @@ def _bn_finalize_kernel(
     m_c = o_c < C
     if BATCH:
         b_count, b_mean, b_m2 = merged(partials_ptr, o_c, m_c, P, C, ACC, BP, BC)
-        b_var = b_m2 / tl.maximum(b_count, 1.0)
+        b_var = b_m2 / at_least(b_count, 1.0)
     else:
         b_mean = tl.load(running_mean_ptr + o_c, mask=m_c, other=0.0).to(ACC)
         b_var = tl.load(running_var_ptr + o_c, mask=m_c, other=1.0).to(ACC)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .batch_norm import load_xhat, store_moments
 from .launching import kernel
-from .math import activate_grad_halved, activate_halved, halved, stored
+from .math import activate_grad_halved, activate_halved, at_least, first_row, halved, stored
 from .running import load_norm
 from .tables import tiles as chosen
 from .traffic import state, summed
@@ -154,8 +154,8 @@ def _depthwise_fwd_kernel(
     if HAS_MOMENTS:
         count = tl.zeros((BC,), ACC) + (tl.minimum(N - n0, NB) * tl.minimum(HO - h0, R) * WO)
         delta = tl.sum(tl.where(m, s1, 0.0), 0) / count
-        m2 = tl.maximum(tl.sum(tl.where(m, s2, 0.0), 0) - delta * delta * count, 0.0)
-        store_moments(partials_ptr, tl.program_id(1), count, tl.max(pivot, 0) + delta, m2, o_c, m_c, C)
+        m2 = at_least(tl.sum(tl.where(m, s2, 0.0), 0) - delta * delta * count, 0.0)
+        store_moments(partials_ptr, tl.program_id(1), count, first_row(pivot, NB) + delta, m2, o_c, m_c, C)
 
 
 @kernel

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launching import kernel
-from .math import dot
+from .math import at_least, dot
 from .traffic import state, summed
 from .tuning import INTERPRETED, MIN_DOT, accumulator, cdiv, groups, numeric, pow2, precision
 
@@ -109,7 +109,7 @@ def _gram_moments_kernel(
         b_m2 += tl.sum(acc * b_w, 1)
     tl.store(moments_ptr + o_e, tl.zeros((BE,), ACC) + M, mask=m_e)
     tl.store(moments_ptr + CE + o_e, b_mean, mask=m_e)
-    tl.store(moments_ptr + 2 * CE + o_e, tl.maximum(b_m2, 0.0), mask=m_e)
+    tl.store(moments_ptr + 2 * CE + o_e, at_least(b_m2, 0.0), mask=m_e)
 
 
 def expand_statistics(x: Tensor, weight: Tensor) -> Tensor:

@@ -9,6 +9,23 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
 @triton.jit
+def at_least(v, low):
+    # Left to itself a GPU's max returns the operand that is a number: NaN would come out as `low`.
+    return tl.maximum(v, low, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def at_most(v, high):
+    return tl.minimum(v, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def first_row(b_v, ROWS: tl.constexpr):
+    """[C] of [ROWS, C]; where all rows are equal it is what tl.max gives, and NaN too."""
+    return tl.sum(tl.where(tl.arange(0, ROWS)[:, None] == 0, b_v, 0.0), 0)
+
+
+@triton.jit
 def tanh(v):
     # One MUFU; its error, 2^-11, stays below bf16's rounding.
     return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [v], tl.float32, is_pure=True, pack=1)
@@ -26,16 +43,16 @@ def activate_halved(h, ACT: tl.constexpr, FAST: tl.constexpr):
     if ACT == "silu":
         return h * tanh(h) + h if FAST else h / (1.0 + tl.exp(-h))
     elif ACT == "relu":
-        return tl.maximum(h, 0.0)
+        return at_least(h, 0.0)
     elif ACT == "relu6":
-        return tl.minimum(tl.maximum(h, 0.0), 6.0)
+        return at_most(at_least(h, 0.0), 6.0)
     else:
         return h
 
 
 @triton.jit
 def activate_grad_halved(h, ACT: tl.constexpr, FAST: tl.constexpr):
-    """act(v) and act'(v) of h = halved(v); the sub-gradient at a kink is 0, as in PyTorch."""
+    """act(v) and act'(v) of h = halved(v); as in PyTorch 0 at a kink, and 1 for NaN but in silu."""
     if ACT == "silu":
         if FAST:
             t = tanh(h)
@@ -46,11 +63,11 @@ def activate_grad_halved(h, ACT: tl.constexpr, FAST: tl.constexpr):
             a = h * s
         return a, s + a * (1.0 - s)
     elif ACT == "relu":
-        return tl.maximum(h, 0.0), tl.where(h > 0.0, 1.0, 0.0).to(h.dtype)
+        return at_least(h, 0.0), tl.where(h <= 0.0, 0.0, 1.0).to(h.dtype)
     elif ACT == "relu6":
-        return tl.minimum(tl.maximum(h, 0.0), 6.0), tl.where((h > 0.0) & (h < 6.0), 1.0, 0.0).to(h.dtype)
+        return at_most(at_least(h, 0.0), 6.0), tl.where((h <= 0.0) | (h >= 6.0), 0.0, 1.0).to(h.dtype)
     else:
-        return h, h * 0.0 + 1.0
+        return h, tl.full(h.shape, 1.0, h.dtype)
 
 
 @triton.jit
@@ -69,8 +86,10 @@ def activate_grad(v, ACT: tl.constexpr, FAST: tl.constexpr):
 def stored(v, DTYPE: tl.constexpr):
     """v rounded to nearest even for a store in DTYPE (the interpreter's own cast to bf16 truncates)."""
     if INTERPRETED and tl.bfloat16 == DTYPE:
-        bits = v.to(tl.float32).to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        wide = v.to(tl.float32)
+        bits = wide.to(tl.int32, bitcast=True)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(wide == wide, rounded, bits | 0x400000) & -65536  # the bits of a NaN would round to -0 or inf
         return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
     else:
         return v.to(DTYPE)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .batch_norm import store_moments
 from .launching import kernel
+from .math import at_least
 from .tables import tiles as chosen
 from .traffic import state
 from .tuning import accumulator, cdiv, groups, numeric, row_tiles
@@ -41,7 +42,7 @@ def _moments_kernel(
         s2 += b_u * b_u
     count = tl.zeros((BC,), ACC) + tl.minimum(M - group * TILES * BM, TILES * BM)
     delta = tl.sum(s1, 0) / count
-    m2 = tl.maximum(tl.sum(s2, 0) - delta * delta * count, 0.0)
+    m2 = at_least(tl.sum(s2, 0) - delta * delta * count, 0.0)
     store_moments(partials_ptr, group, count, tl.sum(pivot, 0) + delta, m2, o_c, m_c, C)
 
 

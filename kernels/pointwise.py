@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .batch_norm import load_coef, store_moments
 from .launching import kernel
-from .math import activate, activate_grad, dot, stored
+from .math import activate, activate_grad, at_least, dot, stored
 from .running import load_norm
 from .tables import tiles as chosen
 from .traffic import state
@@ -110,7 +110,7 @@ def _pointwise_fwd_kernel(
     if HAS_MOMENTS:
         count = tl.zeros((BO,), ACC) + tl.minimum(M - group * TILES * BM, TILES * BM)
         delta = tl.sum(s1, 0) / count
-        m2 = tl.maximum(tl.sum(s2, 0) - delta * delta * count, 0.0)
+        m2 = at_least(tl.sum(s2, 0) - delta * delta * count, 0.0)
         store_moments(partials_ptr, group, count, tl.sum(pivot, 0) + delta, m2, o_o, m_o, CO)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .batch_norm import load_xhat
 from .launching import kernel
-from .math import INTERPRETED, activate_grad, dot
+from .math import INTERPRETED, activate_grad, dot, first_row
 from .pointwise import load_grad
 from .project_wide import COLUMNS, _project_wide_kernel, images_of_a_program, takes, wide_tiles
 from .running import load_norm
@@ -90,8 +90,8 @@ def _project_sweep_kernel(
             tl.store(p_out + CI, tl.sum(t_hat * b_w, 0), mask=m_c)
             if HAS_GATE:
                 tl.store(p_out + 2 * CI, tl.sum(t_act * b_w, 0), mask=m_c)
-                tl.store(p_out + 3 * CI, tl.max(s_der, 0), mask=m_c)  # 16 equal rows
-                tl.store(p_out + 4 * CI, tl.max(s_hat, 0), mask=m_c)
+                tl.store(p_out + 3 * CI, first_row(s_der, 16), mask=m_c)
+                tl.store(p_out + 4 * CI, first_row(s_hat, 16), mask=m_c)
                 t_act = t_act * tl.load(gate_ptr + n * CI + o_c, mask=m_c, other=0.0)[None, :]
             b_dw += t_act
     o = (tl.program_id(2) * CO + o_o[:, None]) * CI + o_c[None, :]

@@ -1,6 +1,6 @@
 """A section's child for tests of whoever watches it: it does what its facts tell it, and needs no PyTorch.
 
-    python scripted_section.py NAME --seconds S --facts '{"plays": {"NAME": [["item", "raise"], ...]}}' --pipe FD
+python scripted_section.py NAME --seconds S --facts '{"plays": {"NAME": [["item", "raise"], ...]}}' --pipe FD
 """
 
 import argparse

@@ -23,9 +23,7 @@ SCRIPT = Path(__file__).with_name("scripted_section.py")
 
 def run_module(*arguments, **environment):
     command = [sys.executable, "-m", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(("options", "seconds"), [([], 330), (["--second"], 360), (["--minutes", "9"], 540)])
@@ -116,7 +114,7 @@ def test_one_item_ends_its_process_and_costs_itself(act, says, play, capsys):
     assert [row["what"] for row in of(rows, "tests") if "copy_gb_s" in row] == ["a", "a", "b"]
     assert status(rows, "tests").endswith("; then done")
     assert [row["what"] for row in of(rows, "blocks") if "copy_gb_s" in row] == ["a", "b"]  # it went around
-    first = printed[printed.index("=="):].splitlines()[:3]
+    first = printed[printed.index("==") :].splitlines()[:3]
     assert "things are wrong" in first[0] and says in first[1] and "bad" in first[1]
 
 

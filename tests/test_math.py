@@ -49,6 +49,35 @@ def test_activation_and_its_derivative(activation, fast, device):
     torch.testing.assert_close(slope.double(), derivative, **tolerance)
 
 
+NAN, INF = float("nan"), float("inf")
+# Derivatives at NaN, inf, -inf, as torch computes them on a GPU; its vectorised relu6 on a CPU has 0 at NaN.
+SLOPES = {"silu": [NAN, NAN, NAN], "relu": [1.0, 1.0, 0.0], "relu6": [1.0, 0.0, 0.0], "none": [1.0, 1.0, 1.0]}
+
+
+@pytest.mark.parametrize("fast", [pytest.param(False, id="exact"), pytest.param(True, id="tanh")])
+@pytest.mark.parametrize("activation", SLOPES)
+def test_activation_of_what_is_no_number(activation, fast, device):
+    if fast and INTERPRETED:
+        pytest.skip("inline assembly needs a GPU")
+    v = torch.tensor([NAN, INF, -INF, 0.0], device=device)
+    a, both, slope = (torch.empty_like(v) for _ in range(3))
+    _activate_kernel[(1,)](v, a, both, slope, ACT=activation, FAST=fast, B=len(v))
+    expected = reference.ACTIVATIONS[activation](v)
+    torch.testing.assert_close(a, expected, equal_nan=True)
+    torch.testing.assert_close(both, expected, equal_nan=True)
+    torch.testing.assert_close(slope[:3].tolist(), SLOPES[activation], equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_stores_keep_nan(dtype, device):
+    """Whatever its other bits are: a GPU's own has them all set."""
+    bits = [0x7FFFFFFF, 0x7FC00000, 0x7F800001, -1, -0x400000, -0x7FFFFF, 0x7F808000, 0x7FBFFFFF]
+    v = torch.tensor(bits, dtype=torch.int32, device=device).view(torch.float32)
+    out = torch.zeros(len(v), dtype=dtype, device=device)
+    _stored_kernel[(1,)](v, out, B=len(v))
+    assert out.isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_stores_round_to_nearest_even(dtype, device):
     """Ties, the largest values and fp16's subnormals, as torch's own cast rounds them."""
