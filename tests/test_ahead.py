@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GPU
+from test_triton_versions import DEPS, GIVEN
 from torch import nn
 
 import fastmbconv
+from benchmarks.rehearsal import preload
 from fastmbconv import ahead, functional
 from fastmbconv.kernels.launching import kernel, written
 from fastmbconv.mbconv import MBConv
@@ -121,3 +124,53 @@ def test_the_kernels_of_a_step_of_b0_do_not_become_more(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert file.exists(), done.stdout + done.stderr
     assert json.loads(file.read_text())["kernels"] <= KERNELS_OF_A_B0_STEP
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    """Runs tests/ahead_worker.py under the Triton in a folder, "" for the installed one."""
+    if sys.platform != "linux" or not (shutil.which("gcc") and shutil.which("g++")):
+        pytest.skip("the rehearsal's device is built by gcc and g++, for Linux")
+    libraries = tmp_path_factory.mktemp("libraries")
+
+    def run(folder):
+        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        env["PYTHONPATH"] = os.pathsep.join((*([str(folder)] if folder else []), str(ROOT)))
+        command = [sys.executable, "tests/ahead_worker.py", str(libraries)]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.mark.parametrize("folder", ["triton36", ""], ids=["oldest", "installed"])
+def test_a_step_of_b0_compiles_nothing_in_its_own_thread(folder, rehearsed):
+    """On a device that is not there: launches find what is under way, and the launchers that gcc builds up to 3.6."""
+    if folder and not (DEPS / folder / "triton").is_dir():
+        message = f"{DEPS / folder} holds no Triton: `make test` installs it"
+        pytest.fail(message) if GIVEN else pytest.skip(message)
+    found = rehearsed(DEPS / folder if folder else "")
+    assert found["triton"].startswith("3.6.") is bool(folder)
+    training, inference = found["training"], found["inference"]
+    assert training["launched"] == 330 and training["elsewhere"] == []
+    assert training["launchers"] == training["compiled"] and training["launchers_elsewhere"] == 0
+    # The head is no block: its one kernel compiles at its launch.
+    assert inference["launched"] == 59 and inference["elsewhere"] == ["_pointwise_pool_kernel"]
+    assert inference["launchers_elsewhere"] == 0
+
+
+def test_ahead_are_the_launches_of_an_inference(device, triton_backend):
+    module, x = MBConv(8, 8).to(device).eval(), image(device)
+    with torch.no_grad():
+        expected = ahead.model_launches(x, module.describe(), "fast", functional._infer_ahead)
+        with written() as launches:
+            module(x)
+    assert named(launches) == named(expected)
+
+
+def test_training_and_inference_of_a_block_are_ahead_apart(device):
+    """A frozen block is the same block in both, and its kernels are others."""
+    block, x = MBConv(8, 8).to(device).eval().describe(), image(device)
+    steps = (functional._train_ahead, functional._infer_ahead)
+    assert len({ahead.key(x, block, "fast", step) for step in steps}) == 2

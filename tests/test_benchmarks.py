@@ -4,18 +4,22 @@ import json
 import os
 import subprocess
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.runtime.jit import JITFunction
 
-from benchmarks import steps
-from benchmarks.session import Session
+from benchmarks import launches, registry, step_profile, subjects
+from benchmarks.comparison import Comparison, Plan
+from benchmarks.record import read
+from fastmbconv import functional, parity
+from fastmbconv.device_timer import DeviceTimer
+from fastmbconv.kernels import traffic
 
 ROOT = Path(__file__).resolve().parents[1]
-FIGURES = ("blocks", "models", "ops", "inference")
 
 
 def _python(*args, **environment):
@@ -40,14 +44,8 @@ def test_every_bench_file_collects():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_refuses_to_time_a_cpu():
     done = _python("-m", "benchmarks.gpu")
-    assert done.returncode != 0
-    assert "no CUDA GPU" in done.stderr
-
-
-def test_dry_run_does_not_write_results():
-    done = _python("-m", "benchmarks.gpu", "--dry", "--out", "benchmarks/results")
-    assert done.returncode != 0
-    assert "measures nothing" in done.stderr
+    assert done.returncode == 2
+    assert "no CUDA GPU" in done.stderr and "make gpu-rehearsal" in done.stderr
 
 
 @pytest.mark.slow
@@ -62,39 +60,33 @@ def test_pytest_benchmark_tabulates_a_dry_run():
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    done = _python("-m", "benchmarks.gpu", "--dry", "--out", str(out))
-    (path,) = out.glob("*.json")
-    return done, json.loads(path.read_text())
+    chosen = ["ceilings", "correctness", "profile", "models", "ops", "inference", "training"]
+    done = _python("-m", "benchmarks.gpu", "--dry", "--out", str(out), "--sections", *chosen)
+    (path,) = out.glob("*.jsonl")
+    return done, read(path)
 
 
 @pytest.mark.slow
-def test_dry_run_goes_through_every_step(dry_run):
-    done, result = dry_run
+def test_dry_run_goes_through_its_steps(dry_run):
+    done, run = dry_run
     assert done.returncode == 0, done.stdout + done.stderr
-    sections = {row["section"] for row in result["rows"]}
-    assert sections >= {"tests", "memcheck", "ceilings", "blocks-compiled", "training", *FIGURES}
-    assert not [row for row in result["rows"] if "error" in row]
+    assert {row["section"] for row in run.rows} == {
+        "versions", "ceilings", "correctness", "host", "profile", "models", "ops", "inference", "training",
+    }  # fmt: skip
+    assert not [row for row in run.rows if "error" in row]
+    assert all(row["bitwise"] for row in run.rows if row["section"] == "correctness")
 
 
 @pytest.mark.slow
 def test_dry_rows_say_that_they_measure_nothing(dry_run):
-    _, result = dry_run
-    assert result["head"]["measured"] is False
-    rows = [row for row in result["rows"] if row["section"] in FIGURES]
-    assert len(rows) == 11
+    _, run = dry_run
+    assert run.head["measured"] is False
+    rows = [row for row in run.rows if "results" in row]
+    assert {row["section"] for row in rows} == {"models", "ops", "inference"}
     for row in rows:
         assert row["note"] == "interpreted, not a measurement"
         assert {"fastmbconv", "eager-nchw", "eager-nhwc"} == set(row["results"])
         assert row["kernels"], "ours ran without a kernel"
-
-
-def test_header_names_versions_and_commit():
-    code = "from benchmarks.session import header; import json; print(json.dumps(header(dry=True)))"
-    done = _python("-c", code, TRITON_INTERPRET="1", FASTMBCONV_COMMIT="abc123")
-    head = json.loads(done.stdout)
-    assert head["commit"] == "abc123"
-    assert head["torch"] == torch.__version__
-    assert all(head[key] for key in ("gpu", "triton", "python", "date", "fastmbconv"))
 
 
 def test_a_red_gate_reports_no_figure():
@@ -136,45 +128,73 @@ def test_shapes_are_the_models_blocks():
     assert (widest.size, widest.hidden, widest.out_channels, widest.kernel_size) == (12, 2688, 448, 3)
 
 
-def test_a_child_whose_time_is_up_says_what_it_knows(tmp_path):
-    code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('3 failed')"
-    session = SimpleNamespace(path=tmp_path / "result.json")
-    assert steps._captured(session, "tests", [sys.executable, "-c", code], 3.0, {}) == (None, "3 failed\n")
+def test_float32_is_compared_without_tf32():
+    """Where cuDNN picks an exact kernel for eager, TF32 products of ours would look like a fault."""
+    seen = []
+    plan = Plan("cpu", torch.float32, (), 1, interpreted=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Comparison, "truth", lambda self: seen.append(flags()) or {})
+        patch.setattr(Comparison, "admit", lambda *_: {})
+        for how in (plan, replace(plan, tf32=True)):
+            Comparison(subjects.mbconv(registry.by_weight()[0].tiny()), "fwd_no_grad", how).row()
+    assert seen == [(False, False), (True, True)]
 
 
-@pytest.fixture
-def session(tmp_path):
-    return Session(tmp_path, 100.0, dry=True)
+def flags():
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
 
-def test_comparisons_share_what_is_left_to_them(tmp_path, monkeypatch):
-    """However long the tests took: their time is nobody's share."""
-    now, deadlines = [1000.0], []
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    session = Session(tmp_path, 100.0, dry=True)
-    session.dry = False
-    monkeypatch.setitem(steps.SECTIONS, "tests", lambda session: now.append(now.pop() + 60))
-
-    def comparisons(session, dtype):
-        deadlines.append(steps._plan(session, dtype, 0.5).deadline)
-        now[0] += 5
-
-    for name in ("blocks", "models"):
-        monkeypatch.setitem(steps.SECTIONS, name, comparisons)
-    steps.run(session, ["tests", "blocks", "models"], torch.float32)
-    assert deadlines == [1080.0, 1080.0]
+def test_tf32_is_judged_by_the_digits_that_it_has():
+    plan = Plan("cpu", torch.float32, tf32=True)
+    assert plan.label == "tf32" and Plan("cpu", torch.bfloat16).label == "bfloat16"
+    assert plan.limit(0.0) == parity.limit(0.0, torch.float16) > replace(plan, tf32=False).limit(0.0)
 
 
-def test_a_lost_gpu_loses_no_other_section(session, monkeypatch):
-    def lost():
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_warm_ups_are_no_launches():
+    with launches.observed(lambda kernel, args, kwargs: seen.append(kernel), run=False):
+        seen = []
+        for warmup in (True, False):
+            JITFunction.run(SimpleNamespace(__name__="kernel"), grid=(1,), warmup=warmup)
+    assert len(seen) == 1
 
-    commands, ran = [], []
-    monkeypatch.setattr(steps.timing, "synchronize", lost)
-    monkeypatch.setattr(steps.subprocess, "run", lambda command, **options: commands.append(command))
-    for name in ("blocks", "models", "ops"):
-        monkeypatch.setitem(steps.SECTIONS, name, lambda session, dtype, name=name: ran.append(name))
-    steps.run(session, ["blocks", "models", "ops"], torch.float16)
-    assert ran == ["blocks"]
-    assert commands[0][-5:] == ["--dtype", "float16", "--sections", "models", "ops"]
-    assert session.rows[-1]["error"].startswith("this process lost its GPU")
+
+def test_a_block_that_ended_a_process_runs_eager_in_a_model(monkeypatch):
+    ran = []
+    monkeypatch.setattr(functional, "mbconv", lambda x, block, *, eager=None, memory="fast": ran.append(memory))
+    shape = registry.by_weight()[0].tiny()
+    block, x = shape.block().describe(), torch.zeros(2, 8, 6, 6)
+    names = [f"mbconv {shape.name}", "tests/test_depthwise.py::test_forward"]
+    with subjects.left_eager(names) as left:
+        assert functional.mbconv(x, block, eager=lambda x: x + 1).eq(1).all()
+        functional.mbconv(torch.zeros(4, 8, 6, 6), block)
+    assert left == {shape.name.split(" ", 1)[1]} and ran == ["fast"]
+
+
+def test_kernels_are_matched_with_what_their_launchers_state():
+    def launch(kernel, elements):
+        moved = traffic.Moved((elements,), torch.float32, 4 * elements)
+        return traffic.Launch(kernel, (moved,), ())
+
+    stated = [launch("pool", 1000), launch("sum", 10), launch("pool", 2000), launch("excite_fwd", 5)]
+    ran = [("_pool_kernel", 8.0), ("at::reduce_kernel", 3.0), ("_pool_kernel", 4.0)]
+    *rows, step = step_profile.match(ran, stated, bandwidth=1e9)
+    assert [(row["block"], row["bytes"], row["floor_us"], row["share"]) for row in rows] == [
+        ("1000", 4000, 4.0, 0.5), ("2000", 8000, 8.0, 2.0),
+    ]  # fmt: skip
+    assert step == {"what": "step", "launches": 2, "kernels_us": 12.0, "others_us": 3.0, "unmatched": 1}
+
+
+def test_a_sample_starts_with_a_cold_and_clean_l2(monkeypatch):
+    """The buffer that pushes the step's data out is written back before the clock starts: by reading another one."""
+    asked = []
+    events = [SimpleNamespace(record=lambda: asked.append("begin")), SimpleNamespace(
+        record=lambda: asked.append("end"), synchronize=lambda: None)]  # fmt: skip
+    events[0].elapsed_time = lambda end: 1.5
+    buffers = iter((SimpleNamespace(zero_=lambda: asked.append("write one buffer")), "the other buffer"))
+    monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: next(buffers))
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch, "sum", lambda tensor, **kwargs: asked.append(f"read {tensor}"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: asked.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda **kwargs: events.pop(0))
+    assert DeviceTimer()(lambda: asked.append("step"), 0.2) == 1.5
+    assert asked == ["write one buffer", "read the other buffer", "sleep", "begin", "step", "end"]

@@ -4,7 +4,7 @@ Tensors on "cuda" are fake ones (shapes, dtypes, strides, no values), kernels co
 calls a driver (libcuda.c) whose launches compute nothing and take the time that they are told. What is read off a
 tensor is 0 or True. It is for a process of its own, nothing takes it back:
 
-    library = preload.load(folder)      # before PyTorch is imported
+    library = preload.load(folder)  # imports PyTorch
     device = gpu.install(library)
 """
 

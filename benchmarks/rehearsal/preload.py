@@ -1,4 +1,4 @@
-"""Builds the device that is not there, and loads it before PyTorch, which asks for its devices when it is imported."""
+"""Builds the device that is not there, and loads it around PyTorch, which asks for its devices when it is imported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).parent
-DRIVER, DEVICE = HERE / "libcuda.c", HERE / "device.cpp"
+DRIVER, HOOKS, GUARD = HERE / "libcuda.c", HERE / "hooks.cpp", HERE / "guard.cpp"
 
 
 def torch_folder() -> Path:
@@ -24,22 +24,19 @@ def torch_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def build(folder: Path) -> tuple[Path, Path]:
-    """The driver (libcuda.c) and PyTorch's device (device.cpp), compiled once for these sources and this PyTorch.
+def build(folder: Path) -> tuple[Path, Path, Path]:
+    """The driver (libcuda.c) and PyTorch's two sides, compiled once for these sources and this PyTorch.
 
-    Raises RuntimeError for a PyTorch that has a CUDA of its own, and with the compiler's words where gcc or g++ is
-    missing or refuses.
+    Raises RuntimeError with the compiler's words where gcc or g++ is missing or refuses.
     """
-    if list((torch_folder() / "lib").glob("libtorch_cuda*")):
-        raise RuntimeError(f"a rehearsal needs a CPU build of PyTorch, and this is {version('torch')}")
-    key = DRIVER.read_text() + DEVICE.read_text() + version("torch") + sys.version
-    place = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
-    driver, device = place / "libcuda.so.1", place / "device.so"
+    sources = "".join(path.read_text() for path in (DRIVER, HOOKS, GUARD))
+    place = folder / hashlib.sha256(f"{sources} {version('torch')} {sys.version}".encode()).hexdigest()[:16]
     torch, options = torch_folder(), ["-shared", "-fPIC", "-O1"]
     linked = [f"-I{torch / 'include'}", f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu"]
     commands = {
-        driver: ["gcc", *options, "-Wl,-soname,libcuda.so.1", str(DRIVER)],
-        device: ["g++", "-std=c++20", *options, str(DEVICE), *linked],
+        place / "libcuda.so.1": ["gcc", *options, "-Wl,-soname,libcuda.so.1", str(DRIVER)],
+        place / "hooks.so": ["g++", "-std=c++20", *options, str(HOOKS), *linked],
+        place / "guard.so": ["g++", "-std=c++20", *options, str(GUARD), *linked],
     }
     place.mkdir(parents=True, exist_ok=True)
     for path, command in commands.items():
@@ -53,17 +50,21 @@ def build(folder: Path) -> tuple[Path, Path]:
             if done.returncode:
                 raise RuntimeError(f"the rehearsal's device does not compile: {done.stderr[-1000:]}")
             os.replace(made, path)  # another process may have built it meanwhile
-    return driver, device
+    driver, hooks, guard = commands
+    return driver, hooks, guard
 
 
 def load(folder: Path) -> ctypes.CDLL:
-    """The driver, after PyTorch's libraries have got their device."""
+    """The driver, after PyTorch was imported with the device in its place."""
     if "torch" in sys.modules:
         raise RuntimeError("PyTorch was imported before the rehearsal's device was there")
-    driver, device = build(folder)
+    driver, hooks, guard = build(folder)
     os.environ["TRITON_LIBCUDA_PATH"] = str(driver.parent)
     os.environ.pop("TRITON_INTERPRET", None)
     library = ctypes.CDLL(str(driver), mode=ctypes.RTLD_GLOBAL)
-    for path in (torch_folder() / "lib" / "libtorch_cpu.so", device):
+    for path in (torch_folder() / "lib" / "libtorch_cpu.so", hooks):
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    import torch  # noqa: F401
+
+    ctypes.CDLL(str(guard), mode=ctypes.RTLD_GLOBAL)
     return library
