@@ -8,14 +8,21 @@ TORCH := $(shell grep -E '^(torch|torchvision)==' constraints.txt)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
 INSTALL_APART := $(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target
 PYTEST_ARGS ?= -n 2 --dist worksteal
+# What runs beside the GPU: kernels that were compiled under another Python or Triton are not found there.
+GPU_PYTHON ?= python3.12
+GPU_TORCH ?= torch==2.11.0
+CACHE ?= gpu-cache
 
-.PHONY: help demo test lint gpu clean
+.PHONY: help demo test lint gpu gpu-second gpu-rehearsal gpu-cache clean
 
 help:
 	@echo "make demo   classify six photos with real weights, then again through the kernels; writes demo.png"
 	@echo "make test   all tests: kernels on the GPU, or interpreted where there is none (PYTEST_ARGS=... to choose)"
 	@echo "make lint   ruff and mypy"
-	@echo "make gpu    what needs a GPU, with this machine's own python3 and torch (PYTHON=... to choose): 9 minutes"
+	@echo "make gpu    what needs a GPU, with this machine's own python3 and torch (PYTHON=... to choose): 330 s"
+	@echo "            make gpu-second: tuning, torch.compile, inference, memcheck: 360 s (GPU_ARGS=... for both)"
+	@echo "make gpu-cache      compile all that both launch, without a GPU, into CACHE, for GPU_PYTHON and GPU_TORCH"
+	@echo "make gpu-rehearsal  both, and every fault that they must survive, on a GPU that is not there"
 	@echo "make clean  remove the environments and build results"
 
 demo: $(VENV)/.demo-stamp
@@ -31,10 +38,19 @@ lint: $(VENV)/.lint-stamp
 	$(BIN)/mypy
 
 gpu:
-	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks.gpu $(GPU_ARGS)
+
+gpu-second:
+	$(PYTHON) -m benchmarks.gpu --second $(GPU_ARGS)
+
+gpu-cache: .venv-gpu/.stamp
+	.venv-gpu/bin/python -m benchmarks.precompile --cache $(CACHE)
+
+gpu-rehearsal: $(VENV)/.test-stamp
+	$(BIN)/python -m benchmarks.rehearsal $(REHEARSAL_ARGS)
 
 clean:
-	rm -rf $(VENV) .deps build dist *.egg-info demo.png
+	rm -rf $(VENV) .venv-gpu .deps build dist *.egg-info demo.png
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -55,7 +71,12 @@ $(VENV)/.lint-stamp: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[lint]'
 	@touch $@
 
-# Triton 3.6 fails with NumPy >= 2.4.
+.venv-gpu/.stamp:
+	$(GPU_PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check $(GPU_TORCH) numpy hypothesis pytest timm
+	@touch $@
+
+# Triton 3.6's interpreter fails with NumPy >= 2.4.
 .deps/triton36/.stamp: | $(BIN)/python
 	$(INSTALL_APART) .deps/triton36 triton==3.6.0 numpy==2.3.5
 	@touch $@

@@ -10,12 +10,12 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+if __name__ == "__main__":  # a test that imports this may have a GPU
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 import pytest
 import torch
 from blocks import launches, normal, randomise
-from conftest import _poisoned
 from libraries import library
 from torch import distributed as dist
 from torch import nn
@@ -24,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastmbconv
+from benchmarks.poison import poisoned
 from fastmbconv import functional, reference
 from fastmbconv.block import BatchNorm, DenseBlock
 from fastmbconv.mbconv import MBConv
@@ -239,8 +240,7 @@ def training_steps(rank):
 
 
 def main(rank, folder):
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        setattr(owner, name, _poisoned(getattr(owner, name)))
+    poisoned().__enter__()  # to the end of this process
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=120)
     )

@@ -17,7 +17,6 @@ from test_triton_versions import DEPS, GIVEN
 from torch import nn
 
 import fastmbconv
-from benchmarks.rehearsal import preload
 from fastmbconv import ahead, functional
 from fastmbconv.kernels.launching import kernel, written
 from fastmbconv.mbconv import MBConv

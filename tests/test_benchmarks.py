@@ -48,6 +48,7 @@ def test_refuses_to_time_a_cpu():
     assert "no CUDA GPU" in done.stderr and "make gpu-rehearsal" in done.stderr
 
 
+@pytest.mark.interpreter
 @pytest.mark.slow
 def test_pytest_benchmark_tabulates_a_dry_run():
     pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
@@ -66,6 +67,7 @@ def dry_run(tmp_path_factory):
     return done, read(path)
 
 
+@pytest.mark.interpreter
 @pytest.mark.slow
 def test_dry_run_goes_through_its_steps(dry_run):
     done, run = dry_run
@@ -77,6 +79,7 @@ def test_dry_run_goes_through_its_steps(dry_run):
     assert all(row["bitwise"] for row in run.rows if row["section"] == "correctness")
 
 
+@pytest.mark.interpreter
 @pytest.mark.slow
 def test_dry_rows_say_that_they_measure_nothing(dry_run):
     _, run = dry_run
@@ -89,6 +92,7 @@ def test_dry_rows_say_that_they_measure_nothing(dry_run):
         assert row["kernels"], "ours ran without a kernel"
 
 
+@pytest.mark.interpreter
 def test_a_red_gate_reports_no_figure():
     """A fused path that is wrong by a few percent must not be timed."""
     code = """

@@ -22,7 +22,10 @@ from fastmbconv.kernels.launching import written
 from fastmbconv.mbconv import MBConv
 
 TESTS = Path(__file__).parent
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo"),
+    pytest.mark.interpreter,
+]
 
 
 @pytest.fixture(scope="module")

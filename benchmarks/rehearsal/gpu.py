@@ -253,5 +253,6 @@ def _fake_cuda(device: Device) -> None:
         setattr(torch.cuda, name, Entered)
     torch._C._cuda_getCurrentRawStream = lambda index: 0
     torch.version.cuda = "rehearsal"
+    torch.backends.cudnn.version = lambda: None
     torch.Generator = Generator
     torch.compile = lambda run=None, **kwargs: run  # inductor would ask the device for more than it knows

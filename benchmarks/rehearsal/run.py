@@ -38,7 +38,9 @@ class Fault:
 
 FAULTS = (
     Fault("a section raises", "raise", "correctness", says=("correctness: correctness: TypeError",)),
-    Fault("a kernel hangs", "hang", "blocks", "b0.2 n128 112px", ("blocks: mbconv b0.2 n128 112px", "hung: no word for")),
+    Fault(
+        "a kernel hangs", "hang", "blocks", "b0.2 n128 112px", ("blocks: mbconv b0.2 n128 112px", "hung: no word for")
+    ),
     Fault("a process is killed", "kill", "correctness", "mbconv b0.1", ("mbconv b0.1", "killed by SIGKILL")),
     Fault("a GPU is lost in the middle", "lost", "correctness", "mbconv b0.1", ("lost its GPU at mbconv b0.1",)),
     Fault("a GPU is gone", "gone", "blocks,models,compile", says=("found no GPU",)),
