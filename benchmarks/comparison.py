@@ -34,6 +34,8 @@ COMPILE_SECONDS = {
     "reduce-overhead": 20.0,
     "max-autotune": 45.0,
 }  # what a block is expected to take; a model takes a multiple
+CLOSING_SECONDS = 1.0  # of a comparison: its last samples and its row
+LEAST_SECONDS = 8.0  # that another candidate of a whole model is worth beginning with
 WARMUP = 4  # CUDA graphs are recorded by the third call
 
 
@@ -242,6 +244,13 @@ class Comparison:
         torch._dynamo.reset()
         return lambda: self.candidate(layout, lambda m: torch.compile(m.forward_eager, mode=mode, dynamic=False))
 
+    def late(self, name: str) -> bool:
+        """Whether a further candidate would cost the ones that are there: their row is worth more."""
+        if name == "eager-nhwc" or self.plan.left() > (LEAST_SECONDS if self.is_model else 0.0) + CLOSING_SECONDS:
+            return False
+        self.problems[name] = "skipped: its time is up"
+        return True
+
     def named(self) -> dict[str, Any]:
         """What says which comparison this is."""
         record: dict[str, Any] = {
@@ -284,6 +293,8 @@ class Comparison:
                 return record | {"error": self.problems.get(OURS, "no eager yardstick"), "problems": self.problems}
             record["kernels"] = self.kernels
             for name in self.plan.peers:
+                if self.late(name):
+                    continue
                 if name in COMPILE_SECONDS:
                     expected = COMPILE_SECONDS[name] * self.plan.compile_scale
                     if self.plan.left() < expected:
@@ -295,7 +306,7 @@ class Comparison:
                 elif name != "eager-nhwc":
                     layout = EAGER[name]
                     self.admit(name, lambda layout=layout: self.candidate(layout, _eager), truth, yardstick)
-            if self.plan.graphed:
+            if self.plan.graphed and not self.late(GRAPHED):
                 self.capture_both(truth, yardstick)
             del truth
             gc.collect()
@@ -307,7 +318,11 @@ class Comparison:
         self.plan.alive()
         steps = {name: made.step for name, made in self.candidates.items()}
         samples = timing.interleaved(
-            steps, self.plan.rounds, isolate=not self.is_model, inner=3 if self.is_model else 1
+            steps,
+            self.plan.rounds,
+            isolate=not self.is_model,
+            inner=3 if self.is_model else 1,
+            deadline=self.plan.deadline - CLOSING_SECONDS,
         )
         results: dict[str, dict[str, Any]] = {}
         for name, values in samples.items():

@@ -15,14 +15,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from benchmarks import cache
 from benchmarks.recorder import RESULTS, ROOT, Recorder, gpu_name, head
@@ -56,7 +56,7 @@ def chosen_sections(args: argparse.Namespace) -> list[Section]:
     return timetable(sections, args.minutes)
 
 
-def refuse(why: str) -> None:
+def refuse(why: str) -> NoReturn:
     print(f"benchmarks.gpu: {why}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -101,7 +101,8 @@ def environment(scratch: Path, place: Path | None) -> dict[str, str]:
         "TRITON_CACHE_DIR": given, "TORCHINDUCTOR_CACHE_DIR": scratch / "inductor", "TMPDIR": scratch,
         "HYPOTHESIS_STORAGE_DIRECTORY": scratch / "hypothesis", "PYTHONPYCACHEPREFIX": scratch / "bytecode",
     }  # fmt: skip
-    return {name: str(Path(folder).absolute()) for name, folder in folders.items()} | {"PYTHONUNBUFFERED": "1"}
+    switches = {"PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0"}
+    return {name: str(Path(folder).absolute()) for name, folder in folders.items()} | switches
 
 
 def run(sections: Sequence[Section], recorder: Recorder, commands: Commands, place: Path | None, **more: str) -> int:
@@ -112,7 +113,10 @@ def run(sections: Sequence[Section], recorder: Recorder, commands: Commands, pla
         log = stack.enter_context(open(recorder.path.with_suffix(".log"), "wb", buffering=0))
         if place is not None and place.exists():
             cache.settle(place)
-        Watch(commands, recorder.add, log, environment(scratch, place) | more).run(sections)
+        try:
+            Watch(commands, recorder.add, log, environment(scratch, place) | more).run(sections)
+        except KeyboardInterrupt:
+            recorder.add("record", {"what": "run", "error": "interrupted before its end"})
     recorder.close()
     print(summarise(recorder.head, recorder.rows, str(recorder.path), recorder.problem), flush=True)
     return 1 if wrong(recorder.rows, recorder.problem) else 0
@@ -129,12 +133,15 @@ def main() -> int:
         from benchmarks.dry import run_dry
 
         return run_dry(sections, args.out)
-    os.environ.pop("TRITON_INTERPRET", None)
     gpu = gpu_name()
     if gpu is None and not gpu_is_there():
         refuse("no CUDA GPU here, and timings on a CPU would say nothing; make gpu-rehearsal runs it without one")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends this early gets the summary too
     name = "some" if args.sections else "second" if args.second else "first"
-    recorder = Recorder(args.out, head(name, total_seconds(sections), measured=True), gpu or "unknown gpu")
+    try:
+        recorder = Recorder(args.out, head(name, total_seconds(sections), measured=True), gpu or "unknown gpu")
+    except OSError as error:
+        refuse(f"no result file can be made in --out {args.out}: {error.strerror}")
     return run(
         sections, recorder, Commands(args.dtype, recorder.rows, {"results": str(args.out.absolute())}), args.cache
     )

@@ -74,7 +74,8 @@ class Recorder:
 
     def __init__(self, out: Path, head: dict[str, Any], gpu: str) -> None:
         self.start = time.monotonic()
-        self.head, self.rows = head, []
+        self.head = head
+        self.rows: list[dict[str, Any]] = []
         self.waiting: list[bytes] = []
         self.problem: str | None = None
         name = re.sub(r"[^a-z0-9]+", "-", gpu.lower().replace("nvidia", "")).strip("-")

@@ -11,18 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 import fastmbconv
 from benchmarks import registry, subjects
+from benchmarks.step_profile import host_microseconds
 from fastmbconv.efficientnet import EfficientNet
-from fastmbconv.mbconv import MBConv
 from fastmbconv.scaling import COEFFICIENTS
 
 STEPS = 20
@@ -56,31 +54,6 @@ def first_step(dry: bool) -> dict[str, float | str]:
     return {"what": "tiny" if dry else name, "first_s": first - began, "second_s": time.perf_counter() - first}
 
 
-def host_microseconds(dry: bool) -> dict[str, float]:
-    """Median time that the host takes to enqueue a block's forward and backward, fused and eager in turn, in µs."""
-    device = "cpu" if dry else "cuda"
-    blocks = {name: MBConv(16, 16).to(device, memory_format=torch.channels_last) for name in ("fused", "eager")}
-    fastmbconv.unfuse(blocks["eager"])
-    x = torch.randn(2 if dry else 16, 16, 8, 8, device=device).to(memory_format=torch.channels_last).requires_grad_()
-
-    def enqueue(block: nn.Module) -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=not dry):
-            y = block(x)
-        y.backward(torch.ones_like(y))
-
-    wait: Callable[[], object] = (lambda: None) if dry else torch.cuda.synchronize
-    samples: dict[str, list[float]] = {name: [] for name in blocks}
-    for number in range(3 + (1 if dry else STEPS)):
-        for name, block in blocks.items():
-            wait()
-            began = time.perf_counter()
-            enqueue(block)
-            if number >= 3 or dry:
-                samples[name].append(1e6 * (time.perf_counter() - began))
-    wait()
-    return {f"host_us_{name}": statistics.median(values) for name, values in samples.items()}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="time the first training step after fuse, and a block's host time")
     parser.add_argument("--dry", action="store_true")
@@ -89,7 +62,8 @@ def main() -> int:
         raise SystemExit("benchmarks.start: no CUDA GPU here")
     cache = os.environ.get("TRITON_CACHE_DIR", "")
     filled = bool(cache) and os.path.isdir(cache) and bool(os.listdir(cache))
-    print(json.dumps({"mode": "warm" if filled else "cold", **first_step(args.dry), **host_microseconds(args.dry)}))
+    host = host_microseconds(torch.device("cpu" if args.dry else "cuda"), 1 if args.dry else STEPS)
+    print(json.dumps({"mode": "warm" if filled else "cold", **first_step(args.dry), **host}))
     return 0
 
 

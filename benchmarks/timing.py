@@ -10,6 +10,7 @@ import torch
 from fastmbconv.device_timer import DeviceTimer
 
 Step = Callable[[], object]
+LEAST_ROUNDS = 3  # however late it is: a median wants that many
 
 
 def quantiles(samples: list[float]) -> dict[str, float]:
@@ -41,7 +42,7 @@ def queue_ms(step: Step) -> float:
 
 
 def interleaved(
-    steps: Mapping[str, Step], rounds: int, *, isolate: bool = True, inner: int = 1
+    steps: Mapping[str, Step], rounds: int, *, isolate: bool = True, inner: int = 1, deadline: float = float("inf")
 ) -> dict[str, list[float]]:
     """Samples per candidate; the steps are warm already.
 
@@ -53,6 +54,8 @@ def interleaved(
     timer = DeviceTimer() if isolate and torch.cuda.is_available() else None
     head_start = {name: 1.5 * queue_ms(step) + 0.2 for name, step in steps.items()} if timer else {}
     for round_ in range(rounds):
+        if round_ >= LEAST_ROUNDS and time.monotonic() > deadline:
+            break
         turn = round_ % len(names)
         for name in names[turn:] + names[:turn]:
             step = steps[name]

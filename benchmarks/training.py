@@ -284,11 +284,29 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     plt.close(figure)
 
 
+def draw_results(path: Path) -> Path:
+    """The curves that a run on a GPU left in its result file, as a picture beside it."""
+    from benchmarks.record import read
+
+    run = read(path)
+    rows = [row for row in run.rows if row["section"] == "training" and "losses" in row]
+    if not rows:
+        raise SystemExit(f"benchmarks.training: {path} has no rows of training")
+    picture = path.with_name(f"{path.stem}-training.png")
+    draw(picture, rows, f"{rows[0]['data']}; {run.gpu}, commit {run.head['commit']}")
+    return picture
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="training on digits on a CPU, fused (interpreted) and eager")
-    parser.add_argument("--out", type=Path, required=True, help="folder of training.json and training.png")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, help="folder of training.json and training.png")
+    what.add_argument("--draw", type=Path, metavar="FILE", help="only draw what a run on a GPU left in its result file")
     parser.add_argument("--steps", type=int, default=SMALL.steps, help="a step takes many seconds (default: 200)")
     args = parser.parse_args()
+    if args.draw:
+        print(draw_results(args.draw))
+        return
     if not dispatch.interpreted():
         raise SystemExit("benchmarks.training: start it with TRITON_INTERPRET=1; on a GPU it is benchmarks.gpu's")
     from benchmarks.recorder import RESULTS, head, versions

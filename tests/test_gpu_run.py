@@ -339,3 +339,25 @@ def test_sections_are_known_to_both_sides():
 
     for name in timetable.SECTIONS:
         assert callable(getattr(sections, f"run_{name}", None) or getattr(suites, f"run_{name}", None)), name
+
+
+def test_a_run_that_is_ended_early_still_says_what_it_has(play, capsys, monkeypatch):
+    def interrupt(self, section, end):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu.Watch, "_section", interrupt)
+    rows = play(blocks=GOOD)
+    assert play.status == 1
+    assert rows[-1]["error"] == "interrupted before its end"
+    assert "record: run: interrupted before its end" in capsys.readouterr().out
+
+
+def test_a_folder_that_takes_no_file_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "file" / "out")])
+    monkeypatch.setattr(gpu, "gpu_name", lambda: "Imaginary GPU 9000")
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 2
+    assert "no result file can be made in --out" in capsys.readouterr().err
