@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -103,7 +104,8 @@ class Candidate:
         return {name: b for name, b in self.module.named_buffers() if b.is_floating_point() and self.mode == "fwd_bwd"}
 
     def step(self) -> None:
-        torch.compiler.cudagraph_mark_step_begin()
+        if "torch._inductor" in sys.modules:  # seconds to import, and only torch.compile's graphs need the mark
+            torch.compiler.cudagraph_mark_step_begin()
         if self.optimizer is None:
             self.outputs()
             return
@@ -388,7 +390,8 @@ def _released(row: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return row()
     finally:
-        torch._dynamo.reset()
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -86,12 +86,12 @@ class Commands:
         self.dtype, self.rows, self.facts = dtype, rows, dict(facts or {})
         self.program = [sys.executable, "-m", "benchmarks.section"]
 
-    def __call__(self, name: str, avoid: list[str], seconds: float) -> list[str]:
+    def __call__(self, name: str, avoid: list[str], finished: list[str], seconds: float) -> list[str]:
         learnt = {row["section"]: row for row in self.rows}
         if "copy_gb_s" in learnt.get("ceilings", {}):
             self.facts["copy_gb_s"] = learnt["ceilings"]["copy_gb_s"]
         options = ["--seconds", f"{seconds:.1f}", "--dtype", self.dtype, "--facts", json.dumps(self.facts)]
-        return [*self.program, name, *options, *(["--avoid", *avoid] if avoid else [])]
+        return [*self.program, name, *options, "--avoid", *avoid, "--finished", *finished]
 
 
 def environment(scratch: Path, place: Path | None) -> dict[str, str]:
@@ -99,9 +99,9 @@ def environment(scratch: Path, place: Path | None) -> dict[str, str]:
     given = place or cache.folder() or scratch / "triton"
     folders = {
         "TRITON_CACHE_DIR": given, "TORCHINDUCTOR_CACHE_DIR": scratch / "inductor", "TMPDIR": scratch,
-        "HYPOTHESIS_STORAGE_DIRECTORY": scratch / "hypothesis", "PYTHONPYCACHEPREFIX": scratch / "bytecode",
+        "HYPOTHESIS_STORAGE_DIRECTORY": scratch / "hypothesis",
     }  # fmt: skip
-    switches = {"PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0"}
+    switches = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "TRITON_INTERPRET": "0"}
     return {name: str(Path(folder).absolute()) for name, folder in folders.items()} | switches
 
 

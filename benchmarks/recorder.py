@@ -14,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+QUIET_REASONS = ("its time is up",)  # of many rows at once
 QUIET = ("profile",)  # sections of hundreds of rows: on disk, and summed up in the summary
 
 
@@ -91,7 +92,7 @@ class Recorder:
         row = {"section": section, **row}
         self.rows.append(row)
         self._write(row)
-        if section not in QUIET or "error" in row:
+        if (section not in QUIET or "error" in row) and row.get("skipped") not in QUIET_REASONS:
             print(f"[{time.monotonic() - self.start:4.0f} s] {section}: {line(row)}", flush=True)
 
     def _write(self, value: dict[str, Any]) -> None:

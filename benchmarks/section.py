@@ -13,11 +13,13 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from benchmarks.watch import BETWEEN
 
 DTYPES = ("bfloat16", "float16", "float32", "tf32")  # tf32: float32 tensors whose products take TF32
 
@@ -34,7 +36,8 @@ class Context:
         name: str,
         seconds: float,
         dtype: str = "bfloat16",
-        avoid: list[str] | None = None,
+        avoid: Sequence[str] = (),
+        finished: Sequence[str] = (),
         facts: Mapping[str, Any] | None = None,
         say: Callable[[dict[str, Any]], None] | None = None,
         dry: bool = False,
@@ -43,7 +46,7 @@ class Context:
         self.dtype = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
         self.device = torch.device("cpu" if dry else "cuda")
         self.deadline = time.monotonic() + seconds
-        self.avoid, self.facts = list(avoid or ()), dict(facts or {})
+        self.avoid, self.finished, self.facts = list(avoid), set(finished), dict(facts or {})
         self._say = say or (lambda message: print(json.dumps(message), flush=True))
 
     def left(self) -> float:
@@ -59,11 +62,11 @@ class Context:
         row = {key: value for key, value in row.items() if key != "samples"}
         self._say({"row": row} | ({} if section is None else {"section": section}))
 
-    def begin(self, what: str) -> None:
-        self._say({"begin": what})
+    def begin(self, item: str) -> None:
+        self._say({"begin": item})
 
-    def end(self, what: str) -> None:
-        self._say({"end": what})
+    def end(self, item: str) -> None:
+        self._say({"end": item})
 
     @contextmanager
     def item(self, what: str, row: Mapping[str, Any] | None = None) -> Iterator[bool]:
@@ -72,6 +75,10 @@ class Context:
         Raises DeviceLost where the GPU is gone for this process.
         """
         names = {"what": what, **(row or {})}
+        item = BETWEEN.join(map(str, names.values()))
+        if item in self.finished:  # by a child before this one
+            yield False
+            return
         if what in self.avoid:
             self.add(names | {"skipped": "it ended a process before"})
             yield False
@@ -80,7 +87,7 @@ class Context:
             self.add(names | {"skipped": "its time is up"})
             yield False
             return
-        self.begin(what)
+        self.begin(item)
         try:
             yield True
         except Exception as error:  # one item that fails must not lose the others
@@ -88,7 +95,7 @@ class Context:
             self.add(names | {"error": f"{type(error).__name__}: {error}"[:400]})
         else:
             self.check_device(what)
-        self.end(what)
+        self.end(item)
 
     def check_device(self, what: str) -> None:
         """Raise DeviceLost where this process can't use its GPU any more."""
@@ -151,6 +158,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--avoid", nargs="*", default=[], metavar="WHAT")
+    parser.add_argument("--finished", nargs="*", default=[], metavar="ITEM", help="by a child before this one")
     parser.add_argument("--facts", type=json.loads, default={}, metavar="JSON", help="what earlier sections learnt")
     parser.add_argument("--pipe", type=int, help="file descriptor to the parent")
     return parser.parse_args()
@@ -159,7 +167,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     say = None if args.pipe is None else say_over(args.pipe)
-    run(Context(args.name, args.seconds, args.dtype, args.avoid, args.facts, say))
+    run(Context(args.name, args.seconds, args.dtype, args.avoid, args.finished, args.facts, say))
     return 0
 
 

@@ -30,6 +30,7 @@ class Reporter:
     def __init__(self, context: Context) -> None:
         self.context, self.counts = context, {"passed": 0, "failed": 0, "skipped": 0}
         self.failures: list[str] = []
+        self.left_out = {*context.avoid, *context.finished}
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.context.begin(nodeid)
@@ -50,7 +51,7 @@ class Reporter:
             )
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        items[:] = [item for item in items if item.nodeid not in self.context.avoid]
+        items[:] = [item for item in items if item.nodeid not in self.left_out]
 
 
 def run_pytest(context: Context, what: str, arguments: list[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from benchmarks.record import OURS, Row
-from benchmarks.recorder import line
 
 MOST_SLOW = 8  # lines about kernels
 MOST_WRONG, MOST_CHARACTERS = 20, 240  # whoever runs this may see no more than the last screens of it
@@ -94,6 +93,11 @@ def summarise(head: Row, rows: list[Row], place: str, disk: str | None = None) -
         graph = f"{row['speedup_graph']:5.2f}x" if "speedup_graph" in row else "      "
         lines.append(f"  {row['speedup']:5.2f}x {graph} of {row['best_peer']:13} {row['what']} {row['mode']}")
     lines += [f"  trunk {text}" for text in trunks(rows)]
-    skipped = [row for row in rows if isinstance(row.get("skipped"), str)]
-    lines += [f"  skipped: {row['section']}: {line(row)}" for row in skipped]
+    skipped: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if isinstance(row.get("skipped"), str):
+            skipped.setdefault((row["section"], row["skipped"]), []).append(row["what"])
+    for (section, why), names in skipped.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"  skipped: {section}: {names[0]}{more}: {why}")
     return "\n".join([*lines, place])

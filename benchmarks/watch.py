@@ -23,16 +23,19 @@ from benchmarks.timetable import Section
 LEAST_SECONDS = 4.0  # a child needs about as long to begin
 FAREWELL_SECONDS = 2.0  # for a child's own ending after SIGTERM
 MOST_CHILDREN = 6  # of one section
+BETWEEN = " : "  # what an item is of, and its mode: a shape that ends a process does so for all its modes
 
-Command = Callable[[str, list[str], float], list[str]]  # section, what to go around, seconds -> a child's command line
+# Of a section, what to go around, what is done and the seconds that are left: a child's command line.
+Command = Callable[[str, list[str], list[str], float], list[str]]
 
 
 @dataclass
 class Child:
-    """What became of one child: `under_way` are the items that it had begun and not finished."""
+    """What became of one child: the items that it had begun and not finished, and those that it had finished."""
 
     status: str = "done"
     under_way: list[str] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
     gone: bool = False  # it found no GPU to begin with
     hits: int = 0
     compiled: int = 0
@@ -63,17 +66,21 @@ class Watch:
             self.add("sections", row)
 
     def _section(self, section: Section, end: float) -> dict[str, Any]:
-        statuses, hits, compiled, last = [], 0, 0, Child()
+        statuses: list[str] = []
+        finished: list[str] = []
+        hits, compiled, last = 0, 0, Child()
         for _ in range(MOST_CHILDREN):
             if end - time.monotonic() < LEAST_SECONDS:
                 statuses.append("out of time")
                 break
-            last = self._child(section, end)
+            last = self._child(section, finished, end)
+            finished += last.finished
             hits, compiled = hits + last.hits, compiled + last.compiled
             statuses.append(last.status)
             if last.status in ("done", "out of time") or not last.under_way:
                 break
-            for what in last.under_way:
+            for item in last.under_way:
+                what = item.partition(BETWEEN)[0]
                 self.avoided.append(what)
                 self.add(section.name, {"what": what, "error": last.status})
         self.lost = self.lost + 1 if last.gone else 0
@@ -81,9 +88,9 @@ class Watch:
             self.add(section.name, {"what": section.name, "error": statuses[-1]})
         return {"status": "; then ".join(statuses), "cache_hits": hits, "compiled": compiled}
 
-    def _child(self, section: Section, end: float) -> Child:
+    def _child(self, section: Section, finished: list[str], end: float) -> Child:
         reading, writing = os.pipe()
-        command = self.command(section.name, self.avoided, end - time.monotonic())
+        command = self.command(section.name, self.avoided, finished, end - time.monotonic())
         process = subprocess.Popen(
             [*command, "--pipe", str(writing)],
             stdin=subprocess.DEVNULL,
@@ -101,8 +108,7 @@ class Watch:
             _end(process)
 
     def _listen(self, section: Section, process: subprocess.Popen[bytes], pipe: int, end: float) -> Child:
-        child, rest, heard = Child(), b"", time.monotonic()
-        finished = False
+        child, rest, heard, over = Child(), b"", time.monotonic(), False
         while True:
             now = time.monotonic()
             silent_until = heard + section.item_seconds
@@ -117,10 +123,11 @@ class Watch:
             *lines, rest = (rest + received).split(b"\n")
             for line in lines:
                 heard = time.monotonic()
-                finished = self._take(section, child, json.loads(line)) or finished
-            if finished or (not received and process.poll() is not None):
+                with suppress(ValueError):  # a line that a dying process cut off
+                    over = self._take(section, child, json.loads(line)) or over
+            if over or (not received and process.poll() is not None):
                 break
-        if not finished:
+        if not over:
             code = process.wait()
             child.status = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
         return child
@@ -130,6 +137,7 @@ class Watch:
         if "begin" in message:
             child.under_way.append(message["begin"])
         elif "end" in message:
+            child.finished.append(message["end"])
             with suppress(ValueError):
                 child.under_way.remove(message["end"])
         elif "row" in message:

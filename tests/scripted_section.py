@@ -15,6 +15,7 @@ parser.add_argument("name")
 parser.add_argument("--seconds", type=float)
 parser.add_argument("--dtype")
 parser.add_argument("--avoid", nargs="*", default=[])
+parser.add_argument("--finished", nargs="*", default=[])
 parser.add_argument("--facts", type=json.loads)
 parser.add_argument("--pipe", type=int)
 args = parser.parse_args()
@@ -28,6 +29,8 @@ for what, act in args.facts["plays"].get(args.name, [["item", "row"]]):
     if act == "gone":
         say(lost="found no GPU: none is there", gone=True)
         sys.exit(1)
+    if what in args.finished:
+        continue
     if what in args.avoid:
         say(row={"what": what, "skipped": "it ended a process before"})
         continue

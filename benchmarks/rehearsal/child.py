@@ -49,7 +49,7 @@ def main() -> int:
     suites.run_memcheck = suites.run_memcheck_here  # no compute-sanitizer looks at kernels that run nowhere
     args = section.arguments()
     say = None if args.pipe is None else section.say_over(args.pipe)
-    context = section.Context(args.name, args.seconds, args.dtype, args.avoid, args.facts, say)
+    context = section.Context(args.name, args.seconds, args.dtype, args.avoid, args.finished, args.facts, say)
     arm(context, device, setting.get("faults", []))
     section.run(context)
     return 0
