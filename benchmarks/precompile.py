@@ -42,13 +42,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kernels", nargs="+", metavar="KERNEL", help="whose other tiles `variants` will try")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32", "tf32"))
     parser.add_argument("--jobs", type=int, default=min(2, len(os.sched_getaffinity(0))), help="sections side by side")
-    parser.add_argument("--shapes", type=int, metavar="N", help="only the first N blocks of a section: a trial")
+    parser.add_argument("--shapes", type=int, metavar="N", help="only the first N blocks of each section (12: B0's)")
+    parser.add_argument("--models", type=int, metavar="N", help="only the first N models (1: B0)")
     return parser.parse_args()
 
 
 def compile_section(name: str, args: argparse.Namespace, log: Path) -> str:
     """Run one section on the device that is not there; a line that says what came of it."""
-    facts: dict[str, Any] = {"once": True, "shapes": args.shapes, "kernels": args.kernels}
+    facts: dict[str, Any] = {"once": True, "shapes": args.shapes, "models": args.models, "kernels": args.kernels}
     setting = {"folder": str(LIBRARIES), "launch_us": 0.0}
     environment = os.environ | {
         "TRITON_CACHE_DIR": str(args.cache.absolute()), SETTING: json.dumps(setting),

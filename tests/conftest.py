@@ -33,10 +33,10 @@ def poison():
         yield
 
 
-@pytest.fixture(autouse=True)
-def ieee(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def ieee():
     """fp32 products in fp32: TF32 is a choice of the user's, and has its own row."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(autouse=True)

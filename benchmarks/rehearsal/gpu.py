@@ -252,7 +252,7 @@ def _fake_cuda(device: Device) -> None:
     for name in ("device", "device_of", "stream"):
         setattr(torch.cuda, name, Entered)
     torch._C._cuda_getCurrentRawStream = lambda index: 0
-    torch.version.cuda = "rehearsal"
+    torch.version.cuda = "13.0"  # libraries read a number off it
     torch.backends.cudnn.version = lambda: None
     torch.Generator = Generator
     torch.compile = lambda run=None, **kwargs: run  # inductor would ask the device for more than it knows
