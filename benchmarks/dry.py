@@ -28,7 +28,7 @@ def run_dry(sections: Sequence[Section], out: Path) -> int:
             if "row" in message:
                 recorder.add(message.get("section", name), message["row"])
 
-        work(Context(section.name, float("inf"), "float32", say=say, dry=True))
+        work(Context(section.name, float("inf"), "float32", facts={"shapes": 1}, say=say, dry=True))
     recorder.close()
     print(summarise(recorder.head, recorder.rows, str(recorder.path), recorder.problem))
     return 1 if wrong(recorder.rows, recorder.problem) else 0

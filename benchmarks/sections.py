@@ -51,9 +51,9 @@ def plan(context: Context, **settings: Any) -> Plan:
 
 def chosen(context: Context, blocks: Iterable[Shape]) -> list[Shape]:
     if context.dry:
-        return [next(s for s in by_weight() if (s.kernel_size, s.stride) == kind).tiny() for kind in ((3, 1), (5, 2))]
-    few = context.facts.get("shapes")
-    return list(blocks)[:few]
+        kinds = ((5, 2), (3, 1))
+        blocks = [next(s for s in by_weight() if (s.kernel_size, s.stride) == kind).tiny() for kind in kinds]
+    return list(blocks)[: context.facts.get("shapes")]
 
 
 def compare(context: Context, work: Work) -> None:

@@ -61,7 +61,7 @@ def test_pytest_benchmark_tabulates_a_dry_run():
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    chosen = ["ceilings", "correctness", "profile", "models", "ops", "inference", "training"]
+    chosen = ["ceilings", "correctness", "profile", "models", "inference"]
     done = _python("-m", "benchmarks.gpu", "--dry", "--out", str(out), "--sections", *chosen)
     (path,) = out.glob("*.jsonl")
     return done, read(path)
@@ -73,7 +73,7 @@ def test_dry_run_goes_through_its_steps(dry_run):
     done, run = dry_run
     assert done.returncode == 0, done.stdout + done.stderr
     assert {row["section"] for row in run.rows} == {
-        "versions", "ceilings", "correctness", "host", "profile", "models", "ops", "inference", "training",
+        "versions", "ceilings", "correctness", "host", "profile", "models", "inference",
     }  # fmt: skip
     assert not [row for row in run.rows if "error" in row]
     assert all(row["bitwise"] for row in run.rows if row["section"] == "correctness")
@@ -85,7 +85,7 @@ def test_dry_rows_say_that_they_measure_nothing(dry_run):
     _, run = dry_run
     assert run.head["measured"] is False
     rows = [row for row in run.rows if "results" in row]
-    assert {row["section"] for row in rows} == {"models", "ops", "inference"}
+    assert {row["section"] for row in rows} == {"models", "inference"}
     for row in rows:
         assert row["note"] == "interpreted, not a measurement"
         assert {"fastmbconv", "eager-nchw", "eager-nhwc"} == set(row["results"])

@@ -43,7 +43,7 @@ FAULTS = (
     ),
     Fault("a process is killed", "kill", "correctness", "mbconv b0.1", ("mbconv b0.1", "killed by SIGKILL")),
     Fault("a GPU is lost in the middle", "lost", "correctness", "mbconv b0.1", ("lost its GPU at mbconv b0.1",)),
-    Fault("a GPU is gone", "gone", "blocks,models,compile", says=("found no GPU",)),
+    Fault("a GPU is gone", "gone", "correctness,blocks", says=("found no GPU",)),
     Fault("a full disk", "disk", "correctness", says=("could not be written: No space left on device",)),
     Fault("a cache that does not match", "cache", "", says=("the cache of kernels does not match",)),
 )
