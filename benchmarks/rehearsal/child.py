@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from benchmarks.rehearsal import preload
 
@@ -29,11 +29,15 @@ def arm(context: Any, device: Any, faults: list[dict[str, str]]) -> None:
                 device.set_fault("", fault["kind"])  # whichever kernel is launched next
 
     if any(fault["kind"] == "raise" for fault in mine):
-        context.item = None  # a section with a fault of its own: its first use of this raises
+        context.item = raise_here
     elif any(fault["kind"] == "gone" for fault in mine):
         device.library.fake_lose()
     else:
         context.begin = begin_or_fail
+
+
+def raise_here(*args: Any) -> NoReturn:
+    raise RuntimeError("a fault of the section's own")
 
 
 def main() -> int:

@@ -37,7 +37,12 @@ class Fault:
 
 
 FAULTS = (
-    Fault("a section raises", "raise", "correctness", says=("correctness: correctness: TypeError",)),
+    Fault(
+        "a section raises",
+        "raise",
+        "correctness",
+        says=("correctness: correctness: RuntimeError: a fault of the section's own",),
+    ),
     Fault(
         "a kernel hangs", "hang", "blocks", "b0.2 n128 112px", ("blocks: mbconv b0.2 n128 112px", "hung: no word for")
     ),
