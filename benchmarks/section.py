@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,9 @@ from typing import Any
 import torch
 
 from benchmarks.watch import BETWEEN
+from fastmbconv.ahead import THREADS
 
+COMPILING_SECONDS = 3.0  # between two signs of life
 DTYPES = ("bfloat16", "float16", "float32", "tf32")  # tf32: float32 tensors whose products take TF32
 
 
@@ -124,13 +127,20 @@ class Context:
 
 
 def listen_to_compiler(context: Context) -> None:
-    """Each kernel that Triton compiles is a sign of life, and is counted."""
+    """Each kernel that Triton compiles is counted; while threads are at it, for half a minute maybe, this lives."""
     import triton
 
     def heard(*args: Any, cache_hit: bool = False, **details: Any) -> None:
         context.compiled(cache_hit)
 
+    def watch_threads() -> None:
+        while True:
+            time.sleep(COMPILING_SECONDS)
+            if any(thread.name.startswith(THREADS) for thread in threading.enumerate()):
+                context.alive()
+
     triton.knobs.compilation.listener = heard
+    threading.Thread(target=watch_threads, daemon=True).start()
 
 
 def work(context: Context) -> None:
@@ -143,11 +153,12 @@ def work(context: Context) -> None:
 def say_over(pipe: int) -> Callable[[dict[str, Any]], None]:
     """Lines of JSON to a pipe, which nothing that this process starts inherits."""
     os.set_inheritable(pipe, False)
-    file = os.fdopen(pipe, "w")
+    file, lock = os.fdopen(pipe, "w"), threading.Lock()
 
     def say(message: dict[str, Any]) -> None:
-        file.write(json.dumps(message) + "\n")
-        file.flush()
+        with lock:
+            file.write(json.dumps(message) + "\n")
+            file.flush()
 
     return say
 

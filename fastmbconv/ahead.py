@@ -34,6 +34,7 @@ _log = logging.getLogger(__name__)
 _following: Any = WeakIdKeyDictionary()  # a block's depthwise weight -> what describes the block after it
 _seen: set[tuple[Any, ...]] = set()
 MOST_THREADS = 32
+THREADS = "fastmbconv"  # what their names begin with
 
 
 def follows(weight: Tensor, describe: Next) -> None:
@@ -120,7 +121,7 @@ def submit(launches: Iterable[Written], threads: int | None = None) -> list[Comp
             return under_way
 
     threads = min(MOST_THREADS, len(os.sched_getaffinity(0))) if threads is None else threads
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="fastmbconv")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix=THREADS)
     executor: Any = SimpleNamespace(submit=lambda compile_kernel: Compiled(pool, compile_kernel))
     mode = Mode(executor, ignore_errors=True)
 

@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import triton
 
-from benchmarks import cache, gpu, recorder, timetable
+from benchmarks import cache, gpu, recorder, section, timetable
 from benchmarks.record import read
 from benchmarks.rehearsal.run import FAULTS, full_disk, stale_cache
 from benchmarks.section import Context, DeviceLost
@@ -369,3 +371,19 @@ def test_a_folder_that_takes_no_file_is_refused(tmp_path, monkeypatch, capsys):
         gpu.main()
     assert ended.value.code == 2
     assert "no result file can be made in --out" in capsys.readouterr().err
+
+
+def test_a_child_that_compiles_lives(said, monkeypatch):
+    """A 5x5 walk compiles for half a minute, and says nothing on the way."""
+    monkeypatch.setattr(section, "COMPILING_SECONDS", 0.01)
+    monkeypatch.setattr(triton.knobs.compilation, "listener", None)
+    section.listen_to_compiler(make_context(said))
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait, name="fastmbconv_0")
+    time.sleep(0.1)
+    assert {"alive": True} not in said
+    thread.start()
+    time.sleep(0.1)
+    done.set()
+    thread.join()
+    assert {"alive": True} in said
