@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch._dynamo  # noqa: F401 (it reads torch's own classes when it is imported)
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 NAME = "rehearsal, no GPU"
@@ -191,6 +192,7 @@ def _fake_tensors(device: Device, operation_us: float) -> None:
     for name, value in (("item", 0.0), ("__bool__", True), ("__float__", 0.0), ("__int__", 0), ("tolist", [])):
         setattr(FakeTensor, name, lambda self, value=value: value)
     FakeTensor.data_ptr = lambda self: ADDRESS
+    fake_tensor.init_gpu_context = lambda *args: None  # a tensor on the real device, which a PyTorch with CUDA tries
     FakeTensorMode.may_turn_const = lambda self, tensor: False  # it would compute with it, on the device
     torch.equal = Tensor.equal = lambda a, b: True
     torch.tensor = _made_on_the_host(torch.tensor)
