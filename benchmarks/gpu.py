@@ -27,10 +27,8 @@ from typing import Any, NoReturn
 from benchmarks import cache
 from benchmarks.recorder import RESULTS, ROOT, Recorder, gpu_name, head
 from benchmarks.summary import summarise, wrong
-from benchmarks.timetable import APART, FIRST, SECOND, SECTIONS, Section, plan, timetable, total_seconds
+from benchmarks.timetable import APART, DTYPES, FIRST, SECOND, SECTIONS, Section, plan, timetable, total_seconds
 from benchmarks.watch import Watch
-
-DTYPES = ("bfloat16", "float16", "float32", "tf32")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks import cache
 from benchmarks.rehearsal.child import SETTING
 from benchmarks.rehearsal.run import LIBRARIES
-from benchmarks.timetable import FIRST, SECOND, SECTIONS
+from benchmarks.timetable import DTYPES, FIRST, SECOND
 
 ARCH = 90  # of the device that is not there
 # The longest first, and those that share kernels apart: two that run side by side would both compile them.
@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     names = sorted(section.name for section in (*FIRST, *SECOND))
     parser.add_argument("--sections", nargs="+", choices=names, default=names, metavar="NAME", help="only for these")
     parser.add_argument("--kernels", nargs="+", metavar="KERNEL", help="whose other tiles `variants` will try")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32", "tf32"))
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--jobs", type=int, default=min(2, len(os.sched_getaffinity(0))), help="sections side by side")
     parser.add_argument("--shapes", type=int, metavar="N", help="only the first N blocks of each section (12: B0's)")
     parser.add_argument("--models", type=int, metavar="N", help="only the first N models (1: B0)")
@@ -77,7 +77,7 @@ def main() -> int:
     args.cache.mkdir(parents=True, exist_ok=True)
     cache.settle(args.cache)
     print(f"Triton {version('triton')}, Python {sys.version.split()[0]}, compute capability {ARCH / 10}", flush=True)
-    chosen = [SECTIONS[name].name for name in ORDER if name in args.sections]
+    chosen = [name for name in ORDER if name in args.sections]
     failed = False
     with tempfile.TemporaryDirectory() as logs, ThreadPoolExecutor(max(1, args.jobs)) as pool:
         under_way = [pool.submit(compile_section, name, args, Path(logs) / name) for name in chosen]

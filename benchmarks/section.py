@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.timetable import DTYPES
 from benchmarks.watch import BETWEEN
 from fastmbconv.ahead import THREADS
 
 COMPILING_SECONDS = 3.0  # between two signs of life
-DTYPES = ("bfloat16", "float16", "float32", "tf32")  # tf32: float32 tensors whose products take TF32
 
 
 class DeviceLost(Exception):

@@ -64,8 +64,7 @@ def run_pytest(context: Context, what: str, arguments: list[str]) -> None:
     reporter = Reporter(context)
     workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)) // 2)
     spread = ["-n", str(workers)] if workers > 1 and find_spec("xdist") and not context.facts.get("once") else []
-    quiet = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-p", "benchmarks.lost_device"]
-    options = [*context.facts.get("pytest", []), *quiet]
+    options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-p", "benchmarks.lost_device"]
     os.chdir(ROOT)
     status = pytest.main([*options, *spread, *arguments], plugins=[reporter])
     row = {"what": what, **reporter.counts, "failures": reporter.failures, "exit_status": int(status)}
@@ -97,7 +96,7 @@ def run_memcheck(context: Context) -> None:
             found = re.findall(r"ERROR SUMMARY: (\d+) error", output)
             verdict = "ended for time" if status is None else "passed" if status == 0 else f"exit status {status}"
             errors = int(found[-1]) if found else None
-            problem = {"error": f"{errors} errors, see the log"} if errors else {}
+            problem = {"error": f"{verdict}, {errors} errors, see the log"} if errors or status else {}
             context.add({"what": "memcheck", "verdict": verdict, "errors_found": errors} | problem)
 
 
@@ -113,7 +112,7 @@ def run_memcheck_here(context: Context) -> None:
 
 def run_start(context: Context) -> None:
     """From `fuse` to the end of B0's first step in a fresh process: with an empty cache of kernels, then a full one."""
-    command = [*context.facts.get("start", [sys.executable, "-m", "benchmarks.start"]), *(["--dry"] * context.dry)]
+    command = [sys.executable, "-m", "benchmarks.start"]
     with tempfile.TemporaryDirectory() as cache:
         for mode in ("cold", "warm"):
             with context.item(f"{mode} start") as begun:

@@ -47,7 +47,7 @@ def wrong(rows: Iterable[Row], disk: str | None = None) -> list[str]:
             found.append(f"{row['section']}: {row['what']}: {row['error']}")
         elif row["section"] == "sections" and row["status"] != "done":
             found.append(f"{row['what']}: {row['status']} (after {row['seconds']} s of {row['limit_s']:.0f})")
-        elif row["section"] == "versions" and "match" in str(row.get("cache")) and "does not" in row["cache"]:
+        elif row["section"] == "versions" and row.get("cache", "").startswith("does not match"):
             found.append(f"the cache of kernels {row['cache']}")
         elif row["section"] == "profile" and row.get("unmatched"):
             found.append(f"profile: {row['unmatched']} launches have no time, or no statement")

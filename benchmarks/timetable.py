@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+DTYPES = ("bfloat16", "float16", "float32", "tf32")  # tf32: float32 tensors whose products take TF32
 CLOSING_SECONDS = 5.0  # for the summary
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -64,12 +64,9 @@ class Rehearsal:
     facts: dict[str, Any] = field(default_factory=dict)
     program: list[str] = field(default_factory=lambda: [sys.executable, "-m", "benchmarks.rehearsal.child"])
     launch_us: float = 10.0
-    item_seconds: float | None = None
 
     def run(self, command: str, sections: Sequence[Section], fault: Fault | None = None) -> tuple[int, list[Any]]:
         """Exit status of one command, and the rows that are on disk."""
-        if self.item_seconds is not None:
-            sections = [replace(section, item_seconds=self.item_seconds) for section in sections]
         out = self.out / (command if fault is None else fault.name.replace(" ", "-"))
         recorder = records.Recorder(out, records.head(command, total_seconds(sections), measured=False), NAME)
         commands = gpu.Commands("bfloat16", recorder.rows, self.facts)
