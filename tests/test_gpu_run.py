@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from benchmarks import cache, gpu, recorder, section, timetable
+from benchmarks import cache, gpu, recorder, section, suites, timetable
 from benchmarks.record import read
 from benchmarks.rehearsal.run import FAULTS, full_disk, stale_cache
 from benchmarks.section import Context, DeviceLost
@@ -387,3 +387,20 @@ def test_a_child_that_compiles_lives(said, monkeypatch):
     done.set()
     thread.join()
     assert {"alive": True} in said
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "says"),
+    [
+        (0, "ERROR SUMMARY: 0 errors", None),
+        (9, "ERROR SUMMARY: 3 errors", "3 errors"),
+        (1, "no summary", "exit status 1"),
+        (None, "", None),  # ended for time: no verdict, and no fault
+    ],
+)
+def test_a_memory_check_that_fails_is_wrong(status, output, says, said, monkeypatch):
+    monkeypatch.setattr(suites.shutil, "which", lambda name: name)
+    monkeypatch.setattr(suites, "run_apart", lambda *_: (status, output))
+    suites.run_memcheck(make_context(said))
+    (row,) = [message["row"] for message in said if "row" in message]
+    assert says in row["error"] if says else "error" not in row
