@@ -10,11 +10,9 @@ convert(model, model.state_dict(), to="timm")
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,140 +20,21 @@ from torch import Tensor
 
 from fastmbconv.efficientnet import FAMILIES, EfficientNet
 from fastmbconv.scaling import COEFFICIENTS, Coefficients, plan
+from fastmbconv.sources.contents import Contents, NoWeightsError, read_contents
+from fastmbconv.sources.facts import Fact, Facts
+from fastmbconv.sources.names import SCHEMES, Scheme, translate
+from fastmbconv.sources.reading import CheckpointError
 
-Scheme = Literal["fastmbconv", "timm", "torchvision", "lukemelas", "huggingface"]
-Source = Mapping[str, Any] | str | os.PathLike[str]
+__all__ = [
+    "SCHEMES", "CheckpointError", "Contents", "Identity", "NoWeightsError", "Report", "Scheme", "Source",
+    "UnknownNamesError", "convert", "identify", "load", "read", "read_contents", "told_numerics",
+]  # fmt: skip
 
-WRAPPERS = ("state_dict", "model_state_dict", "model")
-PREFIXES = ("module.", "model.", "_orig_mod.")
+Source = Mapping[str, Any] | str | os.PathLike[str] | Contents
 
-
-@dataclass(frozen=True, slots=True)
-class _Names:
-    """One library's names for our modules; `block` takes s (stage), s1 (stage + 1), i (block in stage), n (block)."""
-
-    outer: Mapping[str, str]
-    block: str
-    inner: Mapping[str, str]
-    inner_without_expansion: Mapping[str, str]
-
-
-_LUKEMELAS = {
-    "expand_conv": "_expand_conv",
-    "expand_bn": "_bn0",
-    "depthwise_conv": "_depthwise_conv",
-    "depthwise_bn": "_bn1",
-    "se.reduce": "_se_reduce",
-    "se.expand": "_se_expand",
-    "project_conv": "_project_conv",
-    "project_bn": "_bn2",
-}
-_HUGGINGFACE = {
-    "expand_conv": "expansion.expand_conv",
-    "expand_bn": "expansion.expand_bn",
-    "depthwise_conv": "depthwise_conv.depthwise_conv",
-    "depthwise_bn": "depthwise_conv.depthwise_norm",
-    "se.reduce": "squeeze_excite.reduce",
-    "se.expand": "squeeze_excite.expand",
-    "project_conv": "projection.project_conv",
-    "project_bn": "projection.project_bn",
-}
-_SCHEMES: dict[Scheme, _Names] = {
-    "fastmbconv": _Names(
-        outer={name: name for name in ("stem.conv", "stem.bn", "head.conv", "head.bn", "classifier")},
-        block="stages.{s}.{i}.",
-        inner={name: name for name in _LUKEMELAS},
-        inner_without_expansion={name: name for name in _LUKEMELAS},
-    ),
-    "timm": _Names(
-        outer={
-            "stem.conv": "conv_stem",
-            "stem.bn": "bn1",
-            "head.conv": "conv_head",
-            "head.bn": "bn2",
-            "classifier": "classifier",
-        },
-        block="blocks.{s}.{i}.",
-        inner={
-            "expand_conv": "conv_pw",
-            "expand_bn": "bn1",
-            "depthwise_conv": "conv_dw",
-            "depthwise_bn": "bn2",
-            "se.reduce": "se.conv_reduce",
-            "se.expand": "se.conv_expand",
-            "project_conv": "conv_pwl",
-            "project_bn": "bn3",
-        },
-        inner_without_expansion={
-            "depthwise_conv": "conv_dw",
-            "depthwise_bn": "bn1",
-            "se.reduce": "se.conv_reduce",
-            "se.expand": "se.conv_expand",
-            "project_conv": "conv_pw",
-            "project_bn": "bn2",
-        },
-    ),
-    "torchvision": _Names(
-        outer={
-            "stem.conv": "features.0.0",
-            "stem.bn": "features.0.1",
-            "head.conv": "features.8.0",
-            "head.bn": "features.8.1",
-            "classifier": "classifier.1",
-        },
-        block="features.{s1}.{i}.block.",
-        inner={
-            "expand_conv": "0.0",
-            "expand_bn": "0.1",
-            "depthwise_conv": "1.0",
-            "depthwise_bn": "1.1",
-            "se.reduce": "2.fc1",
-            "se.expand": "2.fc2",
-            "project_conv": "3.0",
-            "project_bn": "3.1",
-        },
-        inner_without_expansion={
-            "depthwise_conv": "0.0",
-            "depthwise_bn": "0.1",
-            "se.reduce": "1.fc1",
-            "se.expand": "1.fc2",
-            "project_conv": "2.0",
-            "project_bn": "2.1",
-        },
-    ),
-    "lukemelas": _Names(
-        outer={
-            "stem.conv": "_conv_stem",
-            "stem.bn": "_bn0",
-            "head.conv": "_conv_head",
-            "head.bn": "_bn1",
-            "classifier": "_fc",
-        },
-        block="_blocks.{n}.",
-        inner=_LUKEMELAS,
-        inner_without_expansion=_LUKEMELAS,
-    ),
-    "huggingface": _Names(
-        outer={
-            "stem.conv": "efficientnet.embeddings.convolution",
-            "stem.bn": "efficientnet.embeddings.batchnorm",
-            "head.conv": "efficientnet.encoder.top_conv",
-            "head.bn": "efficientnet.encoder.top_bn",
-            "classifier": "classifier",
-        },
-        block="efficientnet.encoder.blocks.{n}.",
-        inner=_HUGGINGFACE,
-        inner_without_expansion=_HUGGINGFACE,
-    ),
-}
-SCHEMES: tuple[Scheme, ...] = tuple(_SCHEMES)
-
+ONE_FAMILY: dict[str, str] = {"torchvision": "torch", "lukemelas": "tf", "huggingface": "tf"}  # the others have both
+WIDE_EPS = ("b5", "b6", "b7")  # torchvision's run family tf's BN eps
 _CLASSIFIER = 2  # entries: weight and bias
-_BLOCK_KEY = re.compile(r"(stages\.(\d+)\.(\d+)\.)(.+)\.(\w+)")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint does not fit a model; the message names the first mismatch. The model is as it was."""
 
 
 class UnknownNamesError(CheckpointError):
@@ -171,39 +50,59 @@ class Report:
         loaded: our names of the entries that were copied.
         kept: our names of the entries that the model kept, because the checkpoint has none for them.
         unused: the checkpoint's names of the entries that the model has no place for.
+        part: where in the source the weights lay: "" at its top, "state_dict_ema", or the prefix of their names.
+        notes: what was chosen or assumed, a sentence each.
     """
 
     scheme: Scheme | Literal["position"]
     loaded: tuple[str, ...]
     kept: tuple[str, ...]
     unused: tuple[str, ...]
+    part: str = ""
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{len(self.loaded)} entries from {self.scheme}, {len(self.kept)} kept, {len(self.unused)} unused"
+        counts = f"{len(self.loaded)} entries from {self.scheme}, {len(self.kept)} kept, {len(self.unused)} unused"
+        return "; ".join((counts, *self.notes))
 
 
 def load(
-    model: EfficientNet, source: Source, *, scheme: Scheme | Literal["position"] | None = None, strict: bool = True
+    model: EfficientNet,
+    source: Source,
+    *,
+    scheme: Scheme | Literal["position"] | None = None,
+    strict: bool = True,
+    part: str | None = None,
 ) -> Report:
     """Copy a checkpoint's weights and statistics into a model of ours.
 
     Args:
-        source: a state dict, or the path of one (`torch.load` with weights_only, or .safetensors). It may lie in a dict
-            under "state_dict", "model_state_dict" or "model", and its names may start with "module.", "model." or
-            "_orig_mod.".
+        source: a state dict, or a checkpoint that holds one as timm, torchvision's references, Lightning or `fastmbconv
+            train` write it; or the path of a file with one (torch's format, restricted to tensors and plain values, or
+            safetensors), or of a folder as Hugging Face and timm write it. Prefixes of DDP, FSDP, torch.compile and
+            of the module that holds the network are taken off.
         scheme: whose names the checkpoint has; default: found out from the names. "position" ignores them, for a
             library that is not known here: the number of entries, and in this order each one's shape and last part of
             the name, must agree.
         strict: every entry needs its counterpart. If False, entries without one are kept or left out and reported, and
             so is a classifier for another number of classes; all other shapes must agree all the same.
+        part: which weights, where the source holds several: the name of what holds them ("state_dict_ema"), or the
+            prefix of their names ("teacher"). Default: a moving average before the raw ones, as timm loads them.
 
     A BN's missing num_batches_tracked (old checkpoints) counts as no mismatch, nor does the head or a stage that a
-    model with features_only or without classes lacks. A model of the other numeric family than the checkpoint's library
-    loads with a warning: its outputs differ.
+    model with features_only or without classes lacks.
+
+    Warns:
+        UserWarning: if the source says another numeric family or BN eps than the model's (its name, what lies beside
+            the weights, or names that only one family has), and if nothing says which: a model made with
+            family="torch" or family="tf" is told which, and there is no such warning. Also for values that are not
+            finite.
 
     Raises:
-        CheckpointError: naming the first entry that is missing, has another shape, or has no place. Nothing is copied.
-        TypeError: if model is not an `EfficientNet`, or source holds something else than tensors.
+        CheckpointError: for a file that can't be read; for two sources that disagree; for the first entry that is
+            missing, has another shape, is no floating-point tensor, or has no place. Nothing is copied.
+        NoWeightsError: (a CheckpointError and TypeError) if the source holds no weights, or several sets of them.
+        TypeError: if model is not an `EfficientNet`.
         ValueError: for an unknown scheme, or a model on the meta device.
     """
     if not isinstance(model, EfficientNet):
@@ -212,17 +111,19 @@ def load(
         raise ValueError("model is on the meta device and has no memory to load into: call model.to_empty(device=...)")
     if scheme is not None and scheme not in (*SCHEMES, "position"):
         raise ValueError(f"scheme is {scheme!r}: allowed are {', '.join(SCHEMES)}, position, None")
-    entries = read(source)
+    contents = source if isinstance(source, Contents) else read_contents(source, part)
+    entries = contents.entries
     if scheme == "position":
         found = _by_position(model, entries)
         unused: list[str] = []
     else:
         scheme, entries = _recognised(model, entries, (scheme,) if scheme else SCHEMES)
         found, unused = _matched(model, scheme, entries, strict)
-        _warn_of_numerics(model, scheme)
+    _check_facts(model, contents.facts, found)
+    notes = [*contents.notes, *_told_of_numerics(model, scheme, contents.facts), *_told_of_values(found)]
     kept = tuple(key for key in model.state_dict() if key not in found)
     model.load_state_dict(found, strict=False)
-    return Report(scheme, tuple(found), kept, tuple(unused))
+    return Report(scheme, tuple(found), kept, (*unused, *contents.aside), contents.part, tuple(notes))
 
 
 def convert(model: EfficientNet, source: Source, to: Scheme) -> dict[str, Tensor]:
@@ -237,13 +138,13 @@ def convert(model: EfficientNet, source: Source, to: Scheme) -> dict[str, Tensor
         CheckpointError: as `load`, strictly.
         ValueError: for an unknown `to`, or a Lite model and torchvision or Hugging Face, which have none.
     """
-    if to not in _SCHEMES:
+    if to not in SCHEMES:
         raise ValueError(f"to is {to!r}: allowed are {', '.join(SCHEMES)}")
     if model.coefficients.lite and to in ("torchvision", "huggingface"):
         raise ValueError(f"to is {to!r}: it has no EfficientNet-Lite")
     scheme, theirs = _recognised(model, read(source), SCHEMES)
     found, _ = _matched(model, scheme, theirs, strict=True)
-    return dict(zip(_translated(found, to), found.values(), strict=True))
+    return dict(zip(translate(found, to), found.values(), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,9 +169,10 @@ def identify(source: Source) -> Identity:
 
     Raises:
         CheckpointError: if it fits no variant; the message says which comes nearest, and what doesn't fit.
-        TypeError: if source holds something else than tensors.
+        NoWeightsError: as `load`.
     """
-    entries, mismatch = read(source), ""
+    contents = source if isinstance(source, Contents) else read_contents(source)
+    entries, mismatch = contents.entries, ""
     present = sum(not name.endswith("num_batches_tracked") for name in entries)
     gaps = {variant: abs(_size(coefficients) - present) for variant, coefficients in COEFFICIENTS.items()}
     nearest = sorted(gaps, key=gaps.__getitem__)
@@ -278,7 +180,7 @@ def identify(source: Source) -> Identity:
         with torch.device("meta"):
             model = EfficientNet(COEFFICIENTS[variant])
         scheme, theirs = _recognised(model, entries, SCHEMES)
-        stem, bias = (theirs.get(name) for name in _translated(["stem.conv.weight", "classifier.bias"], scheme))
+        stem, bias = (theirs.get(name) for name in translate(["stem.conv.weight", "classifier.bias"], scheme))
         channels = 3 if stem is None or stem.ndim != 4 else stem.shape[1]
         identity = Identity(scheme, variant, 0 if bias is None else len(bias), channels)
         try:
@@ -287,6 +189,8 @@ def identify(source: Source) -> Identity:
         except CheckpointError as error:
             mismatch = mismatch or f"{variant} comes nearest, but {error}"
         else:
+            if (said := contents.facts.get("variant")) is not None and said.value != variant:
+                raise CheckpointError(f"{said.source} says {said.value}, and the entries are those of {variant}")
             return identity
     raise CheckpointError(f"source fits none of {', '.join(COEFFICIENTS)}: {mismatch}")
 
@@ -299,50 +203,8 @@ def _size(coefficients: Coefficients) -> int:
 
 
 def read(source: Source) -> dict[str, Tensor]:
-    """A checkpoint's entries, without what they are wrapped in and without the prefixes; see `load`.
-
-    Raises:
-        TypeError: if source holds something else than tensors.
-    """
-    content: Any = source
-    if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    for name in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
-    if not isinstance(content, Mapping) or not content:
-        raise TypeError(f"source holds a {type(content).__name__}: allowed is a state dict that is not empty")
-    for name, value in content.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"source[{name!r}] is a {type(value).__name__}: allowed are tensors")
-    entries = dict(content)
-    while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in entries)), None):
-        entries = {k.removeprefix(prefix): v for k, v in entries.items()}
-    return entries
-
-
-def _translated(keys: Iterable[str], scheme: Scheme) -> list[str]:
-    """Our keys, in our order, as this library calls them."""
-    keys, names = list(keys), _SCHEMES[scheme]
-    blocks: dict[str, int] = {}
-    expanded = {match[1] for key in keys if (match := _BLOCK_KEY.fullmatch(key)) and match[4] == "expand_conv"}
-    out = []
-    for key in keys:
-        if match := _BLOCK_KEY.fullmatch(key):
-            block, stage, i, module, leaf = match.groups()
-            n = blocks.setdefault(block, len(blocks))
-            inner = names.inner if block in expanded else names.inner_without_expansion
-            out.append(f"{names.block.format(s=stage, s1=int(stage) + 1, i=i, n=n)}{inner[module]}.{leaf}")
-        else:
-            module, _, leaf = key.rpartition(".")
-            out.append(f"{names.outer[module]}.{leaf}")
-    return out
+    """A checkpoint's entries, without what they are wrapped in and without prefixes; raises as `load`."""
+    return (source if isinstance(source, Contents) else read_contents(source)).entries
 
 
 def _recognised(
@@ -353,7 +215,7 @@ def _recognised(
     keys = _all_keys(model)
     hits, best = 0, None
     for scheme in schemes:
-        names = set(_translated(keys, scheme))
+        names = set(translate(keys, scheme))
         for candidate in (entries, with_prefix) if scheme == "huggingface" else (entries,):
             count = sum(name in names for name in candidate)
             if count > hits:
@@ -376,7 +238,7 @@ def _by_position(model: EfficientNet, entries: dict[str, Tensor]) -> dict[str, T
             )
     if len(ours) != len(entries):
         raise CheckpointError(f"the model has {len(ours)} entries, the checkpoint {len(entries)}")
-    return dict(zip(ours, entries.values(), strict=True))
+    return {key: _numbers(name, value, ours[key]) for key, (name, value) in zip(ours, entries.items(), strict=True)}
 
 
 def _all_keys(model: EfficientNet) -> list[str]:
@@ -390,7 +252,7 @@ def _matched(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Our names -> their tensors, and those of their names that the model has no place for."""
     keys = _all_keys(model)
-    names = dict(zip(keys, _translated(keys, scheme), strict=True))
+    names = dict(zip(keys, translate(keys, scheme), strict=True))
     ours = model.state_dict()
     found: dict[str, Tensor] = {}
     skipped: set[str] = set()
@@ -400,7 +262,7 @@ def _matched(
             if strict and not key.endswith(".num_batches_tracked"):
                 raise CheckpointError(f"{key} has no counterpart: the checkpoint ({scheme}) lacks {name}")
         elif theirs[name].shape == tensor.shape:
-            found[key] = theirs[name]
+            found[key] = _numbers(name, theirs[name], tensor)
         elif key.startswith("classifier.") and not strict:
             skipped.add(key)
         else:
@@ -415,6 +277,13 @@ def _matched(
     return found, [name for name in theirs if name not in taken]
 
 
+def _numbers(name: str, theirs: Tensor, ours: Tensor) -> Tensor:
+    """Their tensor, if its values mean what ours do: whole numbers in the place of weights are quantised ones."""
+    if theirs.is_complex() or (ours.is_floating_point() and not theirs.is_floating_point()):
+        raise CheckpointError(f"{name} in the checkpoint is {theirs.dtype}: expected floating-point numbers")
+    return theirs
+
+
 def _shape_message(key: str, ours: Tensor, name: str, theirs: Tensor, scheme: str) -> str:
     message = f"{key} is {list(ours.shape)}, and {name} in the checkpoint ({scheme}) is {list(theirs.shape)}"
     if key.startswith("classifier."):
@@ -427,17 +296,66 @@ def _shape_message(key: str, ours: Tensor, name: str, theirs: Tensor, scheme: st
     return message
 
 
-def _warn_of_numerics(model: EfficientNet, scheme: Scheme) -> None:
-    """Warn if the outputs will differ from those of the library; timm's names are the same in both families."""
-    if scheme in ("fastmbconv", "timm"):
-        return
-    family = "torch" if scheme == "torchvision" else "tf"
-    eps = FAMILIES[family].eps
-    if scheme == "torchvision" and model.coefficients in (COEFFICIENTS[v] for v in ("b5", "b6", "b7")):
-        eps = 1e-3
-    if model.family != family or model.eps != eps:
-        warnings.warn(
-            f"a {scheme} checkpoint belongs to family={family!r}, eps={eps}; this model has family={model.family!r}, "
-            f"eps={model.eps}, and gives other outputs",
-            stacklevel=3,
+def told_numerics(scheme: str, coefficients: Coefficients, facts: Facts) -> tuple[Fact | None, Fact | None]:
+    """The numeric family and the BN eps of weights, None where neither their names nor their source tell them.
+
+    Raises:
+        CheckpointError: if the source says one family, and only the other one has such names.
+    """
+    if scheme in ONE_FAMILY:
+        facts.add("family", ONE_FAMILY[scheme], f"a {scheme} checkpoint")
+    elif (named := facts.get("named_family")) is not None:
+        facts.add("family", named.value, named.source)
+    family, eps = facts.get("family"), facts.get("eps")
+    if eps is None and family is not None:
+        wide = scheme == "torchvision" and coefficients in (COEFFICIENTS[name] for name in WIDE_EPS)
+        eps = Fact(1e-3 if wide else FAMILIES[family.value].eps, family.source)
+    return family, eps
+
+
+def _told_of_numerics(model: EfficientNet, scheme: str, facts: Facts) -> list[str]:
+    """Warn, and return the sentence, if the outputs will or may differ from those of the weights' own model."""
+    family, eps = told_numerics(scheme, model.coefficients, facts)
+    if family is not None and eps is not None:
+        if (family.value, eps.value) == (model.family, model.eps):
+            return []
+        told = (
+            f"{family.source} says family={family.value!r}, eps={eps.value:g}; this model has family={model.family!r}, "
+            f"eps={model.eps:g}, and gives other outputs"
         )
+    elif model.family_told:
+        return []
+    else:
+        told = (
+            f"family={model.family!r}, eps={model.eps:g} is assumed: nothing says which family these weights are of "
+            "(timm's efficientnet_* and tf_efficientnet_* have the same names); make the model with family='tf' or "
+            "family='torch' if you know"
+        )
+    warnings.warn(told, stacklevel=3)
+    return [told]
+
+
+def _told_of_values(found: Mapping[str, Tensor]) -> list[str]:
+    name = next((key for key, value in found.items() if value.is_floating_point() and not value.isfinite().all()), None)
+    if name is None:
+        return []
+    told = f"{name} has values that are not finite: a run that diverged, or was stored in too narrow a dtype"
+    warnings.warn(told, stacklevel=3)
+    return [told]
+
+
+def _check_facts(model: EfficientNet, facts: Facts, found: Mapping[str, Tensor]) -> None:
+    """CheckpointError where the source says something else than the model is, or than its own entries are."""
+    variant = next((name for name, of in COEFFICIENTS.items() if of == model.coefficients), None)
+    rows = found["classifier.bias"].shape[0] if "classifier.bias" in found else None
+    here = {
+        "variant": variant,
+        "activation": "relu6" if model.coefficients.lite else "silu",
+        "num_classes": rows,
+    }
+    for name, value in here.items():
+        said = facts.get(name)
+        if said is not None and value is not None and said.value != value:
+            raise CheckpointError(
+                f"{said.source} says {name.replace('_', ' ')} {said.value}, and the model has {value}"
+            )

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,10 @@ class EfficientNet(nn.Module):
     Shape: [N, in_chans, H, W] -> [N, num_classes] ([N, num_features] if that is 0), at any H and W; with features_only,
     a list of [N, feature.channels, ceil(H / feature.reduction), ceil(W / feature.reduction)].
 
+    Its state dict says family and eps, in what PyTorch keeps beside the entries (`_metadata`): torch.save stores it.
+
     Attributes:
+        family_told: whether `family` was given, or is the default.
         feature_info: a `Feature` for each map of `forward_stages`.
         num_features: channels of the pooled features.
         resolution: the side of the images that these coefficients are meant for.
@@ -113,6 +116,7 @@ class EfficientNet(nn.Module):
         out_indices: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        told = family is not None
         family = family or ("tf" if coefficients.lite else "torch")
         if family not in FAMILIES:
             raise ValueError(f"family is {family!r}: allowed are {', '.join(FAMILIES)}")
@@ -127,6 +131,7 @@ class EfficientNet(nn.Module):
         numerics = FAMILIES[family]
         self.coefficients = coefficients
         self.family: Family = family
+        self.family_told = told
         self.eps = numerics.eps if eps is None else eps
         self.momentum = numerics.momentum if momentum is None else momentum
         self.resolution = coefficients.resolution
@@ -187,6 +192,11 @@ class EfficientNet(nn.Module):
             ValueError: as `fastmbconv.scaling.compound`.
         """
         return cls(compound(phi, alpha, beta, gamma), **options)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata.setdefault(prefix[:-1], {}).update(family=self.family, eps=self.eps)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training, keep only each block's input and run the block again in the backward pass.
