@@ -27,7 +27,7 @@ from fastmbconv.sources.reading import CheckpointError
 
 __all__ = [
     "SCHEMES", "CheckpointError", "Contents", "Identity", "NoWeightsError", "Report", "Scheme", "Source",
-    "UnknownNamesError", "convert", "identify", "load", "read", "read_contents", "told_numerics",
+    "UnknownNamesError", "convert", "identify", "load", "numerics", "read", "read_contents", "told_numerics",
 ]  # fmt: skip
 
 Source = Mapping[str, Any] | str | os.PathLike[str] | Contents
@@ -279,6 +279,8 @@ def _matched(
 
 def _numbers(name: str, theirs: Tensor, ours: Tensor) -> Tensor:
     """Their tensor, if its values mean what ours do: whole numbers in the place of weights are quantised ones."""
+    if theirs.is_meta and not ours.is_meta:
+        raise CheckpointError(f"{name} in the checkpoint is on the meta device, and has no values")
     if theirs.is_complex() or (ours.is_floating_point() and not theirs.is_floating_point()):
         raise CheckpointError(f"{name} in the checkpoint is {theirs.dtype}: expected floating-point numbers")
     return theirs
@@ -296,6 +298,18 @@ def _shape_message(key: str, ours: Tensor, name: str, theirs: Tensor, scheme: st
     return message
 
 
+def numerics(source: Source, coefficients: Coefficients) -> tuple[Fact | None, Fact | None]:
+    """The numeric family and the BN eps of a checkpoint of a model with these coefficients; see `told_numerics`.
+
+    Raises:
+        CheckpointError: as `load`, for a source that can't be read, or has the names of no known library.
+    """
+    contents = source if isinstance(source, Contents) else read_contents(source)
+    with torch.device("meta"):
+        scheme, _ = _recognised(EfficientNet(coefficients), contents.entries, SCHEMES)
+    return told_numerics(scheme, coefficients, contents.facts)
+
+
 def told_numerics(scheme: str, coefficients: Coefficients, facts: Facts) -> tuple[Fact | None, Fact | None]:
     """The numeric family and the BN eps of weights, None where neither their names nor their source tell them.
 
@@ -304,12 +318,14 @@ def told_numerics(scheme: str, coefficients: Coefficients, facts: Facts) -> tupl
     """
     if scheme in ONE_FAMILY:
         facts.add("family", ONE_FAMILY[scheme], f"a {scheme} checkpoint")
+        wide = scheme == "torchvision" and coefficients in (COEFFICIENTS[name] for name in WIDE_EPS)
+        if facts.get("eps") is None:
+            facts.add("eps", 1e-3 if wide else FAMILIES[ONE_FAMILY[scheme]].eps, f"a {scheme} checkpoint")
     elif (named := facts.get("named_family")) is not None:
         facts.add("family", named.value, named.source)
     family, eps = facts.get("family"), facts.get("eps")
     if eps is None and family is not None:
-        wide = scheme == "torchvision" and coefficients in (COEFFICIENTS[name] for name in WIDE_EPS)
-        eps = Fact(1e-3 if wide else FAMILIES[family.value].eps, family.source)
+        eps = Fact(FAMILIES[family.value].eps, family.source)
     return family, eps
 
 

@@ -192,17 +192,20 @@ def test_a_model_with_the_same_numerics_is_named():
     ]
 
 
-def test_a_runs_own_family_is_known(tmp_path):
-    run = {"look": {}, "config": {"family": "tf"}, "state_dict": state()}
+def test_a_runs_own_family_is_known(capsys, tmp_path):
+    run = {"format": 1, "look": {}, "config": {"family": "tf"}, "classes": ["a", "b", "c"], "state_dict": state()}
     torch.save(run, tmp_path / "best.pt")
-    assert convert._trained_family(tmp_path / "best.pt") == "tf"
+    for target, code, told in (("timm", 0, "as the run's configuration says"), ("torchvision", 2, "family torch")):
+        library(target)
+        assert main(["convert", str(tmp_path / "best.pt"), str(tmp_path / f"{target}.pt"), "--to", target]) == code
+        assert told in "".join(capsys.readouterr())
 
 
 FILES = {
-    "junk": (lambda path: path.write_text("no checkpoint"), "SRC is .*: it (is no checkpoint|can't be read)"),
-    "module": (lambda path: torch.save(nn.Linear(2, 2), path), "holds more than tensors; save model.state_dict"),
-    "numbers": (lambda path: torch.save({"a": 3}, path), r"not a state dict: source\['a'\] is a int"),
-    "cut": (lambda path: _cut(path), "it can't be read"),
+    "junk": (lambda path: path.write_text("no checkpoint"), "SRC is .*source.pth is no checkpoint"),
+    "module": (lambda path: torch.save(nn.Linear(2, 2), path), "more than tensors; store model.state_dict"),
+    "numbers": (lambda path: torch.save({"a": 3}, path), r"source.pth holds a \(int\): expected a state dict"),
+    "cut": (lambda path: _cut(path), "source.pth is cut off: its end is missing"),
     "other": (lambda path: torch.save(nn.Linear(2, 2).state_dict(), path), "names of no known library"),
 }
 

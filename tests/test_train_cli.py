@@ -161,7 +161,7 @@ def test_a_full_disk_and_a_lost_loss_keep_the_last_good_checkpoint(pictures, tmp
         (["digits", "--batch-size", "5000"], "there are 1438 pictures to train on"),
         (["digits", "--batch-size", "10", "--accumulate", "3"], "must be a multiple of 3"),
         (["digits", "--weights", "B1"], "a checkpoint of another model"),
-        (["digits", "--weights", "WORDS"], "it can't be read"),
+        (["digits", "--weights", "WORDS"], "WORDS is no checkpoint, or is cut off or damaged (5 bytes)"),
         (["digits", "--weights", "NAMES"], "that is checkpoints.load(model, source, scheme=...) in Python"),
     ],
 )
@@ -179,10 +179,12 @@ def test_bad_input_says_what_to_do(arguments, told, tmp_path, capsys):
 
 def test_predict_names_what_is_missing(tmp_path, capsys):
     assert main(["predict", "x.png", "--checkpoint", str(tmp_path)]) == 2
-    assert "has neither best.pt nor last.pt" in capsys.readouterr().err
-    torch.save(efficientnet_b0(num_classes=3).state_dict(), tmp_path / "b0.pt")
+    assert "it holds no checkpoint (expected model.safetensors, pytorch_model.bin, best.pt, last.pt)" in (
+        capsys.readouterr().err
+    )
+    torch.save(efficientnet_b0(num_classes=0).state_dict(), tmp_path / "b0.pt")
     assert main(["predict", "x.png", "--checkpoint", str(tmp_path / "b0.pt")]) == 2
-    assert "name its --model" in capsys.readouterr().err
+    assert "it has no classifier, and so no classes to name" in capsys.readouterr().err
 
 
 def test_a_picture_that_has_no_place_is_named(pictures, tmp_path, capsys):

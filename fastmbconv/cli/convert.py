@@ -5,7 +5,8 @@ where they are installed, on random input in float64, and the largest difference
 
 The libraries come in two numeric families: torch (timm's efficientnet_*, torchvision) pads symmetrically, tf (timm's
 tf_efficientnet_*, lukemelas, transformers) as TensorFlow does, with another BN eps. Weights of one lose accuracy in the
-other, so that is refused. The names in timm's and in our files are the same in both families: --family says which.
+other, so that is refused. The names in timm's and in our files are the same in both families: a file name with tf_,
+what lies in or beside the file, or --family says which.
 torchvision's b5 to b7 are of family torch with tf's BN eps, 1e-3 (and momentum 0.01): timm's and our models take it as
 bn_eps=1e-3 and eps=1e-3, and --eps 1e-3 takes such weights back to torchvision.
 """
@@ -13,7 +14,6 @@ bn_eps=1e-3 and eps=1e-3, and --eps 1e-3 takes such weights back to torchvision.
 from __future__ import annotations
 
 import argparse
-import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +23,7 @@ from fastmbconv.files import replacing
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastmbconv.checkpoints import Identity
+    from fastmbconv.checkpoints import Contents, Identity
     from fastmbconv.cli.peers import Numerics
 
 LIBRARIES = {
@@ -51,10 +51,11 @@ def add_to(commands: Any) -> None:
         "convert", help="rename a checkpoint's entries for another library", description=__doc__
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("source", metavar="SRC", type=Path, help="a state dict: .pt, .pth, .bin or .safetensors")
+    parser.add_argument("source", metavar="SRC", type=Path, help="a checkpoint, or a folder as Hugging Face writes it")
     parser.add_argument("target", metavar="DST", type=Path, help=f"the file to write: {', '.join(SUFFIXES)}")
     parser.add_argument("--from", dest="origin", choices=LIBRARIES, help="whose names SRC has (default: found out)")
     parser.add_argument("--to", choices=LIBRARIES, required=True, help="whose names DST shall have")
+    parser.add_argument("--part", help="which of several sets of weights in SRC, by name: state_dict, ...")
     parser.add_argument("--model", help="b0 to b8, l2, lite0 to lite4; tf_... for family tf (default: found out)")
     parser.add_argument("--family", choices=("torch", "tf"), help="numeric family of SRC's weights")
     parser.add_argument(
@@ -71,8 +72,8 @@ def run(options: argparse.Namespace) -> int:
     from fastmbconv import checkpoints
     from fastmbconv.cli import peers
 
-    content = _contents(options.source)
-    plan = _plan(options, content)
+    contents = _contents(options.source, options.part)
+    plan, content = _plan(options, contents), contents.entries
     import torch
 
     with torch.device("meta"):
@@ -82,6 +83,8 @@ def run(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise CommandError(f"SRC is {options.source}: {error}") from error
     print(f"{options.source}: {plan.source}'s efficientnet {plan.identity.variant}, {len(content)} entries")
+    for note in contents.notes:
+        print(note)
     print(f"family {plan.numerics.family}, BN eps {plan.numerics.eps:g}: {plan.reason}")
     if not _agrees(plan, content, renamed):
         print(f"fastmbconv: {options.target} is not written: the outputs differ")
@@ -95,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _check_paths(options: argparse.Namespace) -> None:
     source, target = options.source, options.target
-    if not source.is_file():
+    if not source.exists():
         raise CommandError(f"SRC is {source}: there is no such file")
     if target.suffix not in SUFFIXES:
         raise CommandError(f"DST is {target}: allowed are names that end in {', '.join(SUFFIXES)}")
@@ -109,22 +112,16 @@ def _check_paths(options: argparse.Namespace) -> None:
         require("safetensors", "train")
 
 
-def _contents(path: Path) -> dict[str, Tensor]:
-    from fastmbconv import checkpoints
+def _contents(path: Path, part: str | None) -> Contents:
+    from fastmbconv.checkpoints import CheckpointError, read_contents
 
     try:
-        return checkpoints.read(path)
-    except TypeError as error:
-        raise CommandError(f"SRC is {path}: not a state dict: {error}") from error
-    except pickle.UnpicklingError as error:
-        raise CommandError(
-            f"SRC is {path}: it is no checkpoint, or holds more than tensors; save model.state_dict(), not the model"
-        ) from error
-    except Exception as error:  # torch and safetensors raise many kinds for a damaged file
-        raise CommandError(f"SRC is {path}: it can't be read: {str(error).splitlines()[0]}") from error
+        return read_contents(path, part)
+    except CheckpointError as error:
+        raise CommandError(f"SRC is {str(error).replace('name one as part', 'name one with --part')}") from error
 
 
-def _plan(options: argparse.Namespace, content: dict[str, Tensor]) -> Plan:
+def _plan(options: argparse.Namespace, contents: Contents) -> Plan:
     from fastmbconv import checkpoints
     from fastmbconv.cli import peers
     from fastmbconv.scaling import COEFFICIENTS
@@ -138,7 +135,8 @@ def _plan(options: argparse.Namespace, content: dict[str, Tensor]) -> Plan:
         if tf and options.family == "torch":
             raise CommandError(f"--model is {options.model!r} and --family torch: tf_ says family tf; give one of them")
     try:
-        identity = checkpoints.identify(content)
+        identity = checkpoints.identify(contents)
+        family, _ = checkpoints.numerics(contents, COEFFICIENTS[identity.variant])
     except ValueError as error:
         raise CommandError(f"SRC is {options.source}: {error}") from error
     source = next(name for name, scheme in LIBRARIES.items() if scheme == identity.scheme)
@@ -146,21 +144,23 @@ def _plan(options: argparse.Namespace, content: dict[str, Tensor]) -> Plan:
         raise CommandError(f"--from is {options.origin}: SRC has the names of {source}")
     if wanted not in (None, identity.variant):
         raise CommandError(f"--model is {options.model}: SRC fits efficientnet {identity.variant}")
-    named = "tf" if tf or options.source.name.startswith("tf_") else None
-    family = options.family or named or _trained_family(options.source)
-    numerics, reason = peers.numerics(source, options.to, identity, family, options.eps)
+    told = {
+        "family": (family, options.family or ("tf" if tf else None)),
+        "eps": (contents.facts.get("eps"), options.eps),
+    }
+    for name, (fact, option) in told.items():
+        if fact is not None and option not in (None, fact.value) and source in peers.FREE:
+            raise CommandError(
+                f"--{name} is {option}, and {fact.source} says {fact.value}: leave it out, or correct SRC"
+            )
+    chosen = {
+        name: option if fact is None or option is not None else fact.value for name, (fact, option) in told.items()
+    }
+    if source not in peers.FREE:  # its names say both, and an option that doesn't fit is refused
+        chosen = {name: option for name, (_, option) in told.items()}
+    said = family.source if family is not None and options.family is None and not tf else None
+    numerics, reason = peers.numerics(source, options.to, identity, chosen["family"], chosen["eps"], said)
     return Plan(source, options.to, identity, numerics, reason)
-
-
-def _trained_family(path: Path) -> str | None:
-    """The family of a run of ours, which stands in its checkpoint."""
-    if path.suffix == ".safetensors":
-        return None
-    import torch
-
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    config = content.get("config") if isinstance(content, dict) and "look" in content else None
-    return config.get("family") if isinstance(config, dict) else None
 
 
 def _agrees(plan: Plan, content: dict[str, Tensor], renamed: dict[str, Tensor]) -> bool:

@@ -1,8 +1,7 @@
 """`fastmbconv eval [DATA]`: top-1, top-5, loss and confusion matrix of a model that `fastmbconv train` left.
 
 DATA is as in `train`; without it, the run's own held-out pictures. A run's mixed precision is its evaluation's too.
---checkpoint also takes the weights of timm,
-torchvision, lukemelas or Hugging Face; name their --model then.
+--checkpoint also takes the weights of timm, torchvision, lukemelas or Hugging Face; what is assumed of them is told.
 """
 
 from __future__ import annotations

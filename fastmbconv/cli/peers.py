@@ -24,9 +24,9 @@ class Numerics(NamedTuple):
 
 
 def numerics(
-    source: str, target: str, identity: Identity, family: str | None, eps: float | None = None
+    source: str, target: str, identity: Identity, family: str | None, eps: float | None = None, said: str | None = None
 ) -> tuple[Numerics, str]:
-    """The numerics of the weights of a conversion, and where they are known from.
+    """The numerics of the weights of a conversion, and where they are known from; `said`: what says the family.
 
     Raises:
         CommandError: if source, target, family and eps don't go together.
@@ -54,7 +54,7 @@ def numerics(
         return here, f"{target}'s own{told}"
     lite = identity.variant.startswith("lite")
     chosen = family or ("tf" if lite else "torch")
-    told = "as told by --family, a name with tf_ or a run" if family else f"assumed; {same}, --family chooses"
+    told = f"as {said or '--family or --model'} says" if family else f"assumed; {same}, --family chooses"
     return Numerics(chosen, FAMILIES[chosen].eps if eps is None else eps), told
 
 

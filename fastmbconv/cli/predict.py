@@ -1,7 +1,7 @@
 """`fastmbconv predict IMAGE...`: the likeliest classes of pictures, with a model that `fastmbconv train` left.
 
 Prints names and probabilities, and draws the pictures with them. --checkpoint also takes the weights of timm,
-torchvision, lukemelas or Hugging Face with ImageNet's classes; name their --model then.
+torchvision, lukemelas or Hugging Face. What a file or folder says of itself is believed; what is assumed is told.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from fastmbconv.cli.extras import CommandError, require, require_vision
 
 DRAWN = 24
+MODEL_OPTIONS = ("model", "family", "eps", "normalize", "resolution", "crop", "interpolation")
 
 
 def add_to(commands: Any) -> None:
@@ -35,8 +36,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", default="runs/train", help="a run's folder, or a checkpoint (default: %(default)s)"
     )
-    parser.add_argument("--model", help="whose checkpoint it is, where no run of ours wrote it")
-    parser.add_argument("--family", choices=("torch", "tf"), help="padding and BN constants of such a model")
+    parser.add_argument(
+        "--part", help="which of several sets of weights in it, by name: state_dict, state_dict_ema, ..."
+    )
+    parser.add_argument("--model", help="which model's checkpoint it is (default: found out)")
+    parser.add_argument("--family", choices=("torch", "tf"), help="padding and BN constants, where nothing says them")
+    parser.add_argument("--eps", type=float, help="BatchNorm's, where nothing says it (default: the family's)")
+    parser.add_argument("--normalize", choices=("imagenet", "half"), help="of pictures, where nothing says it")
+    parser.add_argument("--resolution", type=int, help="side of the pictures (default: the source's, or the variant's)")
+    parser.add_argument("--crop", type=float, help="part of the short side that the model sees (default: the source's)")
+    parser.add_argument("--interpolation", choices=("bicubic", "bilinear", "nearest"), help="of resizing")
     parser.add_argument("--device", help="cuda, cpu, ... (default: a GPU if there is one)")
     parser.add_argument("--eager", action="store_true", help="never run fused blocks")
 
@@ -54,9 +63,12 @@ def restored(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     from fastmbconv.training.distributed import device_named
     from fastmbconv.training.restore import restore
 
-    config = Config(model=options.model or Config.model, family=options.family)
+    given = {name: value for name in MODEL_OPTIONS if (value := getattr(options, name)) is not None}
+    Config(**given)  # names what is out of its range
     device = device_named(options.device)
-    trained = restore(options.checkpoint, config, options.model is not None)
+    trained = restore(options.checkpoint, given, options.part)
+    for note in trained.notes:
+        print(note, file=sys.stderr)
     model = trained.model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return trained, fastmbconv.unfuse(model) if options.eager else fastmbconv.fuse(model), device
 
@@ -81,6 +93,8 @@ def _predict(options: argparse.Namespace) -> int:
     if not paths:
         raise CommandError(f"IMAGE is {options.images[0]}: it holds no picture")
     guesses, broken = predict(trained, model, paths, options.top, device)
+    if trained.doubt is not None and guesses:
+        print(_compare_families(trained, guesses[0], device), file=sys.stderr)
     for path, reason in broken.items():
         print(f"skipped {path}: {reason}", file=sys.stderr)
     if not guesses:
@@ -96,3 +110,18 @@ def _predict(options: argparse.Namespace) -> int:
     more = f" (the first {DRAWN} of {len(guesses)})" if len(guesses) > DRAWN else ""
     print(f"picture: {options.picture}{more}", file=sys.stderr)
     return 1 if broken else 0
+
+
+def _compare_families(trained: Any, guess: Any, device: Any) -> str:
+    """What the same weights say in the other family: who knows the picture knows which family they are of."""
+    import torch
+
+    from fastmbconv.training.predict import predict
+
+    other = trained.doubt.to(device).to(memory_format=torch.channels_last)
+    ((theirs,), _) = predict(trained, other, [guess.path], 1, device)
+    here, there = trained.config.family, trained.doubt.family
+    return (
+        f"--checkpoint: {guess.path} in family {here} is {guess.names[0]} ({guess.probabilities[0]:.1%}), in family "
+        f"{there} {theirs.names[0]} ({theirs.probabilities[0]:.1%}); nothing was decided by it, --family does"
+    )

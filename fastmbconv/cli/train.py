@@ -86,7 +86,7 @@ def _train(given: dict[str, Any], config_file: Path | None, resume: bool) -> int
     notes: list[str] = []
     if resume or restarted():
         if last.exists():
-            state = checkpoint.load(last)
+            state = checkpoint.load_last(last.parent)
             given, notes = resumed(from_dict(state["config"], str(last)), given)
     elif last.exists():
         raise CommandError(f"{last} is there: go on with that run with --resume, or choose another --output")
@@ -96,7 +96,7 @@ def _train(given: dict[str, Any], config_file: Path | None, resume: bool) -> int
         here = stack.enter_context(world(config.device))
         log = Log(here.first)
         wish = stack.enter_context(heard())
-        trainer = Trainer(config, here, log, wish)
+        trainer = Trainer(config, here, log, wish, fresh=state is None)
         if here.first:
             _make_folder(Path(config.output))
         if state is not None:
@@ -108,6 +108,8 @@ def _train(given: dict[str, Any], config_file: Path | None, resume: bool) -> int
         elif resume:
             log.say(f"nothing to resume in {config.output}: a new run")
         trainer.agree()
+        for note in trainer.notes:
+            log.say(note)
         log.say(trainer.describe())
         try:
             trainer.run()

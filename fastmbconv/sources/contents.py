@@ -192,8 +192,6 @@ def _check_tensors(entries: Mapping[str, Tensor], what: str) -> None:
     for name, tensor in entries.items():
         if is_traceable_wrapper_subclass(tensor):
             raise CheckpointError(f"{what}: {name} is a {type(tensor).__name__}: store the full state dict")
-        if tensor.is_meta:
-            raise CheckpointError(f"{what}: {name} is on the meta device and has no values")
         if tensor.is_quantized or tensor.layout != torch.strided:
             kind = "quantised" if tensor.is_quantized else "sparse"
             raise CheckpointError(f"{what}: {name} is {kind}: expected plain values")

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from fastmbconv.sources.facts import RUN_FORMAT, is_run
+from fastmbconv.sources.reading import CheckpointError, read_stored
 from fastmbconv.training.errors import TrainingError
 
 LAST, BEST = "last.pt", "best.pt"
-FORMAT = 1
+FORMAT = RUN_FORMAT
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -53,10 +55,28 @@ def load(path: Path) -> dict[str, Any]:
         TrainingError: if it can't be read, or is something else.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises much: UnpicklingError, RuntimeError, EOFError, OSError, ...
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TrainingError(f"{path} can't be read ({reason})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        content = read_stored(path).content
+    except CheckpointError as error:
+        raise TrainingError(str(error)) from error
+    if not is_run(content):
         raise TrainingError(f"{path} is no checkpoint of `fastmbconv train`")
     return content
+
+
+def load_last(folder: Path) -> dict[str, Any]:
+    """The state that a run goes on from.
+
+    Raises:
+        TrainingError: as `load`; it says so if there is a whole `BEST` to start from instead.
+    """
+    try:
+        return load(folder / LAST)
+    except TrainingError as error:
+        try:
+            epoch = load(folder / BEST)["metrics"]["epoch"]
+        except TrainingError:
+            raise error from None
+        raise TrainingError(
+            f"{error}; {folder / BEST} is whole, the weights after epoch {epoch:.0f}: --weights {folder / BEST} with "
+            "another --output starts from them"
+        ) from error

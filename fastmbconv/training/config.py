@@ -40,6 +40,7 @@ class Config:
     width: float | None = option(None, "model", "factor on B0's channels (default: the variant's)", fixed=True)
     depth: float | None = option(None, "model", "factor on B0's repeats (default: the variant's)", fixed=True)
     family: str | None = option(None, "model", "padding and BN constants", choices=("torch", "tf"), fixed=True)
+    eps: float | None = option(None, "model", "BatchNorm's (default: the family's)", low=1e-12, below=1.0, fixed=True)
     dropout: float | None = option(None, "model", "before the classifier (default: the variant's)", low=0.0, below=1.0)
     drop_path: float = option(0.2, "model", "stochastic depth of the last block", low=0.0, below=1.0)
     weights: str | None = option(
@@ -47,6 +48,9 @@ class Config:
         "model",
         "start from this checkpoint: ours, timm's, torchvision's, lukemelas' or Hugging Face's",
         fixed=True,
+    )
+    weights_part: str | None = option(
+        None, "model", "which of several sets of weights in it, by name: state_dict, state_dict_ema, ...", fixed=True
     )
     freeze: int = option(
         0, "model", "freeze stem and the first N of 7 stages; 8: all but the classifier", low=0, high=8

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastmbconv._version import __version__
+from fastmbconv.sources.contents import Contents
 from fastmbconv.synchronised import synchronise
 from fastmbconv.training import checkpoint
 from fastmbconv.training.config import Config, to_dict, toml
@@ -42,6 +43,7 @@ from fastmbconv.training.model import build, path_taken, precision, prepare, tra
 from fastmbconv.training.progress import Log, Scalars
 from fastmbconv.training.recipe import Average, optimizer_for, peak_rate, rate
 from fastmbconv.training.signals import SIGNALS, Wish
+from fastmbconv.training.weights import load_weights, settle_weights
 
 LOOK_EVERY = 20  # steps on a GPU, which each look at loss and signals makes wait
 STEP = 1  # tells its seeds from the pictures'
@@ -55,12 +57,20 @@ class Trainer:
         world: the processes that share the work.
         log: where to talk.
         wish: a signal that came.
+        fresh: False for a run that goes on by `restore`: `--weights` are not read again.
+
+    Attributes:
+        notes: what was chosen or assumed on the way, a sentence each.
 
     Raises:
         TrainingError: if data, model and recipe don't fit together, or as of now can't go on.
     """
 
-    def __init__(self, config: Config, world: World, log: Log, wish: Wish) -> None:
+    def __init__(self, config: Config, world: World, log: Log, wish: Wish, fresh: bool = True) -> None:
+        weights: Contents | None = None
+        self.notes: list[str] = []
+        if config.weights and fresh:
+            config, weights, self.notes = settle_weights(config)
         self.config, self.world, self.log, self.wish = config, world, log, wish
         self.output = Path(config.output)
         train, val = open_data(config)
@@ -70,6 +80,8 @@ class Trainer:
         _refuse_lonely_values(config, self.batch_size // config.accumulate // (1 if sharing else world.size))
 
         network = build(config, len(self.classes))
+        if weights is not None:
+            self.notes += load_weights(network, weights, str(config.weights), "--weights", self.classes)
         self.look = look(config, network.resolution, network.coefficients.lite)
         self.network = prepare(network, config, world.device)
         self.average = Average(self.network, config.ema) if config.ema else None

@@ -1,9 +1,7 @@
-"""The model of a run: which EfficientNet, from which weights, what is frozen, fused or not."""
+"""The model of a run: which EfficientNet, what is frozen, fused or not."""
 
 from __future__ import annotations
 
-import copy
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +11,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import fastmbconv
 from fastmbconv import dispatch
-from fastmbconv.checkpoints import CheckpointError, UnknownNamesError, load
 from fastmbconv.efficientnet import EfficientNet
 from fastmbconv.scaling import COEFFICIENTS, Coefficients, compound
 from fastmbconv.swap.explain import rows
@@ -42,51 +39,17 @@ def coefficients(config: Config) -> Coefficients:
 
 
 def build(config: Config, classes: int) -> EfficientNet:
-    """On the CPU, with `--weights` loaded and frozen parameters frozen; not yet fused.
-
-    Raises:
-        TrainingError: if `--weights` doesn't fit.
-    """
+    """On the CPU, with new weights, and frozen parameters frozen; not yet fused."""
     of = coefficients(config)
     torch.manual_seed(config.seed)
     family: Any = config.family
-    model = EfficientNet(of, num_classes=classes, family=family, dropout=config.dropout, drop_path=config.drop_path)
-    if config.weights:
-        load_weights(model, config.weights)
+    model = EfficientNet(
+        of, num_classes=classes, family=family, eps=config.eps, dropout=config.dropout, drop_path=config.drop_path
+    )
     for module in frozen(model, config):
         module.requires_grad_(False)
     model.set_grad_checkpointing(config.checkpointing)
     return model
-
-
-def load_weights(model: EfficientNet, source: str, option: str = "--weights") -> None:
-    """A checkpoint of any library; a classifier for other classes stays out.
-
-    Raises:
-        TrainingError: if it can't be read, or belongs to another model.
-    """
-    advice = "give the --model (--width, --depth, --phi) that it was trained with"
-    before = copy.deepcopy(model.state_dict())
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            report = load(model, source, strict=False)
-    except CheckpointError as error:
-        if isinstance(error, UnknownNamesError):
-            advice = f"that is checkpoints.load(model, source, scheme=...) in Python; then {option} its state dict"
-        raise TrainingError(f"{option} is {source}: {error}; {advice}") from error
-    except Exception as error:  # torch.load raises much: UnpicklingError, RuntimeError, EOFError, OSError, ...
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TrainingError(f"{option} is {source}: it can't be read ({reason})") from error
-    missing = [k for k in report.kept if not k.startswith("classifier.") and not k.endswith("num_batches_tracked")]
-    unused = [k for k in report.unused if not any(part in k for part in ("classifier", "_fc."))]
-    if missing or unused:
-        model.load_state_dict(before)
-        told = f"it lacks {missing[0]}" if missing else f"{unused[0]} has no place"
-        count = len(missing) + len(unused)
-        raise TrainingError(f"{option} is {source}: a checkpoint of another model ({told}, {count} in all); {advice}")
-    for each in caught:
-        warnings.warn(f"{option}: {each.message} (--family)", stacklevel=2)
 
 
 def frozen(model: EfficientNet, config: Config) -> list[nn.Module]:

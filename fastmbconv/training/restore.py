@@ -4,86 +4,130 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from fastmbconv.checkpoints import CheckpointError
+from fastmbconv.checkpoints import CheckpointError, Contents, Identity, identify
 from fastmbconv.checkpoints import load as load_into
-from fastmbconv.efficientnet import EfficientNet
-from fastmbconv.training import checkpoint
-from fastmbconv.training.config import Config, from_dict
+from fastmbconv.efficientnet import FAMILIES, EfficientNet
+from fastmbconv.scaling import COEFFICIENTS
+from fastmbconv.training.config import Config, flag, from_dict
 from fastmbconv.training.errors import TrainingError
 from fastmbconv.training.loader import Look, look
-from fastmbconv.training.model import build, load_weights
+from fastmbconv.training.model import build, coefficients
+from fastmbconv.training.weights import load_weights, open_weights, settle_look, settle_numerics
 
 IMAGENET = 1000
+OPTION = "--checkpoint"
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in eval mode, on the CPU and not fused, with its classes' names and how it wants its pictures."""
+    """A model in eval mode, on the CPU and not fused, with its classes' names and how it wants its pictures.
+
+    notes: what was chosen or assumed, a sentence each. doubt: the same weights in the other numeric family, where
+    nothing says which one they are of.
+    """
 
     model: EfficientNet
     classes: tuple[str, ...]
     look: Look
     config: Config
     source: str
+    notes: tuple[str, ...] = ()
+    doubt: EfficientNet | None = None
 
 
-def restore(source: str, config: Config, model_given: bool) -> Trained:
-    """The best model of a run's folder, a checkpoint of ours, or another library's checkpoint of `config.model`.
+def restore(source: str, given: Mapping[str, Any], part: str | None = None) -> Trained:
+    """The best model of a run's folder, a checkpoint of ours, or another library's checkpoint.
+
+    Args:
+        given: the options that the user gave, of `Config`'s names; what they don't say is taken from the source.
+        part: which of several sets of weights.
 
     Raises:
-        TrainingError: if nothing is there, it can't be read, or it needs to be told its model.
+        TrainingError: if nothing is there, it can't be read, or an option contradicts what it says.
     """
-    path = Path(source)
-    if path.is_dir():
-        found = [path / name for name in (checkpoint.BEST, checkpoint.LAST) if (path / name).exists()]
-        if not found:
-            raise TrainingError(f"--checkpoint is {source}: it has neither {checkpoint.BEST} nor {checkpoint.LAST}")
-        path = found[0]
-    if not path.exists():
-        raise TrainingError(
-            f"--checkpoint is {source}: there is no such file; a run's folder or a checkpoint is allowed"
-        )
-    content = _content(path)
-    if content is not None and content.get("format") == checkpoint.FORMAT:
-        return _ours(path, content)
-    if not model_given:
-        raise TrainingError(f"--checkpoint is {source}: no run of `fastmbconv train` wrote it; name its --model")
-    return _theirs(path, config)
+    contents = open_weights(source, part, OPTION)
+    return _ours(source, contents, given) if contents.run is not None else _theirs(source, contents, given)
 
 
-def _content(path: Path) -> dict[str, Any] | None:
-    if path.suffix == ".safetensors":
-        return None
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises much: UnpicklingError, RuntimeError, EOFError, OSError, ...
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TrainingError(f"--checkpoint is {path}: it can't be read ({reason})") from error
-    return content if isinstance(content, dict) else None
-
-
-def _ours(path: Path, content: Mapping[str, Any]) -> Trained:
-    values = from_dict(content["config"], str(path))
+def _ours(source: str, contents: Contents, given: Mapping[str, Any]) -> Trained:
+    run = contents.run
+    assert run is not None
+    values = from_dict(run["config"], source)
     config = Config(**{**values, "weights": None, "checkpointing": False})
-    model = build(config, len(content["classes"]))
-    weights = content.get("state_dict") or content["model"]
+    for name, value in given.items():
+        if name in ("model", "family", "eps", "normalize") and value != (stored := _stored(name, config, run)):
+            raise TrainingError(f"{flag(name)} is {value}, and the run of {source} has {stored}: leave it out")
+    model = build(config, len(run["classes"]))
     try:
-        load_into(model, weights)
+        load_into(model, contents)
     except CheckpointError as error:
-        raise TrainingError(f"--checkpoint is {path}: {error}") from error
-    return Trained(model.eval(), tuple(content["classes"]), Look(**content["look"]), config, str(path))
+        raise TrainingError(f"{OPTION} is {source}: {error}") from error
+    own = Look(**run["look"])
+    chosen = own._replace(**{name: value for name, value in given.items() if name in own._fields})
+    return Trained(model.eval(), tuple(run["classes"]), chosen, config, source, contents.notes)
 
 
-def _theirs(path: Path, config: Config) -> Trained:
-    model = build(config, IMAGENET)
-    load_weights(model, str(path), "--checkpoint")
-    pictures = look(config, model.resolution, model.coefficients.lite)
-    return Trained(model.eval(), imagenet_names(), pictures, replace(config, amp="none"), str(path))
+def _stored(name: str, config: Config, run: Mapping[str, Any]) -> Any:
+    if name == "normalize":
+        return run["look"]["normalize"]
+    if name == "eps":
+        return config.eps or FAMILIES[_stored("family", config, run)].eps
+    if name == "family":
+        return config.family or ("tf" if coefficients(config).lite else "torch")
+    return getattr(config, name)
+
+
+def _theirs(source: str, contents: Contents, given: Mapping[str, Any]) -> Trained:
+    identity = _identify(source, contents, given.get("model"))
+    numeric = {name: given[name] for name in ("family", "eps") if name in given}
+    config = Config(model=f"efficientnet_{identity.variant}", amp="none", **numeric)
+    config, notes, known = settle_numerics(config, contents, coefficients(config), OPTION)
+    classes, told = _class_names(contents, identity.num_classes)
+    model = build(config, identity.num_classes)
+    other = build(replace(config, family=_other(config.family)), identity.num_classes) if not known else None
+    for each in filter(None, (model, other)):
+        load_weights(each, contents, source, OPTION, classes)
+    own = look(config, model.resolution, model.coefficients.lite)
+    chosen, assumed = settle_look(own, given, contents, OPTION)
+    what = f"{OPTION}: {identity.scheme}'s efficientnet_{identity.variant}, {identity.num_classes} classes"
+    every = (what, *contents.notes, *notes, *told, *assumed)
+    return Trained(model.eval(), classes, chosen, config, source, every, other.eval() if other else None)
+
+
+def _other(family: str | None) -> str:
+    return "torch" if family == "tf" else "tf"
+
+
+def _identify(source: str, contents: Contents, model: str | None) -> Identity:
+    try:
+        identity = identify(contents)
+    except CheckpointError as error:
+        raise TrainingError(f"{OPTION} is {source}: {error}") from error
+    if model is not None and coefficients(Config(model=model)) != COEFFICIENTS[identity.variant]:
+        raise TrainingError(f"--model is {model}, and {source} has the entries of efficientnet_{identity.variant}")
+    if identity.num_classes == 0:
+        raise TrainingError(f"{OPTION} is {source}: it has no classifier, and so no classes to name")
+    if identity.in_chans != 3:
+        raise TrainingError(f"{OPTION} is {source}: its model sees {identity.in_chans} channels, and pictures have 3")
+    return identity
+
+
+def _class_names(contents: Contents, count: int) -> tuple[tuple[str, ...], list[str]]:
+    """The classes' names, and sentences on where they are from.
+
+    Raises:
+        TrainingError: if the source names another number of classes than the classifier has.
+    """
+    said = contents.facts.get("classes")
+    if said is not None and len(said.value) != count:
+        raise TrainingError(f"{said.source} names {len(said.value)} classes, and the classifier has {count}")
+    if said is not None:
+        return tuple(said.value), [f"{OPTION}: the classes' names are {said.source}'s"]
+    if count == IMAGENET:
+        return imagenet_names(), [f"{OPTION}: its 1000 classes are taken to be ImageNet's, in their usual order"]
+    return tuple(f"class {index}" for index in range(count)), [f"{OPTION}: nothing names its {count} classes"]
 
 
 def imagenet_names() -> tuple[str, ...]:
