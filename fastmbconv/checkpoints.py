@@ -255,7 +255,7 @@ def _matched(
     names = dict(zip(keys, translate(keys, scheme), strict=True))
     ours = model.state_dict()
     found: dict[str, Tensor] = {}
-    skipped: set[str] = set()
+    partial = False
     for key, tensor in ours.items():
         name = names[key]
         if name not in theirs:
@@ -264,11 +264,11 @@ def _matched(
         elif theirs[name].shape == tensor.shape:
             found[key] = _numbers(name, theirs[name], tensor)
         elif key.startswith("classifier.") and not strict:
-            skipped.add(key)
+            partial = True
         else:
             raise CheckpointError(_shape_message(key, tensor, name, theirs[name], scheme))
     # A classifier is taken as a whole: the bias of one and the weight of another would be no classifier.
-    if skipped:
+    if partial or 0 < sum(key.startswith("classifier.") for key in found) < _CLASSIFIER:
         found = {k: v for k, v in found.items() if not k.startswith("classifier.")}
     places = set(names.values())
     if strict and (extra := next((name for name in theirs if name not in places), None)):

@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError(f"SRC is {options.source}: {error}") from error
     print(f"{options.source}: {plan.source}'s efficientnet {plan.identity.variant}, {len(content)} entries")
     for note in contents.notes:
-        print(note)
+        print(note.replace("part=", "--part "))
     print(f"family {plan.numerics.family}, BN eps {plan.numerics.eps:g}: {plan.reason}")
     if not _agrees(plan, content, renamed):
         print(f"fastmbconv: {options.target} is not written: the outputs differ")

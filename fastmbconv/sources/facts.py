@@ -6,6 +6,7 @@ script's options, a run of ours, metadata), or from config.json and preprocessor
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -75,7 +76,8 @@ class Facts:
 
 
 def _told(name: str, value: Any) -> str:
-    return f"{name.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
+    name = name.removeprefix("named_").replace("_", " ")
+    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
 
 
 def facts_of(stored: Stored, weights: Mapping[str, Any]) -> Facts:
@@ -109,6 +111,8 @@ def is_run(content: Any) -> bool:
 
 
 def _as_mapping(value: Any) -> Mapping[str, Any]:
+    if isinstance(value, argparse.Namespace):
+        return vars(value)
     return value if isinstance(value, Mapping) else attributes_of(value)
 
 

@@ -185,9 +185,10 @@ def _read_torch(path: Path, size: int) -> Any:
     standins: dict[str, Any] = {}
     for _ in range(MOST_STANDINS):
         try:
-            with warnings.catch_warnings(), _allowing(standins):
+            # A file object, because torch goes by what a path ends in.
+            with path.open("rb") as file, warnings.catch_warnings(), _allowing(standins):
                 warnings.simplefilter("ignore")  # torch's remarks on archives of TorchScript, which are refused below
-                return torch.load(path, map_location="cpu", weights_only=True)
+                return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             if not _allow(str(error), standins):
                 raise CheckpointError(_why_not(path, size, error)) from error

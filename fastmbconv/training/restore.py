@@ -14,7 +14,7 @@ from fastmbconv.training.config import Config, flag, from_dict
 from fastmbconv.training.errors import TrainingError
 from fastmbconv.training.loader import Look, look
 from fastmbconv.training.model import build, coefficients
-from fastmbconv.training.weights import load_weights, open_weights, settle_look, settle_numerics
+from fastmbconv.training.weights import load_weights, notes_of, open_weights, settle_look, settle_numerics
 
 IMAGENET = 1000
 OPTION = "--checkpoint"
@@ -66,7 +66,8 @@ def _ours(source: str, contents: Contents, given: Mapping[str, Any]) -> Trained:
         raise TrainingError(f"{OPTION} is {source}: {error}") from error
     own = Look(**run["look"])
     chosen = own._replace(**{name: value for name, value in given.items() if name in own._fields})
-    return Trained(model.eval(), tuple(run["classes"]), chosen, config, source, contents.notes)
+    notes = tuple(notes_of(contents, OPTION))
+    return Trained(model.eval(), tuple(run["classes"]), chosen, config, source, notes)
 
 
 def _stored(name: str, config: Config, run: Mapping[str, Any]) -> Any:
@@ -87,12 +88,13 @@ def _theirs(source: str, contents: Contents, given: Mapping[str, Any]) -> Traine
     classes, told = _class_names(contents, identity.num_classes)
     model = build(config, identity.num_classes)
     other = build(replace(config, family=_other(config.family)), identity.num_classes) if not known else None
-    for each in filter(None, (model, other)):
-        load_weights(each, contents, source, OPTION, classes)
+    odd = [note for note in load_weights(model, contents, source, OPTION, classes) if "the classifier" not in note]
+    if other is not None:
+        load_weights(other, contents, source, OPTION, classes)
     own = look(config, model.resolution, model.coefficients.lite)
     chosen, assumed = settle_look(own, given, contents, OPTION)
     what = f"{OPTION}: {identity.scheme}'s efficientnet_{identity.variant}, {identity.num_classes} classes"
-    every = (what, *contents.notes, *notes, *told, *assumed)
+    every = (what, *notes_of(contents, OPTION), *notes, *told, *assumed, *odd)
     return Trained(model.eval(), classes, chosen, config, source, every, other.eval() if other else None)
 
 

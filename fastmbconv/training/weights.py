@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-
-from torch import Tensor
 
 from fastmbconv.checkpoints import CheckpointError, Contents, UnknownNamesError, load, numerics, read_contents
 from fastmbconv.efficientnet import FAMILIES, EfficientNet
@@ -31,13 +30,18 @@ def open_weights(source: str, part: str | None, option: str) -> Contents:
     try:
         return read_contents(source, part)
     except CheckpointError as error:
-        told = str(error).replace("name one as part", f"name one with {part_flag(option)}")
-        raise TrainingError(f"{option} is {source}: {told}") from error
+        raise TrainingError(f"{option}: {_with_flag(str(error), option)}") from error
 
 
-def part_flag(option: str) -> str:
-    """The option that names one of several sets of weights."""
-    return "--weights-part" if option == "--weights" else "--part"
+def _with_flag(told: str, option: str) -> str:
+    """The same sentence with the option instead of Python's argument `part`."""
+    flag = "--weights-part" if option == "--weights" else "--part"
+    return re.sub(r"\bpart=", f"{flag} ", told.replace("name one as part", f"name one with {flag}"))
+
+
+def notes_of(contents: Contents, option: str) -> list[str]:
+    """What was chosen in the file or folder, for the command line."""
+    return [f"{option}: {_with_flag(note, option)}" for note in contents.notes]
 
 
 def settle_weights(config: Config) -> tuple[Config, Contents, list[str]]:
@@ -55,7 +59,7 @@ def settle_weights(config: Config) -> tuple[Config, Contents, list[str]]:
         notes.append(f"--weights: pictures are normalised as its source says: {said}")
     elif said is not None and config.normalize != said:
         notes.append(f"--weights: --normalize is {config.normalize}, and the source normalised by {said}")
-    return config, contents, [*notes, *([f"--weights: {told}"] if told else [])]
+    return config, contents, [*notes_of(contents, "--weights"), *notes, *([f"--weights: {told}"] if told else [])]
 
 
 def settle_numerics(
@@ -100,7 +104,7 @@ def _agree(config: Config, name: str, fact: Fact | None) -> None:
 def load_weights(
     model: EfficientNet, contents: Contents, source: str, option: str, classes: Sequence[str]
 ) -> list[str]:
-    """Load what fits; a classifier for other classes stays out. Returns sentences on what was chosen.
+    """Load what fits; a classifier for other classes stays out. Returns sentences on what is odd or chosen.
 
     Raises:
         TrainingError: if they belong to another model.
@@ -117,31 +121,21 @@ def load_weights(
     unused = [k for k in report.unused if k not in aside and not any(part in k for part in CLASSIFIERS)]
     if missing or unused:
         model.load_state_dict(before)
-        told = f"it lacks {missing[0]}" if missing else f"{unused[0]} has no place"
+        first = f"it lacks {missing[0]}" if missing else f"{unused[0]} has no place"
         count = len(missing) + len(unused)
         raise TrainingError(
-            f"{option} is {source}: a checkpoint of another model ({told}, {count} in all); {_advice(None, option)}"
+            f"{option} is {source}: a checkpoint of another model ({first}, {count} in all); {_advice(None, option)}"
         )
-    return [
-        f"{option}: {note}"
-        for note in (*report.notes, _keep_classifier(model, before, contents, classes, report.loaded))
-    ]
-
-
-def _keep_classifier(
-    model: EfficientNet, before: Mapping[str, Tensor], contents: Contents, classes: Sequence[str], loaded: Sequence[str]
-) -> str:
-    """Put the new classifier back where the loaded one is known to be for other classes; a sentence on which it is."""
-    if "classifier.weight" not in loaded:
-        return "the classifier is new: the checkpoint has none for so many classes"
-    names = contents.facts.value("classes")
-    if names is None:
-        return f"the classifier is the checkpoint's: its {len(classes)} classes are taken to be these, in this order"
-    if tuple(names) == tuple(classes):
-        return "the classifier is the checkpoint's: it has the same classes"
-    fresh = {name: value for name, value in before.items() if name.startswith("classifier.")}
-    model.load_state_dict(fresh, strict=False)
-    return "the classifier is new: the checkpoint's has other classes"
+    told = [note for note in report.notes if note not in contents.notes]
+    if "classifier.weight" not in report.loaded:
+        told.append(f"the classifier is new: the checkpoint has none for {len(classes)} classes")
+    elif (names := contents.facts.value("classes")) is None:
+        told.append(f"the classifier is kept: its {len(classes)} classes are taken to be these, in this order")
+    elif tuple(names) != tuple(classes):
+        fresh = {name: value for name, value in before.items() if name.startswith("classifier.")}
+        model.load_state_dict(fresh, strict=False)
+        told.append("the classifier is new: the checkpoint's has other classes")
+    return [f"{option}: {note}" for note in told]
 
 
 def _advice(error: CheckpointError | None, option: str) -> str:
