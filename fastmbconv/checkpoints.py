@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -117,7 +118,7 @@ def load(
         found = _by_position(model, entries)
         unused: list[str] = []
     else:
-        scheme, entries = _recognised(model, entries, (scheme,) if scheme else SCHEMES)
+        scheme, entries = _recognised(model.coefficients, entries, (scheme,) if scheme else SCHEMES)
         found, unused = _matched(model, scheme, entries, strict)
     _check_facts(model, contents.facts, found)
     notes = [*contents.notes, *_told_of_numerics(model, scheme, contents.facts), *_told_of_values(found)]
@@ -142,7 +143,7 @@ def convert(model: EfficientNet, source: Source, to: Scheme) -> dict[str, Tensor
         raise ValueError(f"to is {to!r}: allowed are {', '.join(SCHEMES)}")
     if model.coefficients.lite and to in ("torchvision", "huggingface"):
         raise ValueError(f"to is {to!r}: it has no EfficientNet-Lite")
-    scheme, theirs = _recognised(model, read(source), SCHEMES)
+    scheme, theirs = _recognised(model.coefficients, read(source), SCHEMES)
     found, _ = _matched(model, scheme, theirs, strict=True)
     return dict(zip(translate(found, to), found.values(), strict=True))
 
@@ -177,9 +178,7 @@ def identify(source: Source) -> Identity:
     gaps = {variant: abs(_size(coefficients) - present) for variant, coefficients in COEFFICIENTS.items()}
     nearest = sorted(gaps, key=gaps.__getitem__)
     for variant in [name for name in nearest if gaps[name] <= _CLASSIFIER] or nearest[:1]:
-        with torch.device("meta"):
-            model = EfficientNet(COEFFICIENTS[variant])
-        scheme, theirs = _recognised(model, entries, SCHEMES)
+        scheme, theirs = _recognised(COEFFICIENTS[variant], entries, SCHEMES)
         stem, bias = (theirs.get(name) for name in translate(["stem.conv.weight", "classifier.bias"], scheme))
         channels = 3 if stem is None or stem.ndim != 4 else stem.shape[1]
         identity = Identity(scheme, variant, 0 if bias is None else len(bias), channels)
@@ -208,11 +207,11 @@ def read(source: Source) -> dict[str, Tensor]:
 
 
 def _recognised(
-    model: EfficientNet, entries: dict[str, Tensor], schemes: Iterable[Scheme]
+    coefficients: Coefficients, entries: dict[str, Tensor], schemes: Iterable[Scheme]
 ) -> tuple[Scheme, dict[str, Tensor]]:
     """The library that most names belong to; Hugging Face's base model gets its prefix back."""
     with_prefix = {k if k.startswith("classifier.") else f"efficientnet.{k}": v for k, v in entries.items()}
-    keys = _all_keys(model)
+    keys = _all_keys(coefficients)
     hits, best = 0, None
     for scheme in schemes:
         names = set(translate(keys, scheme))
@@ -241,17 +240,18 @@ def _by_position(model: EfficientNet, entries: dict[str, Tensor]) -> dict[str, T
     return {key: _numbers(name, value, ours[key]) for key, (name, value) in zip(ours, entries.items(), strict=True)}
 
 
-def _all_keys(model: EfficientNet) -> list[str]:
+@cache
+def _all_keys(coefficients: Coefficients) -> tuple[str, ...]:
     """The keys of this variant with its head and all its stages."""
     with torch.device("meta"):
-        return list(EfficientNet(model.coefficients, num_classes=1).state_dict())
+        return tuple(EfficientNet(coefficients, num_classes=1).state_dict())
 
 
 def _matched(
     model: EfficientNet, scheme: Scheme, theirs: dict[str, Tensor], strict: bool
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Our names -> their tensors, and those of their names that the model has no place for."""
-    keys = _all_keys(model)
+    keys = _all_keys(model.coefficients)
     names = dict(zip(keys, translate(keys, scheme), strict=True))
     ours = model.state_dict()
     found: dict[str, Tensor] = {}
@@ -305,8 +305,7 @@ def numerics(source: Source, coefficients: Coefficients) -> tuple[Fact | None, F
         CheckpointError: as `load`, for a source that can't be read, or has the names of no known library.
     """
     contents = source if isinstance(source, Contents) else read_contents(source)
-    with torch.device("meta"):
-        scheme, _ = _recognised(EfficientNet(coefficients), contents.entries, SCHEMES)
+    scheme, _ = _recognised(coefficients, contents.entries, SCHEMES)
     return told_numerics(scheme, coefficients, contents.facts)
 
 
