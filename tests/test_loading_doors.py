@@ -4,13 +4,12 @@ A load is right, or told: never silent and wrong, never a traceback, and what is
 """
 
 import warnings
-from contextlib import ExitStack, contextmanager
-from unittest import mock
 
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from libraries import library
+from tiny import CLASSES, TINY, tiny_b0, tiny_weights
 
 for needed in ("torchvision", "timm", "rich", "matplotlib"):
     library(needed)
@@ -19,23 +18,16 @@ library("safetensors.torch")
 
 from safetensors.torch import save_file  # noqa: E402
 
-from fastmbconv import checkpoints  # noqa: E402
 from fastmbconv.checkpoints import SCHEMES, CheckpointError, convert, identify, load  # noqa: E402
 from fastmbconv.efficientnet import EfficientNet  # noqa: E402
-from fastmbconv.scaling import COEFFICIENTS, Coefficients  # noqa: E402
-from fastmbconv.sources import facts  # noqa: E402
-from fastmbconv.training import model  # noqa: E402
-from fastmbconv.training import restore as restoring  # noqa: E402
 from fastmbconv.training.config import Config  # noqa: E402
 from fastmbconv.training.errors import TrainingError  # noqa: E402
 from fastmbconv.training.model import build  # noqa: E402
 from fastmbconv.training.restore import restore  # noqa: E402
 from fastmbconv.training.weights import load_weights, settle_weights  # noqa: E402
 
-TINY = Coefficients(width=0.1, depth=0.1, resolution=32, dropout=0.2)
-CLASSES = ("a", "b", "c")
 MANY = settings(
-    max_examples=40,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     phases=(Phase.explicit, Phase.generate),  # a case is small as it is
@@ -43,27 +35,8 @@ MANY = settings(
 )
 
 
-@contextmanager
-def small():
-    """Doors that find a checkpoint's variant out see a tiny one in B0's place."""
-    with ExitStack() as stack:
-        for module in (checkpoints, facts, model, restoring):
-            stack.enter_context(mock.patch.object(module, "COEFFICIENTS", {**COEFFICIENTS, "b0": TINY}))
-        yield
-
-
-def entries(scheme, seed=1, **options):
-    torch.manual_seed(seed)
-    with small():
-        model = EfficientNet(TINY, num_classes=len(CLASSES), **options)
-        for name, value in model.state_dict().items():
-            if "running" in name:
-                value.uniform_(0.5, 1.5)
-        return convert(model, model.state_dict(), to=scheme)
-
-
-SOUND = {scheme: entries(scheme) for scheme in SCHEMES}
-OTHER = {scheme: entries(scheme, 2) for scheme in SCHEMES}
+SOUND = {scheme: tiny_weights(scheme) for scheme in SCHEMES}
+OTHER = {scheme: tiny_weights(scheme, 2) for scheme in SCHEMES}
 
 
 def prefixed(weights, prefix):
@@ -199,7 +172,7 @@ def test_each_door_loads_what_is_there_or_says_why_not(scheme, container, damage
     content = own if layout == "safetensors" else CONTAINERS[container](own, OTHER[scheme])
     source = stored(tmp_path_factory.mktemp("file"), content, layout)
     expected = entries_of(SOUND[scheme], scheme)
-    with small(), warnings.catch_warnings():
+    with tiny_b0(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, door in doors(source).items():
             try:
@@ -222,7 +195,7 @@ def test_each_door_loads_what_is_there_or_says_why_not(scheme, container, damage
 
 
 def entries_of(weights, scheme):
-    with small():
+    with tiny_b0():
         return convert(EfficientNet(TINY, num_classes=3, family="torch"), weights, to="fastmbconv")
 
 
@@ -240,7 +213,7 @@ def test_a_damaged_file_is_an_error_or_whole(cut, flip, layout, at, tmp_path_fac
     else:
         content = content[: int(cut * len(content))]
     source.write_bytes(content)
-    with small():
+    with tiny_b0():
         for name, door in doors(source).items():
             try:
                 with warnings.catch_warnings():
