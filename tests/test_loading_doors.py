@@ -3,8 +3,10 @@
 A load is right, or told: never silent and wrong, never a traceback, and what is refused changes nothing.
 """
 
+import json
 import warnings
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -22,6 +24,7 @@ from fastmbconv.checkpoints import SCHEMES, CheckpointError, convert, identify, 
 from fastmbconv.efficientnet import EfficientNet  # noqa: E402
 from fastmbconv.training.config import Config  # noqa: E402
 from fastmbconv.training.errors import TrainingError  # noqa: E402
+from fastmbconv.training.loader import eval_transform  # noqa: E402
 from fastmbconv.training.model import build  # noqa: E402
 from fastmbconv.training.restore import restore  # noqa: E402
 from fastmbconv.training.weights import load_weights, settle_weights  # noqa: E402
@@ -222,3 +225,52 @@ def test_a_damaged_file_is_an_error_or_whole(cut, flip, layout, at, tmp_path_fac
             except (CheckpointError, TrainingError) as error:
                 told = str(error)
                 assert told and "weights_only" not in told and "Errno" not in told and "\n" not in told, (name, told)
+
+
+RUN = {"format": 1, "config": {"width": 0.1, "depth": 0.1}, "classes": list(CLASSES), "state_dict": SOUND["fastmbconv"]}
+LOOK = {"resolution": 32, "crop": 0.9, "interpolation": "bicubic", "normalize": "half"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"look": {}}, "it doesn't say how its pictures looked"),
+        ({"look": LOOK, "classes": None}, "is damaged: it has no classes"),
+        ({"look": LOOK, "config": 3}, "is damaged: it has no config"),
+        ({"look": LOOK, "classes": ["a"]}, "classifier.weight is "),
+        ({"look": LOOK, "config": {"model": "resnet50"}}, "--model is 'resnet50'"),
+        ({"look": LOOK, "config": {"later": 1}}, "has 'later': that is no option"),
+        ({"look": LOOK, "config": {"width": "wide"}}, "has width = 'wide': allowed is a float"),
+    ],
+)
+def test_a_run_that_lacks_something_says_what(changes, told, tmp_path):
+    torch.save({**RUN, **changes}, tmp_path / "best.pt")
+    with pytest.raises((CheckpointError, TrainingError), match=told):
+        restore(str(tmp_path), {})
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2000) | st.floats() | st.sampled_from(("tf_efficientnet_b0", "x", "")),
+    lambda some: st.lists(some, max_size=4) | st.dictionaries(st.sampled_from(("mean", "height", "0", "a")), some),
+    max_leaves=6,
+)
+KEYS = (
+    "architecture", "num_classes", "label_names", "pretrained_cfg", "model_type", "batch_norm_eps", "hidden_act",
+    "image_size", "id2label", "width_coefficient", "mean", "std", "input_size", "crop_pct", "interpolation",
+)  # fmt: skip
+
+
+@settings(MANY, max_examples=10)
+@given(config=st.dictionaries(st.sampled_from(KEYS), VALUES), images=st.dictionaries(st.sampled_from(KEYS), VALUES))
+def test_any_config_is_believed_or_named(config, images, tmp_path_factory):
+    path = stored(tmp_path_factory.mktemp("hub"), SOUND["timm"], "folder")
+    for model_type in ({}, {"model_type": "efficientnet"}, {"architecture": "efficientnet_b0"}):
+        (path / "config.json").write_text(json.dumps({"pretrained_cfg": images, **config, **model_type}))
+        (path / "preprocessor_config.json").write_text(json.dumps(images))
+        with tiny_b0():
+            try:
+                trained = restore(str(path), {})
+            except (CheckpointError, TrainingError) as error:
+                assert "json" in str(error), str(error)
+            else:
+                eval_transform(trained.look)(Image.new("RGB", (40, 40)))

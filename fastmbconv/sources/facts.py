@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from fastmbconv.scaling import COEFFICIENTS, Coefficients
 from fastmbconv.sources.reading import CheckpointError, Stored, attributes_of
@@ -18,6 +18,7 @@ from fastmbconv.sources.reading import CheckpointError, Stored, attributes_of
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 RUN_FORMAT = 1  # `fastmbconv train` writes it into its checkpoints
+RUN_PARTS = {"config": Mapping, "classes": list, "look": Mapping}
 # timm: (tf_)efficientnet_b0(.tag or _tag); a tag that is part of the architecture makes it another network.
 _TIMM = re.compile(r"(?:hf[-_]hub:)?(?:timm/)?(tf_)?efficientnet_(b\d|l2|lite\d)(?:[._-](.*))?")
 _HYPHENS = re.compile(r"(?:google/)?(adv-)?efficientnet-(b\d|l2|lite\d)(?:[._-](.*))?")  # lukemelas, Hugging Face
@@ -43,7 +44,8 @@ class Facts:
     Those that make another network out of the same weights may be told twice only if both say the same.
     """
 
-    DECISIVE = ("variant", "family", "named_family", "eps", "activation", "num_classes", "mean_std")
+    NUMBERS: ClassVar = {"eps": (1e-12, 1.0), "num_classes": (0, 10**9), "resolution": (1, 10**5), "crop": (0.1, 1.0)}
+    DECISIVE: ClassVar = ("variant", "family", "named_family", "eps", "activation", "num_classes", "mean_std")
 
     def __init__(self) -> None:
         self._found: dict[str, Fact] = {}
@@ -52,10 +54,16 @@ class Facts:
         """Put a fact down, None for nothing.
 
         Raises:
-            CheckpointError: naming both sources, if another one says something else.
+            CheckpointError: naming both sources, if another one says something else; for a value that is none.
         """
         if value is None:
             return
+        if name in self.NUMBERS:
+            low, high = self.NUMBERS[name]
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise CheckpointError(f"{source} says {name} {value!r}: expected a number from {low:g} to {high:g}")
+        elif name not in ("classes", "mean_std") and not isinstance(value, str):
+            raise CheckpointError(f"{source} says {name} {value!r}: expected a name")
         before = self._found.setdefault(name, Fact(value, source))
         if name in self.DECISIVE and before.value != value:
             raise CheckpointError(
@@ -117,6 +125,9 @@ def _as_mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _add_run(facts: Facts, content: Mapping[str, Any]) -> None:
+    for name, kind in RUN_PARTS.items():
+        if not isinstance(content.get(name), kind):
+            raise CheckpointError(f"a checkpoint of `fastmbconv train` is damaged: it has no {name}")
     config = content["config"]
     short = str(config.get("model", "efficientnet_b0")).removeprefix("efficientnet_")
     family = config.get("family") or ("tf" if short.startswith("lite") else "torch")
@@ -187,7 +198,9 @@ def _add_hugging_face(facts: Facts, config: Mapping[str, Any]) -> None:
     scale = config.get("width_coefficient"), config.get("depth_coefficient")
     facts.add("variant", next((name for name, of in COEFFICIENTS.items() if _scaled(of, scale)), None), source)
     labels = config.get("id2label")
-    if isinstance(labels, Mapping) and not any(str(name).startswith("LABEL_") for name in labels.values()):
+    if not isinstance(labels, Mapping) or not all(str(key).isdecimal() for key in labels):
+        return
+    if not any(str(name).startswith("LABEL_") for name in labels.values()):
         facts.add("classes", tuple(str(labels[key]) for key in sorted(labels, key=int)), source)
 
 
@@ -196,7 +209,9 @@ def _scaled(of: Coefficients, scale: tuple[Any, Any]) -> bool:
 
 
 def _mean_std(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    if not (isinstance(mean, list | tuple) and isinstance(std, list | tuple)):
+    if not all(
+        isinstance(each, list | tuple) and all(isinstance(v, int | float) for v in each) for each in (mean, std)
+    ):
         return None
     return tuple(map(float, mean)), tuple(map(float, std))
 

@@ -64,6 +64,8 @@ def _ours(source: str, contents: Contents, given: Mapping[str, Any]) -> Trained:
         load_into(model, contents)
     except CheckpointError as error:
         raise TrainingError(f"{OPTION} is {source}: {error}") from error
+    if set(run["look"]) != set(Look._fields):
+        raise TrainingError(f"{OPTION} is {source}: it doesn't say how its pictures looked ({', '.join(Look._fields)})")
     own = Look(**run["look"])
     chosen = own._replace(**{name: value for name, value in given.items() if name in own._fields})
     notes = tuple(notes_of(contents, OPTION))
