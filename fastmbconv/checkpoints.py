@@ -179,9 +179,12 @@ def identify(source: Source) -> Identity:
     nearest = sorted(gaps, key=gaps.__getitem__)
     for variant in [name for name in nearest if gaps[name] <= _CLASSIFIER] or nearest[:1]:
         scheme, theirs = _recognised(COEFFICIENTS[variant], entries, SCHEMES)
-        stem, bias = (theirs.get(name) for name in translate(["stem.conv.weight", "classifier.bias"], scheme))
+        names = translate(["stem.conv.weight", "classifier.weight", "classifier.bias"], scheme)
+        stem, weight, bias = map(theirs.get, names)
+        if (weight is None) != (bias is None):
+            raise CheckpointError(f"source has {names[1 + (weight is None)]}, and no {names[1 + (bias is None)]}")
         channels = 3 if stem is None or stem.ndim != 4 else stem.shape[1]
-        identity = Identity(scheme, variant, 0 if bias is None else len(bias), channels)
+        identity = Identity(scheme, variant, 0 if bias is None else bias.numel(), channels)
         try:
             with torch.device("meta"):
                 _matched(identity.model(), scheme, theirs, strict=True)
@@ -288,7 +291,7 @@ def _numbers(name: str, theirs: Tensor, ours: Tensor) -> Tensor:
 
 def _shape_message(key: str, ours: Tensor, name: str, theirs: Tensor, scheme: str) -> str:
     message = f"{key} is {list(ours.shape)}, and {name} in the checkpoint ({scheme}) is {list(theirs.shape)}"
-    if key.startswith("classifier."):
+    if key.startswith("classifier.") and theirs.ndim == ours.ndim:
         message += (
             f": load into a model with num_classes={theirs.shape[0]} and call reset_classifier({ours.shape[0]}), "
             "or keep the model's own classifier with strict=False"

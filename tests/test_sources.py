@@ -412,3 +412,24 @@ def test_a_header_that_lies_about_its_length_is_no_reason_to_read_on(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", 10**7) + b"{" + b" " * 100)
     with pytest.raises(CheckpointError, match="cut off"):
         read_stored(tmp_path / "x.safetensors")
+
+
+def test_an_average_that_lost_its_stem_is_not_passed_over():
+    broken = {name: value for name, value in EMA.items() if name != "conv_stem.weight"}
+    model = EfficientNet(TINY, num_classes=3, family="torch")
+    with pytest.raises(CheckpointError, match="stem.conv.weight has no counterpart"):
+        load(model, {"state_dict": RAW, "state_dict_ema": broken})
+
+
+def test_half_a_classifier_makes_no_model_without_classes():
+    entries = b0("lukemelas")
+    del entries["_fc.bias"]
+    with pytest.raises(CheckpointError, match="source has _fc.weight, and no _fc.bias"):
+        identify(entries)
+
+
+def test_another_activation_is_an_error(tmp_path):
+    library("safetensors.torch").save_file(weights(1, "huggingface"), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "efficientnet", "hidden_act": "gelu"}))
+    with pytest.raises(CheckpointError, match="config.json says activation gelu, and the model has silu"):
+        load(EfficientNet(TINY, num_classes=3, family="tf"), tmp_path)

@@ -106,7 +106,10 @@ def _choose(parts: Mapping[str, Mapping[str, Any]], part: str | None, what: str)
     """(where the weights are, a sentence on the choice, the prefix that was asked for)."""
     if part is not None:
         return _named(parts, part, what)
-    known = [name for name, each in parts.items() if _prefixes(each)] or _usual(parts)
+    whole = max(map(len, parts.values())) // 2
+    # An average that lost its stem is a damaged one, and no reason to take the raw weights instead.
+    known = [name for name, each in parts.items() if _prefixes(each) or (_is_average(name) and len(each) > whole)]
+    known = known or _usual(parts)
     if len(known) == 1:
         return known[0], None, None
     averages = [name for name in known if _is_average(name)]
