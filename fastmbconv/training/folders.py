@@ -60,7 +60,9 @@ class Tree:
         notes = _first_of("not followed: ", list(self._not_followed))
         notes += _first_of("a link to nothing, left out: ", list(self._dangling))
         if self._twice:
-            notes.append(f"{count(len(self._twice), 'file is', 'files are')} reached twice, by links, and count once")
+            several = len(self._twice) > 1
+            files = count(len(self._twice), "file is", "files are")
+            notes.append(f"{files} reached twice, by links, and {'count' if several else 'counts'} once")
         return notes
 
     def entries(self, folder: str | Path) -> list[os.DirEntry[str]]:
