@@ -1,6 +1,7 @@
 """What a folder of pictures is: which real files, which classes, which split; said, and never guessed."""
 
 import os
+import struct
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from libraries import library
+from rare_pictures import tiff
 
 library("PIL.Image")
 hypothesis = library("hypothesis")
@@ -18,6 +20,7 @@ from fastmbconv.training.config import Config  # noqa: E402
 from fastmbconv.training.copies import EDGE  # noqa: E402
 from fastmbconv.training.data import open_data, pictures_of, read_folder, split  # noqa: E402
 from fastmbconv.training.errors import TrainingError  # noqa: E402
+from fastmbconv.training.pictures import PictureError  # noqa: E402
 
 
 class Disk:
@@ -292,6 +295,7 @@ PARTS = ["a", "b", "A", "\u00e9", "e\u0301", "$5", "\u732b", "na\udcff", "deep",
 SPLITS = ["train", "Train", "training", "val", "valid", "test", "dev"]
 FILES = ["0.png", "1.png", "2.JPG", "3.png", "note.txt", ".h.png"]
 CONTENTS = [None, None, None, None, b"", b"same", b"also same", bytes(9000)]
+CONTENTS += [tiff(struct.pack("<f", 7), (32,), sample_format=3), tiff(struct.pack("<H", 7), (16,)), tiff(b"\7", (8,))]
 HARMLESS = [name for name in PARTS if not name.startswith(".")]
 
 
@@ -313,6 +317,7 @@ def trees(draw):
         st.tuples(st.just("to"), link, st.integers(0, 50)),
         st.tuples(st.just("out"), link, st.sampled_from(["", "in", "in/0.png", "up"])),
         st.tuples(st.just("hard"), place, st.integers(0, 50)),
+        st.tuples(st.sampled_from(["copy", "hard", "to"]), place, st.integers(0, 50)),
         st.tuples(st.just("copy"), place, st.integers(0, 50)),
         st.tuples(st.just("pipe"), place, st.none()),
     )
@@ -384,6 +389,11 @@ def check_samples(root, train, val, config):
     for part in (train, val):
         entries = Counter((label, real(path)) for path, label in zip(part.pictures, part.labels.tolist(), strict=True))
         assert max(entries.values()) == 1
+        for index in range(len(part)):
+            try:
+                assert part.load(index).mode == "RGB"
+            except PictureError as error:
+                assert str(error)
         sides.append({key for _, key in entries})
     told = [path.relative_to(root).parts for part in (train, val) for path in part.pictures]
     labels = [part.classes[label] for part in (train, val) for label in part.labels]
@@ -429,7 +439,7 @@ def test_any_tree_is_read_rightly_or_refused(todo, options, tmp_path_factory):
     try:
         train, val = open_data(config)
     except TrainingError as error:
-        hypothesis.event("refused: " + str(error).replace(str(root), "")[:60])
+        hypothesis.event(ascii("refused: " + str(error).replace(str(root), "")[:60]))
         assert str(root) in str(error) or "--" in str(error) or "class '" in str(error)
         with pytest.raises(TrainingError) as again:
             open_data(config)
