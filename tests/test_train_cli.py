@@ -84,7 +84,9 @@ def test_a_folder_is_trained_judged_and_predicted(pictures, tmp_path, capsys):
     assert main(["predict", *chosen, "--checkpoint", str(run), "--picture", str(drawn), "--json"]) == 1
     out, error = capsys.readouterr()
     (row,) = json.loads(out)
-    assert set(row["classes"]) == {"bright", "dark"} and sum(row["classes"].values()) == pytest.approx(1)
+    assert {(each["class"], each["name"]) for each in row["classes"]} == {(0, "bright"), (1, "dark")}
+    shares = [each["probability"] for each in row["classes"]]
+    assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
     assert "07.png: not a picture" in error and is_picture(drawn)
 
     again = tmp_path / "again"

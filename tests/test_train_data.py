@@ -69,7 +69,7 @@ def folder(tmp_path):
         for name, count in classes.items():
             (tmp_path / where / name).mkdir(parents=True)
             for index in range(count):
-                Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / where / name / f"{index}.png")
+                Image.new("RGB", (8, 8), (index, len(where), 0)).save(tmp_path / where / name / f"{index}.png")
         return tmp_path
 
     return make

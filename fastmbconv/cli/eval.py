@@ -18,6 +18,8 @@ from fastmbconv.cli.predict import add_model_options, restored
 
 
 def add_to(commands: Any) -> None:
+    from fastmbconv.training.config import Config, flag
+
     parser = commands.add_parser("eval", help="accuracy, loss and confusion matrix of a trained model")
     parser.description = __doc__
     parser.add_argument("data", metavar="DATA", nargs="?", help="a folder of pictures, mnist5k, or digits")
@@ -28,6 +30,9 @@ def add_to(commands: Any) -> None:
         default="val",
         help="the pictures held out, or those trained on (default: %(default)s)",
     )
+    for name in ("layout", "duplicates"):
+        about = Config.__dataclass_fields__[name].metadata
+        parser.add_argument(flag(name), choices=about["choices"], help=f"of DATA: {about['help']}")
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--workers", type=int, default=0, help="processes that read pictures (default: %(default)s)")
     parser.add_argument(
@@ -58,12 +63,15 @@ def _evaluate(options: argparse.Namespace) -> int:
     from fastmbconv.training.evaluate import evaluate
     from fastmbconv.training.loader import Pictures, eval_transform, loader, shard
     from fastmbconv.training.model import precision
+    from fastmbconv.training.names import say
     from fastmbconv.training.report import draw_confusion
     from fastmbconv.training.restore import same_classes
 
-    config = replace(trained.config, data=options.data or trained.config.data)
+    config = _data_of(options, trained.config)
     train, val = open_data(config)
     samples = train if options.split == "train" else val
+    for note in samples.notes:
+        say(note, sys.stderr)
     same_classes(trained, samples.classes, config.data)
     batches = loader(
         Pictures(samples, eval_transform(trained.look), replace=False),
@@ -78,8 +86,9 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     result = evaluate(model, batches, len(trained.classes), World(device), autocast)
     for name, reason in result.broken.items():
-        print(f"skipped {name}: {reason}", file=sys.stderr)
-    draw_confusion(options.picture, result.confusion, trained.classes)
+        say(f"skipped {name}: {reason}", sys.stderr)
+    for note in draw_confusion(options.picture, result.confusion, trained.classes):
+        say(note, sys.stderr)
     computed = str(amp or torch.float32).removeprefix("torch.")
     row = {
         "precision": computed,
@@ -91,8 +100,21 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({**row, "confusion": result.confusion.tolist(), "skipped": result.broken}))
     else:
-        print(
+        say(
             f"{trained.source}: {result.count} pictures, top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, "
             f"loss {result.loss:.4f}, in {computed}\npicture: {options.picture}"
         )
     return 0
+
+
+def _data_of(options: argparse.Namespace, config: Any) -> Any:
+    """The run's configuration with DATA; how the run's own data are read, other data don't follow."""
+    from fastmbconv.training.config import Config, resumed, to_dict
+
+    given = {name: getattr(options, name) for name in ("layout", "duplicates") if getattr(options, name) is not None}
+    own = not options.data or options.data == config.data or Path(options.data).resolve() == Path(config.data).resolve()
+    if own:
+        resumed(to_dict(config), given)  # refuses what would hold others out
+    else:
+        given = {"layout": Config.layout, "duplicates": Config.duplicates, **given}
+    return replace(config, **{**given, "data": options.data or config.data})

@@ -87,28 +87,43 @@ def run(options: argparse.Namespace) -> int:
 def _predict(options: argparse.Namespace) -> int:
     trained, model, device = restored(options)
     from fastmbconv.training.data import pictures_of
+    from fastmbconv.training.names import say
     from fastmbconv.training.predict import draw, predict
 
-    paths = pictures_of(options.images)
+    notes: list[str] = []
+    paths = pictures_of(options.images, notes)
+    for note in notes:
+        say(note, sys.stderr)
     if not paths:
         raise CommandError(f"IMAGE is {options.images[0]}: it holds no picture")
     guesses, broken = predict(trained, model, paths, options.top, device)
     if trained.doubt is not None and guesses:
         print(_compare_families(trained, guesses[0], device), file=sys.stderr)
     for path, reason in broken.items():
-        print(f"skipped {path}: {reason}", file=sys.stderr)
+        say(f"skipped {path}: {reason}", sys.stderr)
     if not guesses:
         raise CommandError(f"none of the {len(paths)} pictures can be read")
     if options.json:
-        rows = [{"image": str(g.path), "classes": dict(zip(g.names, g.probabilities, strict=True))} for g in guesses]
+        keys = ("class", "name", "probability")
+        rows = [
+            {
+                "image": str(guess.path),
+                "classes": [
+                    dict(zip(keys, each, strict=True))
+                    for each in zip(guess.classes, guess.names, guess.probabilities, strict=True)
+                ],
+            }
+            for guess in guesses
+        ]
         print(json.dumps(rows, indent=1))
     else:
         for guess in guesses:
             named = zip(guess.names, guess.probabilities, strict=True)
-            print(f"{guess.path}: {', '.join(f'{name} {share:.1%}' for name, share in named)}")
-    draw(options.picture, guesses[:DRAWN])
+            say(f"{guess.path}: {', '.join(f'{name} {share:.1%}' for name, share in named)}")
+    for note in draw(options.picture, guesses[:DRAWN]):
+        say(note, sys.stderr)
     more = f" (the first {DRAWN} of {len(guesses)})" if len(guesses) > DRAWN else ""
-    print(f"picture: {options.picture}{more}", file=sys.stderr)
+    say(f"picture: {options.picture}{more}", sys.stderr)
     return 1 if broken else 0
 
 

@@ -17,7 +17,7 @@ def option(default: Any, group: str, text: str, **more: Any) -> Any:
     """A field with what the command line says about it.
 
     more: `choices`; `low` and `high`, the ends of what is allowed; `below`, an end that is not; `fixed`, for what a
-    resumed run can't change.
+    resumed run can't change, or a value that it can't change to or from.
     """
     return field(default=default, metadata={"group": group, "help": text, **more})
 
@@ -60,6 +60,20 @@ class Config:
     resolution: int | None = option(None, "data", "side of the pictures (default: the variant's)", low=32, fixed=True)
     val_fraction: float = option(
         0.2, "data", "part held out where there is no val folder", low=0.0, below=1.0, fixed=True
+    )
+    layout: str | None = option(
+        None,
+        "data",
+        "whether folders called train and val are a split or classes (default: by what is in them)",
+        choices=("split", "classes"),
+        fixed=True,
+    )
+    duplicates: str = option(
+        "error",
+        "data",
+        "a file with two classes, or trained on and held out; ignore: contents aren't compared",
+        choices=("error", "warn", "ignore"),
+        fixed="ignore",  # it splits copies
     )
     workers: int = option(2, "data", "processes that read pictures; 0: none", low=0)
     interpolation: str = option("bicubic", "data", "of resizing", choices=("bicubic", "bilinear", "nearest"))
@@ -178,15 +192,22 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         TrainingError: if it can't be read, or holds something else than options.
     """
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8", errors="surrogateescape"))
     except (OSError, ValueError) as error:
         raise TrainingError(f"--config is {path}: it can't be read ({error})") from error
     return from_dict(values, str(path))
 
 
 def toml(config: Config) -> str:
-    """A configuration as TOML; JSON's strings, numbers and booleans are TOML's."""
-    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in to_dict(config).items())
+    """A configuration as TOML. Write it with errors="surrogateescape": a path need not be UTF-8."""
+    return "".join(f"{name} = {_toml_value(value)}\n" for name, value in to_dict(config).items())
+
+
+def _toml_value(value: Any) -> str:
+    """JSON's strings and booleans are TOML's, but for DEL and for characters that JSON writes as two."""
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def resumed(stored: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -201,7 +222,7 @@ def resumed(stored: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[s
         if each.name not in given or each.name in ("output", "data"):
             continue
         before, now = stored.get(each.name, defaults[each.name]), given[each.name]
-        if before != now and each.metadata.get("fixed"):
+        if before != now and each.metadata.get("fixed") in (True, before, now):
             raise TrainingError(
                 f"{flag(each.name)} is {now} and the run to resume has {before}: leave it out, or choose another "
                 "--output"

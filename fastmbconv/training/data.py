@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,24 @@ import numpy as np
 from PIL import Image
 
 from fastmbconv.training.config import Config
+from fastmbconv.training.copies import judge
 from fastmbconv.training.errors import TrainingError
-from fastmbconv.training.pictures import SUFFIXES, open_picture
+from fastmbconv.training.folders import Labelled, Tree, find_layout, look_alikes, read_classes, same_looks
+from fastmbconv.training.halves import halve
+from fastmbconv.training.pictures import open_picture
 
-VAL_NAMES = ("val", "valid", "validation", "test")
 # What suits digits: they are small, a mirrored one is another sign, and colours mean nothing.
 DIGITS = {"resolution": 32, "augment": "none", "flip": 0.0, "min_scale": 0.7, "workers": 0}
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Pictures with their classes: paths of files, or arrays [H, W] in memory."""
+    """Pictures with their classes: paths of files, or arrays [H, W] in memory. `notes`: what was decided on the way."""
 
     pictures: Sequence[Path] | np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,7 +46,7 @@ class Samples:
     def subset(self, indices: np.ndarray) -> Samples:
         pictures = self.pictures
         taken = pictures[indices] if isinstance(pictures, np.ndarray) else [pictures[i] for i in indices]
-        return Samples(taken, self.labels[indices], self.classes)
+        return replace(self, pictures=taken, labels=self.labels[indices])
 
 
 def defaults_of(data: str) -> dict[str, Any]:
@@ -59,22 +61,25 @@ def open_data(config: Config) -> tuple[Samples, Samples]:
         TrainingError: if there is nothing to read, or classes are missing, too few, or differ between the two.
     """
     if config.data in NAMED:
-        train, val = split(NAMED[config.data](), config.val_fraction, config.seed)
-    else:
-        root = _folder(config.data)
-        val_root = next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
-        if (root / "train").is_dir() and val_root is not None:
-            train, val = read_folder(root / "train"), read_folder(val_root)
-            _same_classes(train, val, root / "train", val_root)
-        else:
-            everything = read_folder(root / "train" if (root / "train").is_dir() else root)
-            train, val = split(everything, config.val_fraction, config.seed)
+        if config.layout is not None:
+            raise TrainingError(f"--layout is {config.layout!r} and DATA is {config.data}: a named set has no folders")
+        return split(NAMED[config.data](), config.val_fraction, config.seed)
+    tree = Tree(_folder(config.data))
+    layout = find_layout(tree, config.layout)
+    train = read_classes(tree, layout.train)
+    val = read_classes(tree, layout.val) if layout.val is not None else None
+    if val is not None and layout.val is not None:
+        _same_classes(train.classes, val.classes, layout.train, layout.val)
     if len(train.classes) < 2:
         raise TrainingError(
             f"DATA is {config.data}: it has one class, {train.classes[0]!r}, and nothing to tell apart; "
             "give each class a folder of its own"
         )
-    return train, val
+    groups, told = judge(train, val, config.duplicates)
+    notes = (*layout.notes, *tree.notes(), *look_alikes(train.classes), *told)
+    if val is not None:
+        return _samples(train, notes), _samples(val, notes)
+    return split(_samples(train, notes), config.val_fraction, config.seed, groups.contents)
 
 
 def read_folder(root: Path) -> Samples:
@@ -83,64 +88,62 @@ def read_folder(root: Path) -> Samples:
     Raises:
         TrainingError: if there is no class folder, or one without pictures.
     """
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not folders:
-        loose = sum(path.suffix.lower() in SUFFIXES for path in root.iterdir())
-        found = f"{loose} pictures and no folder" if loose else "no folder with pictures"
-        raise TrainingError(
-            f"DATA: {root} holds {found}: put each class's pictures into a folder named after the class"
-        )
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, folder in enumerate(folders):
-        found_here = sorted(_pictures_below(folder))
-        if not found_here:
-            raise TrainingError(
-                f"DATA: {folder} holds no picture ({', '.join(sorted(SUFFIXES))}): add some, or remove the folder"
-            )
-        paths += found_here
-        labels += [label] * len(found_here)
-    return Samples(paths, np.array(labels), tuple(folder.name for folder in folders))
+    tree = Tree(root)
+    found = read_classes(tree, root)
+    return _samples(found, (*tree.notes(), *look_alikes(found.classes)))
 
 
-def split(samples: Samples, fraction: float, seed: int) -> tuple[Samples, Samples]:
+def _samples(found: Labelled, notes: tuple[str, ...]) -> Samples:
+    return Samples([each.path for each in found.found], found.labels, found.classes, notes)
+
+
+def split(samples: Samples, fraction: float, seed: int, groups: np.ndarray | None = None) -> tuple[Samples, Samples]:
     """Hold out a part of each class, at least one picture; the same seed holds out the same.
 
+    Args:
+        groups: a number for each picture; those with equal numbers stay together.
+
     Raises:
-        TrainingError: if nothing is to be held out, or a class has a single picture.
+        TrainingError: if nothing is to be held out, a class has a single picture, or groups leave a class none to hold
+            out or none to train on.
     """
     if fraction == 0:
         raise TrainingError("--val-fraction is 0 and DATA has no val folder: hold some pictures out, or make one")
-    held_out, kept = [], []
     generator = np.random.default_rng(seed)
+    members, counts = [], []
     for label, name in enumerate(samples.classes):
-        members = generator.permutation(np.flatnonzero(samples.labels == label))
-        if len(members) < 2:
-            raise TrainingError(
-                f"DATA: class {name!r} has {len(members)} picture: it needs one to train and one to test"
-            )
-        count = min(max(1, round(fraction * len(members))), len(members) - 1)
-        held_out.append(members[:count])
-        kept.append(members[count:])
-    return samples.subset(np.sort(np.concatenate(kept))), samples.subset(np.sort(np.concatenate(held_out)))
+        members.append(generator.permutation(np.flatnonzero(samples.labels == label)))
+        size = len(members[-1])
+        if size < 2:
+            raise TrainingError(f"DATA: class {name!r} has {size} picture: it needs one to train and one to test")
+        counts.append(min(max(1, round(fraction * size)), size - 1))
+    if groups is None or len(np.unique(groups)) == len(groups):
+        held_out = np.concatenate([each[:held] for each, held in zip(members, counts, strict=True)])
+    else:
+        held_out = halve(members, counts, groups, samples.classes, generator)
+    kept = np.setdiff1d(np.arange(len(samples)), held_out)
+    return samples.subset(kept), samples.subset(np.sort(held_out))
 
 
-def pictures_of(paths: Sequence[str | Path]) -> list[Path]:
-    """Files as they are given, and the pictures below each folder, sorted."""
+def pictures_of(paths: Sequence[str | Path], notes: list[str] | None = None) -> list[Path]:
+    """Files as they are given, and the pictures below each folder, each real file once, sorted.
+
+    Args:
+        notes: gets what is not followed, or not listed twice.
+
+    Raises:
+        TrainingError: if a folder can't be listed.
+    """
     out: list[Path] = []
     for path in map(Path, paths):
-        out += sorted(_pictures_below(path)) if path.is_dir() else [path]
+        if not path.is_dir():
+            out.append(path)
+            continue
+        tree = Tree(path, f"IMAGE {path}")
+        out += [found.path for found in tree.pictures(path)]
+        if notes is not None:
+            notes += tree.notes()
     return out
-
-
-def _pictures_below(folder: Path) -> Iterator[Path]:
-    for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (
-            Path(root, name)
-            for name in files
-            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
-        )
 
 
 def _folder(data: str) -> Path:
@@ -151,12 +154,12 @@ def _folder(data: str) -> Path:
     return Path(data)
 
 
-def _same_classes(train: Samples, val: Samples, train_root: Path, val_root: Path) -> None:
-    missing, more = set(train.classes) - set(val.classes), set(val.classes) - set(train.classes)
+def _same_classes(train: Sequence[str], val: Sequence[str], train_root: Path, val_root: Path) -> None:
+    missing, more = set(train) - set(val), set(val) - set(train)
     if missing or more:
-        told = [f"{val_root} lacks {_some(missing)}"] * bool(missing) + [f"{train_root} lacks {_some(more)}"] * bool(
-            more
-        )
+        told = [f"{root} lacks {_some(names)}" for root, names in ((val_root, missing), (train_root, more)) if names]
+        if sorted(map(same_looks, train)) == sorted(map(same_looks, val)):
+            told.append("only case or Unicode's normal form differs, so rename those folders")
         raise TrainingError(f"DATA: the classes differ: {' and '.join(told)}; both need the same folders")
 
 

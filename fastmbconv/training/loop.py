@@ -74,6 +74,8 @@ class Trainer:
         self.config, self.world, self.log, self.wish = config, world, log, wish
         self.output = Path(config.output)
         train, val = open_data(config)
+        for note in train.notes:
+            log.say(note)
         self.classes = train.classes
         self.batch_size = batch_size(config, len(train), world.size)
         sharing = config.sync_bn and world.size > 1
@@ -153,7 +155,7 @@ class Trainer:
         """
         first = self.world.first
         if first:
-            checkpoint.write(self.output / "config.toml", toml(self.config).encode())
+            checkpoint.write(self.output / "config.toml", toml(self.config).encode(errors="surrogateescape"))
         folder = self.output / "tensorboard" if first and self.config.tensorboard else None
         self.scalars = Scalars(folder, self.step)
         try:

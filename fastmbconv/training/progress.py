@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastmbconv.training.names import printable
+
 PLAIN_SECONDS = 30.0
 
 
@@ -17,12 +19,13 @@ class Log:
 
     def __init__(self, speaks: bool) -> None:
         self.speaks = speaks
-        self.console = Console(quiet=not speaks, highlight=False, soft_wrap=True)
+        self.console = Console(quiet=not speaks, highlight=False, soft_wrap=True, emoji=False)
         self._bar: Progress | None = None
         self._last = 0.0
 
     def say(self, line: str) -> None:
-        self.console.print(line, markup=False)
+        lines = (printable(part, self.console.encoding) for part in line.split("\n"))
+        self.console.print("\n".join(lines), markup=False)
 
     def epoch(self, title: str, steps: int, position: int, batch_size: int) -> None:
         """A new bar, or none without a terminal."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastmbconv.training import checkpoint
 from fastmbconv.training.errors import TrainingError
+from fastmbconv.training.lettering import lettering
 
 if TYPE_CHECKING:
     from fastmbconv.training.loop import Trainer
@@ -33,7 +34,7 @@ COLUMNS = {
     "images_per_second": "{:.0f}",
 }
 ROWS = 10
-NAMED_CLASSES, NUMBERED_CLASSES = 40, 15
+NAMED_CLASSES, NUMBERED_CLASSES, NAME_WIDTH = 40, 15, 20
 
 
 def finish(trainer: Trainer) -> None:
@@ -43,7 +44,8 @@ def finish(trainer: Trainer) -> None:
     draw_curves(output / "curves.png", history, mixed=trainer.mix is not None)
     written = ["curves.png"]
     if trainer.evaluation is not None:
-        draw_confusion(output / "confusion.png", trainer.evaluation.confusion, trainer.classes)
+        for note in draw_confusion(output / "confusion.png", trainer.evaluation.confusion, trainer.classes):
+            log.say(note)
         written.append("confusion.png")
     log.console.print(table(history))
     best = max(history, key=lambda row: row["val_top1"])
@@ -86,11 +88,23 @@ def draw_curves(path: Path, history: Sequence[dict[str, float]], mixed: bool) ->
     save(figure, path)
 
 
-def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str]) -> None:
-    """Rows are the true classes, each summing to 1; cells have their counts where there is room."""
+def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str]) -> list[str]:
+    """Rows are the true classes, each summing to 1; cells have their counts where there is room.
+
+    Returns:
+        A note for what no installed font can draw.
+    """
+    named = classes if len(classes) <= NAMED_CLASSES else ()
+    with lettering(named) as letters:
+        _draw_confusion(path, confusion, letters.labels(named, NAME_WIDTH))
+    return letters.notes()
+
+
+def _draw_confusion(path: Path, confusion: Tensor, names: Sequence[str]) -> None:
     counts = confusion.numpy().astype(float)
+    size = len(counts)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = float(np.clip(2.5 + 0.42 * len(classes), 4.5, 12))
+    side = float(np.clip(2.5 + 0.42 * size, 4.5, 12))
     figure, axes = plt.subplots(figsize=(side + 1, side), dpi=110, layout="constrained")
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, shrink=0.8, format=PercentFormatter(1.0), label="share of the true class")
@@ -98,12 +112,11 @@ def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str]) -> Non
     _plain(axes, f"{right:.2%} of {counts.sum():.0f} right")
     axes.set_xlabel("predicted", color=FAINT)
     axes.set_ylabel("true", color=FAINT)
-    if len(classes) <= NAMED_CLASSES:
-        names = [name if len(name) <= 20 else name[:19] + "…" for name in classes]
+    if names:
         long = max(map(len, names)) > 3
-        axes.set_xticks(range(len(classes)), names, rotation=90 if long else 0, fontsize=8)
-        axes.set_yticks(range(len(classes)), names, fontsize=8)
-    if len(classes) <= NUMBERED_CLASSES:
+        axes.set_xticks(range(size), names, rotation=90 if long else 0, fontsize=8)
+        axes.set_yticks(range(size), names, fontsize=8)
+    if size <= NUMBERED_CLASSES:
         for (row, column), count in np.ndenumerate(counts):
             if count:
                 colour = "white" if shares[row, column] > 0.5 else INK

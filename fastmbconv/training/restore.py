@@ -12,6 +12,7 @@ from fastmbconv.efficientnet import FAMILIES, EfficientNet
 from fastmbconv.scaling import COEFFICIENTS
 from fastmbconv.training.config import Config, flag, from_dict
 from fastmbconv.training.errors import TrainingError
+from fastmbconv.training.folders import same_looks
 from fastmbconv.training.loader import Look, look
 from fastmbconv.training.model import build, coefficients
 from fastmbconv.training.weights import load_weights, notes_of, open_weights, settle_look, settle_numerics
@@ -135,11 +136,27 @@ def _class_names(contents: Contents, count: int) -> tuple[tuple[str, ...], list[
 
 
 def imagenet_names() -> tuple[str, ...]:
-    """ImageNet's 1,000 class names, without their synonyms."""
+    """ImageNet's 1,000 class names, without their synonyms where they tell the classes apart."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()
-    return tuple(info.index_to_description(index).split(",")[0] for index in range(IMAGENET))
+    whole = [info.index_to_description(index) for index in range(IMAGENET)]
+    first = [name.split(",")[0] for name in whole]
+    names = [long if first.count(short) > 1 else short for short, long in zip(first, whole, strict=True)]
+    return tuple(
+        f"{name} ({info.index_to_label_name(index)})" if names.count(name) > 1 else name
+        for index, name in enumerate(names)
+    )
+
+
+def _are_imagenet(classes: Sequence[str]) -> bool:
+    """Whether folders are called by ImageNet's WordNet ids, whose order is that of its classes."""
+    if len(classes) != IMAGENET:
+        return False
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    return list(classes) == [info.index_to_label_name(index) for index in range(IMAGENET)]
 
 
 def same_classes(trained: Trained, classes: Sequence[str], data: str) -> None:
@@ -148,10 +165,15 @@ def same_classes(trained: Trained, classes: Sequence[str], data: str) -> None:
     Raises:
         TrainingError: if their folders are other classes than the model's.
     """
-    if tuple(classes) != trained.classes:
-        missing, more = sorted(set(trained.classes) - set(classes)), sorted(set(classes) - set(trained.classes))
-        told = [f"it lacks {', '.join(missing[:5])}"] * bool(missing)
-        told += [f"the model doesn't know {', '.join(more[:5])}"] * bool(more)
-        raise TrainingError(
-            f"DATA is {data}: its class folders are not the model's {len(trained.classes)} classes ({'; '.join(told)})"
-        )
+    if tuple(classes) == trained.classes or (_are_imagenet(classes) and trained.classes == imagenet_names()):
+        return
+    missing, more = sorted(set(trained.classes) - set(classes)), sorted(set(classes) - set(trained.classes))
+    told = [f"it lacks {', '.join(missing[:5])}"] * bool(missing)
+    told += [f"the model doesn't know {', '.join(more[:5])}"] * bool(more)
+    if not told:
+        told = ["the names are the same, in another order: the model's is not that of sorted folders"]
+    elif sorted(map(same_looks, classes)) == sorted(map(same_looks, trained.classes)):
+        told.append("only case or Unicode's normal form differs, so rename those folders")
+    raise TrainingError(
+        f"DATA is {data}: its class folders are not the model's {len(trained.classes)} classes ({'; '.join(told)})"
+    )
