@@ -16,6 +16,7 @@ hypothesis = library("hypothesis")
 
 from hypothesis import strategies as st  # noqa: E402
 
+from fastmbconv.training import copies  # noqa: E402
 from fastmbconv.training.config import Config  # noqa: E402
 from fastmbconv.training.copies import EDGE  # noqa: E402
 from fastmbconv.training.data import open_data, pictures_of, read_folder, split  # noqa: E402
@@ -281,6 +282,14 @@ def test_copies_that_leave_nothing_to_hold_out_are_told(contents, told, disk):
     with pytest.raises(TrainingError, match=f"{told}.*--duplicates ignore"):
         disk.open()
     assert len(disk.open(duplicates="ignore")[1]) == len(contents)
+
+
+def test_contents_of_more_files_than_are_read_are_told_not_to_be_compared(disk, monkeypatch):
+    disk.files("a", 4, content=b"one")
+    disk.files("b", 4, content=b"two")
+    monkeypatch.setattr(copies, "MOST_READ", 7)
+    train, _ = disk.open()
+    assert "8 pictures have the size of another one, more than 7: their contents are not compared" in train.notes[0]
 
 
 def test_names_that_look_the_same_are_two_classes_and_told(disk):

@@ -61,6 +61,7 @@ def restored(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     import fastmbconv
     from fastmbconv.training.config import Config
     from fastmbconv.training.distributed import device_named
+    from fastmbconv.training.names import say
     from fastmbconv.training.restore import restore
 
     given = {name: value for name in MODEL_OPTIONS if (value := getattr(options, name)) is not None}
@@ -68,7 +69,7 @@ def restored(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     device = device_named(options.device)
     trained = restore(options.checkpoint, given, options.part)
     for note in trained.notes:
-        print(note, file=sys.stderr)
+        say(note, sys.stderr)
     model = trained.model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return trained, fastmbconv.unfuse(model) if options.eager else fastmbconv.fuse(model), device
 
@@ -98,7 +99,7 @@ def _predict(options: argparse.Namespace) -> int:
         raise CommandError(f"IMAGE is {options.images[0]}: it holds no picture")
     guesses, broken = predict(trained, model, paths, options.top, device)
     if trained.doubt is not None and guesses:
-        print(_compare_families(trained, guesses[0], device), file=sys.stderr)
+        say(_compare_families(trained, guesses[0], device), sys.stderr)
     for path, reason in broken.items():
         say(f"skipped {path}: {reason}", sys.stderr)
     if not guesses:

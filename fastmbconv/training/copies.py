@@ -14,15 +14,20 @@ from fastmbconv.training.errors import TrainingError
 from fastmbconv.training.folders import Found, Labelled, count
 
 EDGE = 4096
+MOST_READ = 200_000  # files whose ends are read: more take minutes on a disk far away, at each start
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 class Groups(NamedTuple):
-    """A number for each entry; equal numbers: the same real file, or the same bytes."""
+    """A number for each entry; equal numbers: the same real file, or the same bytes.
+
+    unread: files of equal size, where they are more than are read.
+    """
 
     files: np.ndarray
     contents: np.ndarray
+    unread: int = 0
 
 
 def group(found: Sequence[Found], look: bool) -> Groups:
@@ -33,7 +38,11 @@ def group(found: Sequence[Found], look: bool) -> Groups:
     if not look:
         return Groups(files, files)
     first: dict[Hashable, Hashable] = {}
-    for copies in _copies({each.identity: each for each in found if each.identity and each.size}.values()):
+    real = {each.identity: each for each in found if each.identity and each.size}
+    candidates = sum(len(same) for _, same in _several(real.values(), lambda each: each.size))
+    if candidates > MOST_READ:
+        return Groups(files, files, candidates)
+    for copies in _copies(real.values()):
         first.update({each.identity: copies[0].identity for each in copies})
     contents = [numbers[first.get(key, key)] for key in keys]
     return Groups(files, np.array(contents, dtype=np.int64))
@@ -91,6 +100,11 @@ def judge(train: Labelled, val: Labelled | None, mode: str) -> tuple[Groups, lis
     facts: list[str] = []
     advice: list[str] = []
     notes: list[str] = []
+    if groups.unread:
+        notes.append(
+            f"{groups.unread} pictures have the size of another one, more than {MOST_READ}: their contents are not "
+            "compared, so copies are not found (links are)"
+        )
     cut = len(train.found)
     for where, part in ((slice(0, cut), train), (slice(cut, None), val)):
         if part is None:

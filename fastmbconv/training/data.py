@@ -15,7 +15,7 @@ from fastmbconv.training.config import Config
 from fastmbconv.training.copies import judge
 from fastmbconv.training.errors import TrainingError
 from fastmbconv.training.folders import Labelled, Tree, find_layout, look_alikes, read_classes, same_looks
-from fastmbconv.training.halves import halve
+from fastmbconv.training.holdout import hold_out
 from fastmbconv.training.pictures import open_picture
 
 # What suits digits: they are small, a mirrored one is another sign, and colours mean nothing.
@@ -120,7 +120,7 @@ def split(samples: Samples, fraction: float, seed: int, groups: np.ndarray | Non
     if groups is None or len(np.unique(groups)) == len(groups):
         held_out = np.concatenate([each[:held] for each, held in zip(members, counts, strict=True)])
     else:
-        held_out = halve(members, counts, groups, samples.classes, generator)
+        held_out = hold_out(members, counts, groups, samples.classes, generator)
     kept = np.setdiff1d(np.arange(len(samples)), held_out)
     return samples.subset(kept), samples.subset(np.sort(held_out))
 

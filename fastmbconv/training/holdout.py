@@ -12,7 +12,7 @@ from fastmbconv.training.errors import TrainingError
 TRIES = 20  # changes per class, to give each class pictures on both sides
 
 
-def halve(
+def hold_out(
     members: Sequence[np.ndarray],
     counts: Sequence[int],
     groups: np.ndarray,
