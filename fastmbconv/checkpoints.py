@@ -112,6 +112,8 @@ def load(
         raise ValueError("model is on the meta device and has no memory to load into: call model.to_empty(device=...)")
     if scheme is not None and scheme not in (*SCHEMES, "position"):
         raise ValueError(f"scheme is {scheme!r}: allowed are {', '.join(SCHEMES)}, position, None")
+    if part is not None and isinstance(source, Contents):
+        raise ValueError(f"part is {part!r}, and source was read already: expected read_contents(..., part={part!r})")
     contents = source if isinstance(source, Contents) else read_contents(source, part)
     entries = contents.entries
     if scheme == "position":

@@ -66,6 +66,7 @@ CONTAINERS = {
         {**LIGHTNING, "state_dict": {**prefixed(RAW, "net."), "criterion.weight": torch.ones(2)}}, RAW, "state_dict",
     ),
     "Lightning's averaging": ({**LIGHTNING, "state_dict": EMA, "current_model_state": RAW}, EMA, "state_dict"),
+    "an average in a wrapper": ({"model": RAW, "ema": {"module": EMA, "updates": 3}}, EMA, "ema/module"),
     "nested": ({"state": {"model": RAW, "optimizers": {}}}, RAW, "state/model"),
     "DDP and compile": (prefixed(RAW, "module._orig_mod."), RAW, "module."),
     "FSDP": (inside(prefixed(RAW, "_fsdp_wrapped_module."), "_fsdp_wrapped_module"), RAW, ""),
@@ -237,6 +238,29 @@ def test_a_folder_that_is_no_checkpoint_says_what_it_holds(files, told, tmp_path
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(CheckpointError, match=told):
         read_stored(tmp_path)
+
+
+CFG = {"architecture": "tf_efficientnet_b0", "mean": [0.5] * 3, "std": [0.5] * 3, "input_size": (3, 32, 40)}
+SAYING = {
+    "pretrained_cfg": {"pretrained_cfg": CFG},
+    "timm's options": {"args": argparse.Namespace(model="tf_efficientnet_b0", **CFG, crop_pct=None, interpolation="")},
+    "a configuration of one's own": {"config": {"family": "tf", **CFG}},
+}
+
+
+@pytest.mark.parametrize("name", SAYING)
+def test_what_lies_beside_the_weights_is_believed(name, tmp_path):
+    torch.save({"state_dict": RAW, **SAYING[name]}, tmp_path / "x.pth")
+    facts = read_contents(tmp_path / "x.pth").facts
+    expected = {"variant": "b0", "family": "tf", "mean_std": HALF, "resolution": 40, "interpolation": None}
+    assert {key: facts.value(key) for key in expected} == expected
+
+
+def test_a_hubs_folder_has_the_models_name(tmp_path):
+    (tmp_path / "tf_efficientnet_b0.ap_in1k").mkdir()
+    torch.save(RAW, tmp_path / "tf_efficientnet_b0.ap_in1k" / "pytorch_model.bin")
+    facts = read_contents(tmp_path / "tf_efficientnet_b0.ap_in1k").facts
+    assert (facts.value("family"), facts.value("mean_std")) == ("tf", HALF)
 
 
 def hub(path, config, **files):

@@ -124,7 +124,7 @@ def _choose(parts: Mapping[str, Mapping[str, Any]], part: str | None, what: str)
 
 
 def _is_average(name: str) -> bool:
-    return _AVERAGE.search(name.rpartition("/")[2].lower()) is not None
+    return any(_AVERAGE.search(part.lower()) for part in name.split("/"))
 
 
 def _usual(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:

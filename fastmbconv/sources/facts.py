@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from fastmbconv.scaling import COEFFICIENTS, Coefficients
-from fastmbconv.sources.reading import CheckpointError, Stored, attributes_of
+from fastmbconv.sources.reading import WHOLE, CheckpointError, Stored, attributes_of
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -104,12 +104,14 @@ def facts_of(stored: Stored, weights: Mapping[str, Any]) -> Facts:
         _add_run(facts, content)
     else:
         _add_options(facts, content, "the checkpoint")
-        for name in ("args", "hyper_parameters", "opt", "cfg"):
-            _add_options(facts, _as_mapping(content.get(name)), f"the checkpoint's {name!r}")
+        for name in ("args", "hyper_parameters", "opt", "cfg", "config", "pretrained_cfg"):
+            _add_pretrained_cfg(facts, _as_mapping(content.get(name)), f"the checkpoint's {name!r}")
     _add_metadata(facts, stored.metadata)
     _add_configs(facts, stored.configs)
     if stored.path is not None:
-        _add_file_name(facts, stored.path.name)
+        # Every hub calls its files alike: there the folder has the model's name.
+        named = stored.path.parent if stored.path.name in WHOLE else stored.path
+        _add_file_name(facts, named.name)
     return facts
 
 
@@ -145,12 +147,12 @@ def _add_options(facts: Facts, options: Mapping[str, Any], source: str) -> None:
             add_name(facts, text, f"{source} ({name} {text!r})")
     if isinstance(eps := options.get("bn_eps"), float):
         facts.add("eps", eps, f"{source} (bn_eps)")
+    if (family := options.get("family")) in ("torch", "tf"):
+        facts.add("family", family, source)
 
 
 def _add_metadata(facts: Facts, metadata: Mapping[str, str]) -> None:
     _add_options(facts, metadata, "the file's metadata")
-    if metadata.get("family") in ("torch", "tf"):
-        facts.add("family", metadata["family"], "the file's metadata")
     try:
         eps = float(metadata["eps"]) if "eps" in metadata else None
         cfg = json.loads(metadata.get("pretrained_cfg", "{}"))
@@ -179,13 +181,15 @@ def _add_configs(facts: Facts, configs: Mapping[str, Mapping[str, Any]]) -> None
 
 
 def _add_pretrained_cfg(facts: Facts, cfg: Any, source: str) -> None:
+    """What timm calls a configuration, and the options of a training script that has the same names."""
     if not isinstance(cfg, Mapping):
         return
     facts.add("mean_std", _mean_std(cfg.get("mean"), cfg.get("std")), source)
+    _add_options(facts, cfg, source)
     size = cfg.get("input_size")
     facts.add("resolution", size[-1] if isinstance(size, list | tuple) and size else None, source)
     facts.add("crop", cfg.get("crop_pct"), source)
-    facts.add("interpolation", cfg.get("interpolation"), source)
+    facts.add("interpolation", cfg.get("interpolation") or None, source)
 
 
 def _add_hugging_face(facts: Facts, config: Mapping[str, Any]) -> None:
