@@ -91,7 +91,8 @@ def test_same_weights_same_outputs(peer, variant, options, scheme, size):
 def test_the_other_family_differs():
     theirs = unsettled(timm("tf_efficientnet_b0"))
     ours = efficientnet_b0().eval()
-    load(ours, theirs.state_dict())
+    with pytest.warns(UserWarning, match="family='torch', eps=1e-05 is assumed"):
+        load(ours, theirs.state_dict())
     x = torch.randn(1, 3, *ODD)
     assert (ours(x) - logits(theirs, x)).norm() > 1e-3 * logits(theirs, x).norm()
 
@@ -109,7 +110,7 @@ def test_real_lite0_weights_from_a_file():
 
 def test_batch_statistics_agree_in_training():
     theirs = unsettled(timm("tf_efficientnet_lite0", num_classes=5)).train()
-    ours = efficientnet_lite0(num_classes=5, dropout=0.0, drop_path=0.0, momentum=0.1).train()
+    ours = efficientnet_lite0(family="tf", num_classes=5, dropout=0.0, drop_path=0.0, momentum=0.1).train()
     load(ours, theirs.state_dict())
     x = torch.randn(4, 3, *ODD)
     expected = theirs(x)
@@ -133,7 +134,7 @@ def test_wrapped_and_prefixed_checkpoints(scheme, tmp_path):
 
 def test_safetensors(tmp_path):
     safetensors = library("safetensors.torch")
-    source, target = unsettled(EfficientNet(TINY)), EfficientNet(TINY)
+    source, target = unsettled(EfficientNet(TINY)), EfficientNet(TINY, family="torch")
     safetensors.save_file(convert(source, source.state_dict(), to="timm"), tmp_path / "model.safetensors")
     load(target, tmp_path / "model.safetensors")
     assert all(torch.equal(value, target.state_dict()[name]) for name, value in source.state_dict().items())
@@ -154,7 +155,7 @@ def test_hugging_face_base_model_has_no_prefix_and_no_classifier():
 
 def test_a_backbone_takes_a_whole_models_checkpoint():
     source = unsettled(EfficientNet(TINY))
-    target = EfficientNet(TINY, features_only=True, out_indices=(1, 3)).eval()
+    target = EfficientNet(TINY, family="torch", features_only=True, out_indices=(1, 3)).eval()
     report = load(target, convert(source, source.state_dict(), to="timm"))
     assert report.kept == ()
     assert "classifier.weight" in report.unused
@@ -163,14 +164,14 @@ def test_a_backbone_takes_a_whole_models_checkpoint():
 
 
 def test_old_checkpoints_without_batch_counts():
-    source, target = unsettled(EfficientNet(TINY)), EfficientNet(TINY)
+    source, target = unsettled(EfficientNet(TINY)), EfficientNet(TINY, family="torch")
     named = {k: v for k, v in source.state_dict().items() if not k.endswith("num_batches_tracked")}
     report = load(target, named)
     assert set(report.kept) == set(source.state_dict()) - set(named)
 
 
 def test_position_loads_unknown_names():
-    source, target = unsettled(EfficientNet(TINY)), EfficientNet(TINY)
+    source, target = unsettled(EfficientNet(TINY)), EfficientNet(TINY, family="torch")
     unknown = {f"layer{i}.{name.rpartition('.')[2]}": v for i, (name, v) in enumerate(source.state_dict().items())}
     with pytest.raises(CheckpointError, match=r"no known library \(layer0.weight, .*position"):
         load(target, unknown)
@@ -249,7 +250,7 @@ def test_another_variants_checkpoint_is_refused():
 
 def test_not_strict_keeps_another_classifier_and_what_is_missing():
     state = without(entries("timm", num_classes=10), "conv_head.weight")
-    model = EfficientNet(TINY, num_classes=4)
+    model = EfficientNet(TINY, family="torch", num_classes=4)
     classifier = model.classifier.weight.clone()
     report = load(model, state | {"extra.weight": torch.ones(1)}, strict=False)
     assert report.kept == ("head.conv.weight", "classifier.weight", "classifier.bias")
