@@ -31,6 +31,7 @@ OLDEST = (8, 0)  # compute capability
 IMAGE_VALUES, PIXELS = 2**31, 2**30  # of one image, and of a batch: kernels count both in 32 bits
 MOST_INPUTS, MOST_REDUCED = 4096, 1024  # channels of an expansion's input and of a squeeze, which a program takes whole
 EMPTY = "an empty batch"
+TRANSFORMED = "inside a torch.func transform or forward-mode AD"
 WAY_OUT = "run the model inside `with fastmbconv.backend('eager')`, or take them out with fastmbconv.unfuse(model)"
 
 
@@ -156,23 +157,17 @@ def call_reason(x: Tensor) -> str | None:
         return "the backend is set to eager"
     if not torch.jit.is_tracing() and x.numel() == 0:  # a tracer warns of what depends on a size
         return EMPTY
-    return device_reason(x)
-
-
-def refuse_transforms() -> None:
-    """RuntimeError inside a torch.func transform or forward-mode AD: the kernels have ordinary gradients only."""
-    if transforms():
-        raise RuntimeError(
-            "fastmbconv's kernels don't take torch.func's transforms (grad, vmap, jvp, ...) or forward-mode AD; "
-            f"{WAY_OUT}"
-        )
+    return TRANSFORMED if transforms() else device_reason(x)
 
 
 def transforms() -> bool:
-    """True inside a torch.func transform or forward-mode AD."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """True inside a torch.func transform or forward-mode AD: the kernels have ordinary gradients only."""
+    return functorch_transforms() or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
+
+
+def functorch_transforms() -> bool:
+    """True inside a torch.func transform (grad, vmap, jvp, ...)."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def eager_at_once(module: nn.Module, x: Tensor) -> bool:
@@ -245,7 +240,10 @@ def layout_reason(*tensors: Tensor | None) -> str | None:
 
 
 def module_reason(module: nn.Module) -> str | None:
-    """Why a module must run its own submodules, or None: somebody hooked, parametrised or patched one of them."""
+    """Why a module must run its own submodules, or None: somebody hooked, parametrised or patched one of them.
+
+    Or a transform is active: then the module runs eager under every backend.
+    """
     return children_reason(module._modules)
 
 
@@ -253,6 +251,8 @@ def children_reason(children: Mapping[str, nn.Module | None]) -> str | None:
     """The same of some modules by their names, which somebody else would call."""
     if torch.nn.modules.module._has_any_global_hook():
         return "a hook on every module"
+    if transforms():
+        return TRANSFORMED
     return _inner_reason(children, "")
 
 

@@ -43,7 +43,8 @@ def mbconv(
     Raises:
         ValueError: a shape, dtype, device or setting that no path takes, named, before anything is changed; with the
             backend set to "triton", also whatever the kernels don't support.
-        RuntimeError: inside a torch.func transform or forward-mode AD, where the kernels would run.
+        RuntimeError: inside a torch.func transform or forward-mode AD with the backend set to "triton"; elsewhere eager
+            runs there.
     """
     checks.check_memory(memory)
     if eager is None:
@@ -209,9 +210,10 @@ def _frozen(bn: BatchNorm | None) -> tuple[Tensor | None, Tensor | None, Tensor 
 
 def _use_kernels(reason: str | None, x: Tensor) -> bool:
     if reason is not None and dispatch.get_backend() == "triton" and x.numel() > 0:
-        raise ValueError(f"the backend is set to 'triton', and the kernels do not take this call: {reason}")
-    if reason is None:
-        dispatch.refuse_transforms()
+        told = f"the backend is set to 'triton', and the kernels do not take this call: {reason}"
+        if reason == dispatch.TRANSFORMED:
+            raise RuntimeError(f"{told}; {dispatch.WAY_OUT}")
+        raise ValueError(told)
     return reason is None
 
 
