@@ -17,7 +17,12 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+    is_traceable_wrapper_subclass,
+)
 
 from fastmbconv import ranks
 from fastmbconv.block import BatchNorm, Block, DenseBlock, Padding, SqueezeExcite
@@ -157,7 +162,7 @@ def call_reason(x: Tensor) -> str | None:
         return "the backend is set to eager"
     if not torch.jit.is_tracing() and x.numel() == 0:  # a tracer warns of what depends on a size
         return EMPTY
-    return TRANSFORMED if transforms() else device_reason(x)
+    return TRANSFORMED if transforms() else device_reason(x) or _subclass_reason(x)
 
 
 def transforms() -> bool:
@@ -242,7 +247,7 @@ def layout_reason(*tensors: Tensor | None) -> str | None:
 def module_reason(module: nn.Module) -> str | None:
     """Why a module must run its own submodules, or None: somebody hooked, parametrised or patched one of them.
 
-    Or a transform is active: then the module runs eager under every backend.
+    Or a transform is active, or a mode watches the operators: then the module runs eager under every backend.
     """
     return children_reason(module._modules)
 
@@ -251,9 +256,37 @@ def children_reason(children: Mapping[str, nn.Module | None]) -> str | None:
     """The same of some modules by their names, which somebody else would call."""
     if torch.nn.modules.module._has_any_global_hook():
         return "a hook on every module"
-    if transforms():
-        return TRANSFORMED
-    return _inner_reason(children, "")
+    return TRANSFORMED if transforms() else watching_reason() or _inner_reason(children, "")
+
+
+def watching_reason() -> str | None:
+    """Why modules run eager under a mode of somebody else's, which knows aten's operators only; None without one.
+
+    torch's own modes take any operator, by its schema, fake implementation and FLOP formula. So does a mode whose class
+    says `sees_fastmbconv = True`.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    if not torch._C._len_torch_dispatch_stack() and not torch._C._len_torch_function_stack():
+        return None
+    for mode in (*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack()):
+        if _is_foreign(type(mode)):
+            kind = "TorchDispatchMode" if isinstance(mode, TorchDispatchMode) else "TorchFunctionMode"
+            return f"{type(mode).__name__}, a {kind}, watches the operators"
+    return None
+
+
+def _is_foreign(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] != "torch" and not getattr(cls, "sees_fastmbconv", False)
+
+
+def _subclass_reason(x: Tensor) -> str | None:
+    """Why eager runs on somebody else's tensor subclass that watches the operators, or None."""
+    cls = type(x)
+    if cls in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
+        return None
+    watches = cls.__torch_dispatch__ is not Tensor.__torch_dispatch__ and _is_foreign(cls)
+    return f"a {cls.__name__}, a tensor subclass that watches the operators" if watches else None
 
 
 def own_reason(module: nn.Module, name: str) -> str | None:
