@@ -41,24 +41,34 @@ class DepthwiseSetting(NamedTuple):
 
 
 class _FirstDerivative(torch.autograd.Function):
-    """Gradients as they are, and an error where somebody differentiates them."""
+    """Gradients as they are, and an error where somebody differentiates them by one of the first `anchors` tensors."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return gradients
+    def forward(ctx: Any, anchors: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tensors[anchors:]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(_TWICE)
 
 
-def _marked(dy: Tensor, gradients: tuple[Tensor | None, ...], transformed: bool) -> tuple[Tensor | None, ...]:
-    """The gradients, with the error of who differentiates them."""
-    if not transformed:
-        return _FirstDerivative.apply(dy.new_empty(0).requires_grad_(), *gradients)
-    # What vmap takes apart keeps the graph of the tensors inside it only.
-    (mark,) = _FirstDerivative.apply(torch.zeros((), requires_grad=True), torch.zeros((), device=dy.device))
-    return tuple(None if g is None else g + mark.to(g.dtype) for g in gradients)
+def _marked(saved: Any, dy: Tensor, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients, with the error of who differentiates them.
+
+    Autograd visits what lies between them and what they are differentiated by: it must find all that they follow from.
+    """
+    anchors = [t for t in (dy, *saved) if t is not None and t.requires_grad]
+    return _FirstDerivative.apply(len(anchors) + 1, *anchors, dy.new_empty(0).requires_grad_(), *gradients)
+
+
+class _SavedOnce:
+    """A Function's context whose saved tensors are unpacked once: a checkpoint gives them no second time."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 def _backward(eager: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -71,12 +81,14 @@ def _backward(eager: Callable[..., Any]) -> Callable[[Callable[..., Any]], Calla
         @wraps(backward)
         def checked(ctx: Any, dy: Tensor) -> Any:
             twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            if twice and dispatch.functorch_transforms():  # what marks the gradients is no function that they take
-                raise RuntimeError(_TWICE)
-            transformed = eager_backward.is_transformed(dy)
+            if twice:
+                # A vmap hides what dy follows from, and torch.func takes no function like the one that marks gradients.
+                if eager_backward.is_batched(dy) or dispatch.functorch_transforms():
+                    raise RuntimeError(_TWICE)
+                ctx = _SavedOnce(ctx)
             with torch.no_grad():
-                gradients = (eager if transformed else backward)(ctx, dy)
-            return _marked(dy, gradients, transformed) if twice else gradients
+                gradients = (eager if eager_backward.is_transformed(dy) else backward)(ctx, dy)
+            return _marked(ctx.saved_tensors, dy, gradients) if twice else gradients
 
         return checked
 

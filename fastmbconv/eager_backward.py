@@ -26,10 +26,12 @@ Gradients = tuple[Tensor | None, ...]
 
 def is_transformed(dy: Tensor) -> bool:
     """True where dy is many gradients at once, or a transform is active: no kernel may be launched."""
-    if torch.compiler.is_compiling():
-        return False
-    # torch.autograd's own vmap shows in its tensors only.
-    return torch._C._dispatch_keys(dy).has("Batched") or dispatch.transforms()
+    return is_batched(dy) or dispatch.transforms()
+
+
+def is_batched(dy: Tensor) -> bool:
+    """True for many gradients at once in torch.autograd's own vmap, which shows in its tensors only."""
+    return not torch.compiler.is_compiling() and torch._C._dispatch_keys(dy).has("Batched")
 
 
 def depthwise_bn_act(ctx: Any, dy: Tensor) -> Gradients:

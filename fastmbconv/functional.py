@@ -75,8 +75,8 @@ def _arguments(x: Tensor, block: Block, memory: Memory, compute: torch.dtype, ke
     """What MBConvFunction takes."""
     bns, se = (block.bn1, block.bn2, block.bn3), block.se
     return (
-        x.to(compute), block.expand_weight, *_affine(block.bn1), block.depthwise_weight, *_affine(block.bn2),
-        *_excite(se),
+        _channels_last(x.to(compute)), block.expand_weight, *_affine(block.bn1), block.depthwise_weight,
+        *_affine(block.bn2), *_excite(se),
         block.project_weight, *_affine(block.bn3), keep,
         block.activation, "none" if se is None else se.activation, block.residual and compute == x.dtype,
         _lean(x, block, memory, compute),
@@ -128,8 +128,8 @@ def depthwise_bn_act(
     with torch.autocast(x.device.type, enabled=False):
         _count_batch(bn)
         return DepthwiseBNActFunction.apply(
-            x.to(compute), weight, *_affine(bn), activation, _geometry(x, weight, stride, padding), _setting(bn),
-            *_running(bn),
+            _channels_last(x.to(compute)), weight, *_affine(bn), activation, _geometry(x, weight, stride, padding),
+            _setting(bn), *_running(bn),
         ).permute(0, 3, 1, 2)  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def squeeze_excite(x: Tensor, se: SqueezeExcite) -> Tensor:
 
     with torch.autocast(x.device.type, enabled=False):
         # Eager's product keeps x's own dtype under autocast: only the gate's convolutions are narrowed.
-        return SqueezeExciteFunction.apply(x, *_excite(se), se.activation).permute(0, 3, 1, 2)
+        return SqueezeExciteFunction.apply(_channels_last(x), *_excite(se), se.activation).permute(0, 3, 1, 2)
 
 
 def bn_act(x: Tensor, bn: BatchNorm, activation: Activation) -> Tensor:
@@ -202,6 +202,11 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 def _nhwc(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).permute(0, 2, 3, 1).contiguous()
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """What a Function takes: a copy that autograd knows, so that what is saved of it leads back to x."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _frozen(bn: BatchNorm | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]:

@@ -160,6 +160,30 @@ def test_double_backward_says_no(op, device, triton_backend):
         dx.sum().backward()
 
 
+def penalty(function, x):
+    (dx,) = torch.autograd.grad(function(x), x, create_graph=True)
+    return torch.autograd.grad(dx.square().sum(), x, allow_unused=True)
+
+
+SECOND = {
+    "penalty": penalty,
+    "hessian": torch.autograd.functional.hessian,
+    "vectorised-hessian": lambda f, x: torch.autograd.functional.hessian(f, x, vectorize=True),
+    "vhp": lambda f, x: torch.autograd.functional.vhp(f, x, x.detach()),
+    "jvp-by-two-backwards": lambda f, x: torch.autograd.functional.jvp(f, x, x.detach()),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("second", SECOND.values(), ids=SECOND)
+def test_second_derivatives_are_never_taken_for_zero(second, layout, device, triton_backend):
+    """By who asks for some inputs' alone, and takes what autograd doesn't find for unused."""
+    x = normal(1, 3, 2, 3, dtype=torch.float32, device=device).contiguous(memory_format=layout).requires_grad_()
+    module = make_block(3, 3, expand_ratio=2, device=device).eval().requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"double backward: .*backend\('eager'\)"):
+        second(lambda x: module(x).square().sum(), x)
+
+
 def test_what_is_upstream_of_frozen_weights_is_not_computed(device):
     """The head of a block trained alone: neither the depthwise nor the expand backward runs."""
     module, x, dy = small_block(torch.float32, device)

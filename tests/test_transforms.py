@@ -297,17 +297,18 @@ def test_only_what_needs_a_gradient_gets_one(device, triton_backend):
 
 
 @warned
-@pytest.mark.parametrize("batch", ["autograd", "func"])
+@pytest.mark.parametrize("batch", ["autograd", "seeds", "func"])
 def test_second_derivatives_behind_a_vmapped_backward_say_no(batch, device, triton_backend):
     module = make_block(3, 3, expand_ratio=2, device=device)
     x = normal(2, 3, 4, 4, dtype=torch.float32, device=device).requires_grad_()
     y, seeds = module(x), normal(3, *x.shape, dtype=torch.float32, device=device)
     with pytest.raises(RuntimeError, match=r"double backward: .*backend\('eager'\)"):
-        if batch == "autograd":
+        if batch != "func":
+            seeds.requires_grad_(batch == "seeds")
             (dx,) = torch.autograd.grad(y, x, seeds, is_grads_batched=True, create_graph=True)
         else:
             (dx,) = torch.func.vmap(lambda dy: torch.autograd.grad(y, x, dy, create_graph=True))(seeds)
-        (dx.square().sum() + x.sum()).backward()
+        torch.autograd.grad(dx.square().sum() + x.sum() + seeds.sum(), seeds if batch == "seeds" else x)
 
 
 def test_shared_statistics_say_no(device, triton_backend, monkeypatch):
