@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmbconv import dispatch, ops
+from fastmbconv import dispatch, eager_backward, ops
 from fastmbconv.kernels.tuning import walks_expansion
+
+_TWICE = f"double backward: fastmbconv's kernels have first derivatives only; {dispatch.WAY_OUT}"
 
 
 class BatchNormSetting(NamedTuple):
@@ -39,33 +41,74 @@ class DepthwiseSetting(NamedTuple):
 
 
 class _FirstDerivative(torch.autograd.Function):
-    """Gradients as they are, and an error where somebody differentiates them."""
+    """Gradients as they are, and an error where somebody differentiates them by one of the first `anchors` tensors."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return gradients
+    def forward(ctx: Any, anchors: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tensors[anchors:]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(f"double backward: fastmbconv's kernels have first derivatives only; {dispatch.WAY_OUT}")
+        raise RuntimeError(_TWICE)
 
 
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """The error of a double backward, for any gradient: torch's own decorator has none where dy is a constant."""
+def _marked(saved: Any, dy: Tensor, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients, with the error of who differentiates them.
 
-    @wraps(backward)
-    def checked(ctx: Any, dy: Tensor) -> Any:
-        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        with torch.no_grad():
-            gradients = backward(ctx, dy)
-        return _FirstDerivative.apply(dy.new_empty(0).requires_grad_(), *gradients) if twice else gradients
-
-    return checked
+    Autograd visits what lies between them and what they are differentiated by: it must find all that they follow from.
+    """
+    anchors = [t for t in (dy, *saved) if t is not None and t.requires_grad]
+    return _FirstDerivative.apply(len(anchors) + 1, *anchors, dy.new_empty(0).requires_grad_(), *gradients)
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """[N, C, H, W] in any layout as contiguous [N, H, W, C]; no copy for channels_last."""
-    return x.permute(0, 2, 3, 1).contiguous()
+class _SavedOnce:
+    """A Function's context whose saved tensors are unpacked once: a checkpoint gives them no second time."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def _backward(eager: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A Function's backward: `eager` instead inside a transform, and the error of a double backward, for any gradient.
+
+    torch's own `once_differentiable` has no error where dy is a constant.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(backward)
+        def checked(ctx: Any, dy: Tensor) -> Any:
+            twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            if twice:
+                # A vmap hides what dy follows from, and torch.func takes no function like the one that marks gradients.
+                if eager_backward.is_batched(dy) or dispatch.functorch_transforms():
+                    raise RuntimeError(_TWICE)
+                ctx = _SavedOnce(ctx)
+            with torch.no_grad():
+                gradients = (eager if eager_backward.is_transformed(dy) else backward)(ctx, dy)
+            return _marked(ctx.saved_tensors, dy, gradients) if twice else gradients
+
+        return checked
+
+    return decorate
+
+
+def _images(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(contiguous [N, H, W, C], what to save of it as [N, C, H, W]) of x, [N, C, H, W] in any layout.
+
+    Without a copy that is x itself: a view of it, made in here, would not tell autograd who changed it in place.
+    """
+    view = x.permute(0, 2, 3, 1)
+    if view.is_contiguous():
+        return view, x
+    copied = view.contiguous()
+    return copied, copied.permute(0, 3, 1, 2)
+
+
+def _nhwc(saved: Tensor) -> Tensor:
+    return saved.permute(0, 2, 3, 1)
 
 
 def _runner(x: Tensor) -> Any:
@@ -102,19 +145,19 @@ class DepthwiseBNActFunction(torch.autograd.Function):
         bn: BatchNormSetting,
         *running: Tensor | None,
     ) -> Tensor:
-        x = channels_last(x)
+        x, saved = _images(x)
         run = _runner(x)
         u, norm = run.depthwise_bn(x, None, weight, None, "none", *depthwise, bn_weight, bn_bias, *running, *bn)
-        ctx.save_for_backward(x, weight, bn_weight, bn_bias, u, norm)
+        ctx.save_for_backward(saved, weight, bn_weight, bn_bias, u, norm)
         ctx.setting = (activation, depthwise, bn)
         return run.bn_act(u, norm, None, None, None, activation)
 
     @staticmethod
-    @once_differentiable
+    @_backward(eager_backward.depthwise_bn_act)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bn_weight, bn_bias, u, norm = ctx.saved_tensors
         activation, depthwise, bn = ctx.setting
-        dy = dy.contiguous()
+        x, dy = _nhwc(x), dy.contiguous()
         run = _runner(dy)
         grads, coef = run.bn_bwd(dy, u, norm, None, activation, bn.batch_statistics, bn.group)
         du = run.bn_act_bwd(dy, u, norm, coef, None, activation)
@@ -138,19 +181,19 @@ class SqueezeExciteFunction(torch.autograd.Function):
         expand_bias: Tensor,
         activation: str,
     ) -> Tensor:
-        x = channels_last(x)
+        x, saved = _images(x)
         weights = (reduce_weight, reduce_bias, expand_weight, expand_bias)
         run = _runner(x)
         pooled, r, gate = run.pool_excite(x, None, *weights, "none", activation)
-        ctx.save_for_backward(x, pooled, r, gate, *weights)
+        ctx.save_for_backward(saved, pooled, r, gate, *weights)
         ctx.activation = activation
         return run.bn_act(x, None, gate, None, None, "none")
 
     @staticmethod
-    @once_differentiable
+    @_backward(eager_backward.squeeze_excite)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, pooled, r, gate, *weights = ctx.saved_tensors
-        run = _runner(dy)
+        x, run = _nhwc(x), _runner(dy)
         dx, *grads = run.squeeze_excite_bwd(dy.contiguous(), x, pooled, r, gate, weights[0], weights[2], ctx.activation)
         return dx.permute(0, 3, 1, 2), *(_cast(g, w) for g, w in zip(grads, weights, strict=True)), None
 
@@ -191,7 +234,7 @@ class MBConvFunction(torch.autograd.Function):
         bn3: BatchNormSetting,
         *running: Tensor | None,
     ) -> Tensor:
-        x = channels_last(x)
+        x, saved = _images(x)
         run = _runner(x)
         u1, norm1 = x, None
         walked = lean and walks_expansion(depthwise_weight.shape[-1], x.shape[3], x.dtype)
@@ -212,7 +255,7 @@ class MBConvFunction(torch.autograd.Function):
         )
         y = run.bn_act(u3, norm3, None, keep, x if residual else None, "none")
         ctx.save_for_backward(
-            x, None if bn1 is None or lean else u1, u2, u3, norm1, norm2, norm3, pooled, r, gate, keep,
+            saved, None if bn1 is None or lean else u1, u2, u3, norm1, norm2, norm3, pooled, r, gate, keep,
             expand_weight, bn1_weight, bn1_bias, depthwise_weight, bn2_weight, bn2_bias,
             reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, project_weight, bn3_weight, bn3_bias,
         )  # fmt: skip
@@ -220,7 +263,7 @@ class MBConvFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_backward(eager_backward.mbconv)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (
             x, u1, u2, u3, norm1, norm2, norm3, pooled, r, gate, keep,
@@ -228,7 +271,7 @@ class MBConvFunction(torch.autograd.Function):
             reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, project_weight, bn3_weight, bn3_bias,
         ) = ctx.saved_tensors  # fmt: skip
         activation, se_activation, residual, walked, depthwise, bn1, bn2, bn3 = ctx.setting
-        dy = dy.contiguous()
+        x, dy = _nhwc(x), dy.contiguous()
         shortcut = dy if residual else None
         run = _runner(dy)
         grads3, coef3 = run.bn_bwd(dy, u3, norm3, keep, "none", bn3.batch_statistics, bn3.group)
@@ -292,7 +335,7 @@ class DenseFunction(torch.autograd.Function):
         bn2: BatchNormSetting | None,
         *running: Tensor | None,
     ) -> Tensor:
-        u, x = channels_last(u), None if shortcut is None else channels_last(shortcut)
+        (u, saved), x = _images(u), None if shortcut is None else _images(shortcut)[0]
         run = _runner(u)
         norm1 = run.image_norm(u, bn1_weight, bn1_bias, *running[:3], *bn1)
         pooled = r = gate = v = norm2 = None
@@ -307,21 +350,21 @@ class DenseFunction(torch.autograd.Function):
             )
             y = run.bn_act(v, norm2, None, keep, x, "none")
         ctx.save_for_backward(
-            u, v, norm1, norm2, pooled, r, gate, keep, bn1_weight, bn1_bias, reduce_weight, reduce_bias,
+            saved, v, norm1, norm2, pooled, r, gate, keep, bn1_weight, bn1_bias, reduce_weight, reduce_bias,
             se_expand_weight, se_expand_bias, project_weight, bn2_weight, bn2_bias,
         )  # fmt: skip
         ctx.setting = (activation, se_activation, shortcut is not None, bn1, bn2)
         return y
 
     @staticmethod
-    @once_differentiable
+    @_backward(eager_backward.dense)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (
             u, v, norm1, norm2, pooled, r, gate, keep, bn1_weight, bn1_bias, reduce_weight, reduce_bias,
             se_expand_weight, se_expand_bias, project_weight, bn2_weight, bn2_bias,
         ) = ctx.saved_tensors  # fmt: skip
         activation, se_activation, residual, bn1, bn2 = ctx.setting
-        dy = dy.contiguous()
+        u, dy = _nhwc(u), dy.contiguous()
         d_project, d_excite = None, (None,) * 4
         d_bn2: tuple[Tensor | None, ...] = (None, None)
         run = _runner(dy)

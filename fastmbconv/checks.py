@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmbconv.block import BatchNorm, Block, DenseBlock, Padding, SqueezeExcite, pads
 
@@ -17,6 +17,12 @@ def check_memory(memory: str) -> None:
     """ValueError unless `memory` is one of the two plans."""
     if memory not in ("fast", "lean"):
         raise ValueError(f"memory is {memory!r}: allowed are 'fast' and 'lean'")
+
+
+def check_model(model: object) -> None:
+    """TypeError unless `model` is a torch.nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: allowed is a torch.nn.Module")
 
 
 def check_block(x: Tensor, block: Block) -> None:

@@ -29,6 +29,7 @@ from fastmbconv import checks, dispatch, reference
 from fastmbconv.block import DenseBlock
 from fastmbconv.functional import (
     _affine,
+    _channels_last,
     _compute_dtype,
     _count_batch,
     _excite,
@@ -75,8 +76,8 @@ def dense_mbconv(x: Tensor, block: DenseBlock, *, eager: Callable[[Tensor], Tens
         _count_batch(block.bn1)
         _count_batch(block.bn2)
         y = DenseFunction.apply(
-            u, shortcut, *_affine(block.bn1), *_excite(block.se), block.project_weight, *_affine(block.bn2),
-            keep, block.activation, "none" if block.se is None else block.se.activation,
+            _channels_last(u), shortcut, *_affine(block.bn1), *_excite(block.se), block.project_weight,
+            *_affine(block.bn2), keep, block.activation, "none" if block.se is None else block.se.activation,
             _setting(block.bn1), None if block.bn2 is None else _setting(block.bn2),
             *_running(block.bn1), *_running(block.bn2),
         ).permute(0, 3, 1, 2)  # fmt: skip

@@ -17,7 +17,12 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+    is_traceable_wrapper_subclass,
+)
 
 from fastmbconv import ranks
 from fastmbconv.block import BatchNorm, Block, DenseBlock, Padding, SqueezeExcite
@@ -31,6 +36,7 @@ OLDEST = (8, 0)  # compute capability
 IMAGE_VALUES, PIXELS = 2**31, 2**30  # of one image, and of a batch: kernels count both in 32 bits
 MOST_INPUTS, MOST_REDUCED = 4096, 1024  # channels of an expansion's input and of a squeeze, which a program takes whole
 EMPTY = "an empty batch"
+TRANSFORMED = "inside a torch.func transform or forward-mode AD"
 WAY_OUT = "run the model inside `with fastmbconv.backend('eager')`, or take them out with fastmbconv.unfuse(model)"
 
 
@@ -156,23 +162,17 @@ def call_reason(x: Tensor) -> str | None:
         return "the backend is set to eager"
     if not torch.jit.is_tracing() and x.numel() == 0:  # a tracer warns of what depends on a size
         return EMPTY
-    return device_reason(x)
-
-
-def refuse_transforms() -> None:
-    """RuntimeError inside a torch.func transform or forward-mode AD: the kernels have ordinary gradients only."""
-    if transforms():
-        raise RuntimeError(
-            "fastmbconv's kernels don't take torch.func's transforms (grad, vmap, jvp, ...) or forward-mode AD; "
-            f"{WAY_OUT}"
-        )
+    return TRANSFORMED if transforms() else device_reason(x) or _subclass_reason(x)
 
 
 def transforms() -> bool:
-    """True inside a torch.func transform or forward-mode AD."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """True inside a torch.func transform or forward-mode AD: the kernels have ordinary gradients only."""
+    return functorch_transforms() or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
+
+
+def functorch_transforms() -> bool:
+    """True inside a torch.func transform (grad, vmap, jvp, ...)."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def eager_at_once(module: nn.Module, x: Tensor) -> bool:
@@ -245,7 +245,10 @@ def layout_reason(*tensors: Tensor | None) -> str | None:
 
 
 def module_reason(module: nn.Module) -> str | None:
-    """Why a module must run its own submodules, or None: somebody hooked, parametrised or patched one of them."""
+    """Why a module must run its own submodules, or None: somebody hooked, parametrised or patched one of them.
+
+    Or a transform is active, or a mode watches the operators: then the module runs eager under every backend.
+    """
     return children_reason(module._modules)
 
 
@@ -253,7 +256,37 @@ def children_reason(children: Mapping[str, nn.Module | None]) -> str | None:
     """The same of some modules by their names, which somebody else would call."""
     if torch.nn.modules.module._has_any_global_hook():
         return "a hook on every module"
-    return _inner_reason(children, "")
+    return TRANSFORMED if transforms() else watching_reason() or _inner_reason(children, "")
+
+
+def watching_reason() -> str | None:
+    """Why modules run eager under a mode of somebody else's, which knows aten's operators only; None without one.
+
+    torch's own modes take any operator, by its schema, fake implementation and FLOP formula. So does a mode whose class
+    says `sees_fastmbconv = True`.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    if not torch._C._len_torch_dispatch_stack() and not torch._C._len_torch_function_stack():
+        return None
+    for mode in (*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack()):
+        if _is_foreign(type(mode)):
+            kind = "TorchDispatchMode" if isinstance(mode, TorchDispatchMode) else "TorchFunctionMode"
+            return f"{type(mode).__name__}, a {kind}, watches the operators"
+    return None
+
+
+def _is_foreign(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] != "torch" and not getattr(cls, "sees_fastmbconv", False)
+
+
+def _subclass_reason(x: Tensor) -> str | None:
+    """Why eager runs on somebody else's tensor subclass that watches the operators, or None."""
+    cls = type(x)
+    if cls in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
+        return None
+    watches = cls.__torch_dispatch__ is not Tensor.__torch_dispatch__ and _is_foreign(cls)
+    return f"a {cls.__name__}, a tensor subclass that watches the operators" if watches else None
 
 
 def own_reason(module: nn.Module, name: str) -> str | None:

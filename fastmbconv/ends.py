@@ -75,7 +75,7 @@ def infers(x: Tensor, bn: BatchNorm, weight: Tensor | None = None) -> bool:
     Args:
         x: [N, C, H, W], the convolution's output; with its `weight` (for `functional.pointwise_bn_act_pool`) its input.
     """
-    if dispatch.call_reason(x) is not None or bn.batch_statistics or dispatch.transforms():
+    if dispatch.call_reason(x) is not None or bn.batch_statistics:
         return False
     vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
     tensors = [tensor for tensor in (weight, *vectors) if tensor is not None]

@@ -43,7 +43,8 @@ def mbconv(
     Raises:
         ValueError: a shape, dtype, device or setting that no path takes, named, before anything is changed; with the
             backend set to "triton", also whatever the kernels don't support.
-        RuntimeError: inside a torch.func transform or forward-mode AD, where the kernels would run.
+        RuntimeError: inside a torch.func transform or forward-mode AD with the backend set to "triton"; elsewhere eager
+            runs there.
     """
     checks.check_memory(memory)
     if eager is None:
@@ -74,8 +75,8 @@ def _arguments(x: Tensor, block: Block, memory: Memory, compute: torch.dtype, ke
     """What MBConvFunction takes."""
     bns, se = (block.bn1, block.bn2, block.bn3), block.se
     return (
-        x.to(compute), block.expand_weight, *_affine(block.bn1), block.depthwise_weight, *_affine(block.bn2),
-        *_excite(se),
+        _channels_last(x.to(compute)), block.expand_weight, *_affine(block.bn1), block.depthwise_weight,
+        *_affine(block.bn2), *_excite(se),
         block.project_weight, *_affine(block.bn3), keep,
         block.activation, "none" if se is None else se.activation, block.residual and compute == x.dtype,
         _lean(x, block, memory, compute),
@@ -127,8 +128,8 @@ def depthwise_bn_act(
     with torch.autocast(x.device.type, enabled=False):
         _count_batch(bn)
         return DepthwiseBNActFunction.apply(
-            x.to(compute), weight, *_affine(bn), activation, _geometry(x, weight, stride, padding), _setting(bn),
-            *_running(bn),
+            _channels_last(x.to(compute)), weight, *_affine(bn), activation, _geometry(x, weight, stride, padding),
+            _setting(bn), *_running(bn),
         ).permute(0, 3, 1, 2)  # fmt: skip
 
 
@@ -151,7 +152,7 @@ def squeeze_excite(x: Tensor, se: SqueezeExcite) -> Tensor:
 
     with torch.autocast(x.device.type, enabled=False):
         # Eager's product keeps x's own dtype under autocast: only the gate's convolutions are narrowed.
-        return SqueezeExciteFunction.apply(x, *_excite(se), se.activation).permute(0, 3, 1, 2)
+        return SqueezeExciteFunction.apply(_channels_last(x), *_excite(se), se.activation).permute(0, 3, 1, 2)
 
 
 def bn_act(x: Tensor, bn: BatchNorm, activation: Activation) -> Tensor:
@@ -203,15 +204,21 @@ def _nhwc(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).permute(0, 2, 3, 1).contiguous()
 
 
+def _channels_last(x: Tensor) -> Tensor:
+    """What a Function takes: a copy that autograd knows, so that what is saved of it leads back to x."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def _frozen(bn: BatchNorm | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]:
     return (None, None, None, None, 0.0) if bn is None else (*_affine(bn), bn.running_mean, bn.running_var, bn.eps)
 
 
 def _use_kernels(reason: str | None, x: Tensor) -> bool:
     if reason is not None and dispatch.get_backend() == "triton" and x.numel() > 0:
-        raise ValueError(f"the backend is set to 'triton', and the kernels do not take this call: {reason}")
-    if reason is None:
-        dispatch.refuse_transforms()
+        told = f"the backend is set to 'triton', and the kernels do not take this call: {reason}"
+        if reason == dispatch.TRANSFORMED:
+            raise RuntimeError(f"{told}; {dispatch.WAY_OUT}")
+        raise ValueError(told)
     return reason is None
 
 

@@ -211,6 +211,9 @@ class MBConv(nn.Module):
         """Why this block must run its own submodules (a hook, another type in a submodule's place), or None."""
         return self.replaced_reason() or dispatch.module_reason(self)
 
+    def extra_repr(self) -> str:
+        return "fused" if self.fused else ""
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.fused or dispatch.eager_at_once(self, x) or self.eager_reason() is not None:
             return self.forward_eager(x)

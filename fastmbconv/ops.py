@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmbconv import ranks
+from fastmbconv import flops, ranks
 from fastmbconv.kernels import (
     batch_norm,
     depthwise,
@@ -101,7 +101,9 @@ def _operator(mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any
             return on_its_device(*args)
 
         setattr(direct, function.__name__, launched if mutated else on_its_device)
-        return torch.library.custom_op(f"fastmbconv::{function.__name__}", on_its_device, mutates_args=mutates_args)
+        operator = torch.library.custom_op(f"fastmbconv::{function.__name__}", on_its_device, mutates_args=mutates_args)
+        flops.register(function.__name__)
+        return operator
 
     return register
 

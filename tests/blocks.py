@@ -168,6 +168,8 @@ def launches():
     seen = []
 
     class Watch(TorchDispatchMode):
+        sees_fastmbconv = True
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func.namespace == "fastmbconv":
                 seen.append(func.name())

@@ -159,16 +159,6 @@ def test_traced_as_eager(make, images, device, on_a_gpu):
     torch.testing.assert_close(by_example(images), expected)
 
 
-@quiet
-def test_scripting_unfuses(images, device):
-    model = fuse(lively(timms(), device)).eval()
-    expected = model(images)
-    scripted, stored = torch.jit.script(model), io.BytesIO()
-    torch.testing.assert_close(scripted(images), expected)
-    torch.jit.save(scripted, stored)
-    assert b"fastmbconv" not in stored.getvalue() and explain(model).fused == 0
-
-
 @pytest.fixture
 def process_group(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)

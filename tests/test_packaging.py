@@ -152,6 +152,7 @@ def test_import_brings_no_extra_and_no_triton():
 import sys, torch
 before = set(sys.modules)
 import fastmbconv
+fastmbconv.fuse, fastmbconv.graph
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 print(*(new & {"triton", "timm", "torchvision", "matplotlib", "rich", "PIL", "transformers", "numpy"}))
 """
@@ -163,6 +164,7 @@ def test_import_adds_at_most_a_fifth_of_a_second_to_torch():
 import time, torch
 start = time.perf_counter()
 import fastmbconv
+fastmbconv.fuse, fastmbconv.graph
 print(time.perf_counter() - start)
 """
     added = [float(run(sys.executable, "-c", code, cwd=ROOT)) for _ in range(3)]

@@ -14,10 +14,10 @@ from torch import nn
 
 from fastmbconv import ahead
 from fastmbconv.block import Block, Memory
-from fastmbconv.checks import check_memory
+from fastmbconv.checks import check_memory, check_model
 from fastmbconv.ends import ConvBNAct
 from fastmbconv.swap.ends import ends_of
-from fastmbconv.swap.explain import Explanation, Row, explained
+from fastmbconv.swap.explain import Explanation, Row, explain
 from fastmbconv.swap.fused import fusible, swap_in, swap_out
 
 __all__ = ["Explanation", "Row", "explain", "fuse", "unfuse"]
@@ -45,7 +45,7 @@ def fuse(model: Model, filter_fn: Callable[[nn.Module, str], bool] | None = None
         ValueError: for another `memory` than "fast" and "lean".
         TypeError: for a model that is no nn.Module, or a filter_fn that can't be called.
     """
-    _check(model)
+    check_model(model)
     check_memory(memory)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn is a {type(filter_fn).__name__}: allowed is a function (module, name) -> bool")
@@ -81,33 +81,9 @@ def unfuse(model: Model) -> Model:
         TypeError: for a model that is no nn.Module.
         RuntimeError: for a block whose class somebody else changed after `fuse`.
     """
-    _check(model)
+    check_model(model)
     for module in model.modules():
         swap_out(module)
         if isinstance(module, ConvBNAct):
             module.fused = False
     return model
-
-
-def explain(model: nn.Module, input_shape: tuple[int, int, int, int] | None = None) -> Explanation:
-    """A row for each block of a model: fused or eager, why, what the kernels save, and what a call runs here.
-
-    Its stem and its head have rows in `ends`, and aren't counted with the blocks.
-
-    Args:
-        model: any module; a block itself too. Its mode decides: what a training step saves, or what a forward does.
-        input_shape: [N, C, H, W] of the images that the model gets. With it the saving is told in bytes, in the
-            model's own dtype; without it only in passes over each block's expanded tensor. The model's forward runs
-            once for the shapes of its blocks, on meta tensors: nothing is computed, and nothing of the model changes.
-
-    Raises:
-        TypeError: for a model that is no nn.Module.
-        ValueError: for an input_shape that the model does not run on.
-    """
-    _check(model)
-    return explained(model, input_shape)
-
-
-def _check(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: allowed is a torch.nn.Module")

@@ -20,10 +20,11 @@ from fastmbconv import dispatch
 from fastmbconv.block import BatchNorm
 from fastmbconv.ends import ConvBNAct
 from fastmbconv.swap import lukemelas, ours, timm, torchvision, transformers
-from fastmbconv.swap.fused import Swapped, own_forward
+from fastmbconv.swap.fused import own_forward
 from fastmbconv.swap.parts import Module
 from fastmbconv.swap.places import Layer, Method, Site, norm_act
 from fastmbconv.swap.registry import adapter_of, is_own
+from fastmbconv.swap.swapped import Swapped
 
 METHODS: dict[str, dict[str, Method]] = {
     **timm.METHODS,

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastmbconv import dispatch
 from fastmbconv.block import Block, DenseBlock
+from fastmbconv.checks import check_model
 from fastmbconv.swap.ends import End, ends_of
 from fastmbconv.swap.fused import FusedBlock, fusible, is_fused, read
 from fastmbconv.swap.registry import adapter_of, forward_owner
@@ -89,8 +90,22 @@ class Explanation:
         return f"{line}; here they run {' or '.join(sorted(runs))}"
 
 
-def explained(model: nn.Module, input_shape: tuple[int, ...] | None) -> Explanation:
-    """The rows of the blocks, and those of the stem and the head."""
+def explain(model: nn.Module, input_shape: tuple[int, int, int, int] | None = None) -> Explanation:
+    """A row for each block of a model: fused or eager, why, what the kernels save, and what a call runs here.
+
+    Its stem and its head have rows in `ends`, and aren't counted with the blocks.
+
+    Args:
+        model: any module; a block itself too. Its mode decides: what a training step saves, or what a forward does.
+        input_shape: [N, C, H, W] of the images that the model gets. With it the saving is told in bytes, in the
+            model's own dtype; without it only in passes over each block's expanded tensor. The model's forward runs
+            once for the shapes of its blocks, on meta tensors: nothing is computed, and nothing of the model changes.
+
+    Raises:
+        TypeError: for a model that is no nn.Module.
+        ValueError: for an input_shape that the model does not run on.
+    """
+    check_model(model)
     ends = ends_of(model)
     known = [module for module in model.modules() if adapter_of(type(module)) is not None]
     wanted = known + [module for end in ends for module in (end.site.conv, end.site.norm)]

@@ -5,7 +5,6 @@ The module object, its submodules, parameters, buffers, hooks and state-dict key
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import cache, partial
 from inspect import signature
@@ -18,21 +17,7 @@ from fastmbconv.block import Block, DenseBlock, Memory
 from fastmbconv.mbconv import MBConv
 from fastmbconv.swap.parts import NotNow
 from fastmbconv.swap.registry import Adapter, adapter_of, forward_owner
-
-
-class Swapped:
-    """Mixed in before a module's own class, `original`, whose subclass it then is."""
-
-    original: ClassVar[type[nn.Module]]
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """TorchScript compiles the class's source, so it gets a module of the original class with the same submodules.
-
-        torch.jit.script leaves that module in the model: scripting unfuses.
-        """
-        module: Any = copy.copy(self)
-        module.__class__ = type(self).original
-        return module
+from fastmbconv.swap.swapped import Swapped
 
 
 def own_forward(module: Any) -> Callable[..., Any]:

@@ -1,0 +1,80 @@
+"""`import fastmbconv` brings no torch, so that the command answers at once, to Ctrl-C too."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import fastmbconv
+from fastmbconv.cli import COMMANDS, main
+
+
+def printed(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_what_the_package_gives():
+    assert set(fastmbconv.__all__) <= set(dir(fastmbconv))
+    assert all(getattr(fastmbconv, name) is not None for name in fastmbconv.__all__)
+    assert callable(fastmbconv.explain) and callable(fastmbconv.graph)
+    with pytest.raises(AttributeError, match="module 'fastmbconv' has no attribute 'fusion'"):
+        _ = fastmbconv.fusion
+
+
+@pytest.mark.parametrize("name", ["block", "dispatch", "ends", "functional", "graphs", "mbconv", "reference", "swap"])
+def test_submodules_are_there_by_attribute(name):
+    assert printed(f"import fastmbconv; print(fastmbconv.{name}.__name__)") == f"fastmbconv.{name}"
+
+
+def test_star_and_names():
+    code = (
+        "from fastmbconv import *; from fastmbconv import functional; print(fuse.__name__, functional.mbconv.__name__)"
+    )
+    assert printed(code) == "fuse mbconv"
+
+
+def test_importing_the_package_imports_neither_torch_nor_kernels():
+    code = (
+        "import sys, fastmbconv, fastmbconv.cli; print([n for n in ('torch', 'numpy', 'triton') if n in sys.modules])"
+    )
+    assert printed(code) == "[]"
+    assert printed("import sys, fastmbconv; fastmbconv.fuse; print('fastmbconv.kernels' in sys.modules)") == "False"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
+def test_help_needs_no_torch(arguments):
+    code = (
+        f"import sys; from fastmbconv.cli import main\ntry: main({arguments})\nfinally: print('torch' in sys.modules)"
+    )
+    assert printed(code).endswith("False")
+
+
+STARTED = "import sys; from fastmbconv.cli import main; print('ready', flush=True); sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.mark.parametrize("seconds", [0, 0.05, 0.2, 0.5, 0.9, 1.4, 2.0])
+def test_an_interrupt_in_the_first_seconds(seconds):
+    """While torch is imported, before and after."""
+    arguments = [sys.executable, "-c", STARTED, "check", "b0"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert errors.endswith("fastmbconv: interrupted\n") and "Traceback" not in errors
+    assert process.returncode == 130
+
+
+def test_an_interrupt_leaves_the_usual_handler(monkeypatch, capsys):
+    """Main in a process that goes on."""
+    from fastmbconv.cli import info
+
+    def interrupted(options):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(info, "run", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["info"]) == 130 and capsys.readouterr().err == "fastmbconv: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before
