@@ -256,11 +256,25 @@ def test_what_lies_beside_the_weights_is_believed(name, tmp_path):
     assert {key: facts.value(key) for key in expected} == expected
 
 
+def test_options_that_mean_something_else_are_no_facts(tmp_path):
+    options = {
+        "model": "resnet50",
+        "backbone": 3,
+        "interpolation": 2,
+        "crop_pct": 224,
+        "input_size": ["3", "x"],
+        "mean": 0,
+    }
+    torch.save({"state_dict": RAW, "args": argparse.Namespace(**options), "cfg": options}, tmp_path / "x.pth")
+    facts = read_contents(tmp_path / "x.pth").facts
+    assert not any(facts.get(name) for name in ("variant", "family", "interpolation", "crop", "resolution", "mean_std"))
+
+
 def test_a_hubs_folder_has_the_models_name(tmp_path):
     (tmp_path / "tf_efficientnet_b0.ap_in1k").mkdir()
     torch.save(RAW, tmp_path / "tf_efficientnet_b0.ap_in1k" / "pytorch_model.bin")
     facts = read_contents(tmp_path / "tf_efficientnet_b0.ap_in1k").facts
-    assert (facts.value("family"), facts.value("mean_std")) == ("tf", HALF)
+    assert (facts.value("family"), facts.value("named_mean_std")) == ("tf", HALF)
 
 
 def hub(path, config, **files):
@@ -329,7 +343,7 @@ def test_a_files_name_is_believed_where_it_says_something(name, tmp_path):
     torch.save(RAW, tmp_path / name)
     facts = read_contents(tmp_path / name).facts
     family = facts.value("family") or facts.value("named_family")
-    assert (facts.value("variant"), family, facts.value("mean_std")) == NAMES[name]
+    assert (facts.value("variant"), family, facts.value("named_mean_std")) == NAMES[name]
 
 
 def b0(scheme):

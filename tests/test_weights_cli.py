@@ -16,8 +16,11 @@ library("safetensors.torch")
 
 from safetensors.torch import save_file  # noqa: E402
 
+from fastmbconv.checkpoints import read_contents  # noqa: E402
 from fastmbconv.cli import main  # noqa: E402
+from fastmbconv.sources.facts import IMAGENET  # noqa: E402
 from fastmbconv.training import checkpoint  # noqa: E402
+from fastmbconv.training.weights import normalisation  # noqa: E402
 
 RUN = [
     "--resolution",
@@ -215,6 +218,12 @@ def test_a_broken_last_checkpoint_points_to_the_best_one(here, capsys):
     (here / "run" / "best.pt").unlink()
     assert main(["train", "--output", "run", "--resume"]) == 2
     assert "whole" not in capsys.readouterr().err
+
+
+def test_a_scripts_own_normalisation_goes_before_that_of_the_models_name():
+    options = {"model": "tf_efficientnet_b0_ap", "mean": IMAGENET[0], "std": IMAGENET[1]}
+    contents = read_contents({"state_dict": tiny_weights("timm"), "args": argparse.Namespace(**options)})
+    assert normalisation(contents) == ("imagenet", None)
 
 
 def test_convert_believes_a_source_and_takes_a_part(here, capsys):

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,17 +78,25 @@ def read_contents(source: Mapping[str, Any] | str | os.PathLike[str], part: str 
     parts = dict(_parts(stored.content, "", DEPTH))
     if not parts:
         raise NoWeightsError(f"{what} holds {_listed(stored.content)}: expected a state dict that is not empty")
-    name, note, prefix = _choose(parts, part, what)
-    weights = parts[name]
-    entries, lead, aside = _unwrap(weights, prefix, what)
-    notes = [*stored.notes, *([note] if note else [])]
+    choice = _choose(parts, part, what)
+    weights = parts[choice.name]
+    entries, lead, aside = _unwrap(weights, choice.prefix, what)
+    notes = [*stored.notes, *filter(None, [choice.note])]
     if lead not in ("", *PREFIXES, "module.model.", "model.module."):
         notes.append(f"entries below {lead!r} are taken")
     if aside:
         more = f" and {len(aside) - 3} more" if len(aside) > 3 else ""
         notes.append(f"left aside: {', '.join(aside[:3])}{more}")
     run = stored.content if is_run(stored.content) else None
-    return Contents(entries, name or lead, tuple(aside), facts_of(stored, weights), tuple(notes), run)
+    return Contents(entries, choice.name or lead, tuple(aside), facts_of(stored, weights), tuple(notes), run)
+
+
+class _Choice(NamedTuple):
+    """Where the weights are, the prefix of their names if one was asked for, and a sentence if there was a choice."""
+
+    name: str
+    prefix: str | None = None
+    note: str | None = None
 
 
 def _parts(value: Any, path: str, depth: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -102,24 +110,25 @@ def _parts(value: Any, path: str, depth: int) -> Iterator[tuple[str, Mapping[str
             yield from _parts(each, f"{path}/{name}" if path else name, depth - 1)
 
 
-def _choose(parts: Mapping[str, Mapping[str, Any]], part: str | None, what: str) -> tuple[str, str | None, str | None]:
-    """(where the weights are, a sentence on the choice, the prefix that was asked for)."""
+def _choose(parts: Mapping[str, Mapping[str, Any]], part: str | None, what: str) -> _Choice:
     if part is not None:
         return _named(parts, part, what)
-    whole = max(map(len, parts.values())) // 2
+    most = max(map(len, parts.values()))
     # An average that lost its stem is a damaged one, and no reason to take the raw weights instead.
-    known = [name for name, each in parts.items() if _prefixes(each) or (_is_average(name) and len(each) > whole)]
+    known = [name for name, each in parts.items() if _prefixes(each) or (_is_average(name) and 2 * len(each) > most)]
     known = known or _usual(parts)
     if len(known) == 1:
-        return known[0], None, None
+        return _Choice(known[0])
     averages = [name for name in known if _is_average(name)]
     raw = [name for name in known if not _is_average(name)]
     first = next((name for name in AVERAGES if name in averages), averages[0] if len(averages) == 1 else None)
     if first is not None and len(raw) <= 1:
         others = [name for name in known if name != first]
-        return first, f"{first!r} is taken, the moving average; part={others[0]!r} takes the other weights", None
+        told = f"{first!r} is taken, the moving average; part={others[0]!r} takes the other weights"
+        return _Choice(first, note=told)
     if not averages and sorted(known) == ["current_model_state", "state_dict"]:  # Lightning's WeightAveraging
-        return "state_dict", "'state_dict' is taken, the average; part='current_model_state' takes the raw ones", None
+        told = "'state_dict' is taken, the average; part='current_model_state' takes the raw weights"
+        return _Choice("state_dict", note=told)
     raise NoWeightsError(f"{what} holds several sets of weights, {', '.join(map(repr, known))}: name one as part")
 
 
@@ -133,16 +142,16 @@ def _usual(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return usual[:1] or list(parts)
 
 
-def _named(parts: Mapping[str, Mapping[str, Any]], part: str, what: str) -> tuple[str, str | None, str | None]:
+def _named(parts: Mapping[str, Mapping[str, Any]], part: str, what: str) -> _Choice:
     if part in parts:
-        return part, None, None
+        return _Choice(part)
     prefix = part if part.endswith(".") else f"{part}."
     found = [name for name, each in parts.items() if prefix in _prefixes(each)]
     if len(found) != 1:
         leads = sorted({lead for each in parts.values() for lead in _prefixes(each) if lead})
         there = [*filter(None, parts), *leads]
         raise NoWeightsError(f"part is {part!r}: {what} has {', '.join(map(repr, there)) or 'one set of weights only'}")
-    return found[0], None, prefix
+    return _Choice(found[0], prefix)
 
 
 def _prefixes(weights: Mapping[str, Any]) -> set[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from fastmbconv.scaling import COEFFICIENTS, Coefficients
@@ -39,7 +39,7 @@ class Facts:
     """Facts by name: variant, family, eps, activation, num_classes, classes, mean_std, resolution, crop, interpolation.
 
     named_family is what a model's name means in timm, where tf_ stands before the names of one family: other libraries
-    have such names in the other family.
+    have such names in the other family. named_mean_std is what a model of that name was published with.
 
     Those that make another network out of the same weights may be told twice only if both say the same.
     """
@@ -58,18 +58,23 @@ class Facts:
         """
         if value is None:
             return
-        if name in self.NUMBERS:
-            low, high = self.NUMBERS[name]
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                raise CheckpointError(f"{source} says {name} {value!r}: expected a number from {low:g} to {high:g}")
-        elif name not in ("classes", "mean_std") and not isinstance(value, str):
-            raise CheckpointError(f"{source} says {name} {value!r}: expected a name")
+        if not self.fits(name, value):
+            low, high = self.NUMBERS.get(name, (0, 0))
+            expected = f"a number from {low:g} to {high:g}" if name in self.NUMBERS else "a name"
+            raise CheckpointError(f"{source} says {name} {value!r}: expected {expected}")
         before = self._found.setdefault(name, Fact(value, source))
         if name in self.DECISIVE and before.value != value:
             raise CheckpointError(
                 f"{before.source} says {_told(name, before.value)}, and {source} says {_told(name, value)}: correct "
-                "the one that is wrong"
+                "the one that is wrong, or give the weights alone"
             )
+
+    def fits(self, name: str, value: Any) -> bool:
+        """Whether this is a value of such a fact."""
+        if name in self.NUMBERS:
+            low, high = self.NUMBERS[name]
+            return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        return name in ("classes", "mean_std", "named_mean_std") or isinstance(value, str)
 
     def get(self, name: str) -> Fact | None:
         return self._found.get(name)
@@ -78,9 +83,6 @@ class Facts:
         """The fact's value, None where there is none."""
         found = self._found.get(name)
         return None if found is None else found.value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
 
 
 def _told(name: str, value: Any) -> str:
@@ -105,7 +107,8 @@ def facts_of(stored: Stored, weights: Mapping[str, Any]) -> Facts:
     else:
         _add_options(facts, content, "the checkpoint")
         for name in ("args", "hyper_parameters", "opt", "cfg", "config", "pretrained_cfg"):
-            _add_pretrained_cfg(facts, _as_mapping(content.get(name)), f"the checkpoint's {name!r}")
+            options = _as_mapping(content.get(name))
+            _add_pretrained_cfg(facts, options, f"the checkpoint's {name!r}", sure=name == "pretrained_cfg")
     _add_metadata(facts, stored.metadata)
     _add_configs(facts, stored.configs)
     if stored.path is not None:
@@ -180,16 +183,21 @@ def _add_configs(facts: Facts, configs: Mapping[str, Mapping[str, Any]]) -> None
         facts.add("interpolation", _INTERPOLATIONS.get(images.get("resample", -1)), source)
 
 
-def _add_pretrained_cfg(facts: Facts, cfg: Any, source: str) -> None:
-    """What timm calls a configuration, and the options of a training script that has the same names."""
+def _add_pretrained_cfg(facts: Facts, cfg: Any, source: str, sure: bool = True) -> None:
+    """What timm calls a configuration, or the options of a training script, which may mean something else."""
     if not isinstance(cfg, Mapping):
         return
     facts.add("mean_std", _mean_std(cfg.get("mean"), cfg.get("std")), source)
     _add_options(facts, cfg, source)
     size = cfg.get("input_size")
-    facts.add("resolution", size[-1] if isinstance(size, list | tuple) and size else None, source)
-    facts.add("crop", cfg.get("crop_pct"), source)
-    facts.add("interpolation", cfg.get("interpolation") or None, source)
+    said = {
+        "resolution": size[-1] if isinstance(size, list | tuple) and size else None,
+        "crop": cfg.get("crop_pct"),
+        "interpolation": cfg.get("interpolation") or None,
+    }
+    for name, value in said.items():
+        if sure or facts.fits(name, value):
+            facts.add(name, value, source)
 
 
 def _add_hugging_face(facts: Facts, config: Mapping[str, Any]) -> None:
@@ -237,7 +245,7 @@ def add_name(facts: Facts, text: str, source: str) -> None:
     else:
         return
     facts.add("variant", variant, source)
-    facts.add("mean_std", HALF if half else None, source)
+    facts.add("named_mean_std", HALF if half else None, source)
 
 
 def _add_file_name(facts: Facts, name: str) -> None:

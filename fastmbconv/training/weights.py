@@ -144,9 +144,13 @@ def _advice(error: CheckpointError | None, option: str) -> str:
     return "give the --model (--width, --depth, --phi) that it was trained with"
 
 
+def _mean_std(contents: Contents) -> Fact | None:
+    return contents.facts.get("mean_std") or contents.facts.get("named_mean_std")
+
+
 def normalisation(contents: Contents) -> tuple[str | None, str | None]:
     """(what the source normalises pictures by, a sentence if that can't be done here)."""
-    said = contents.facts.get("mean_std")
+    said = _mean_std(contents)
     if said is None:
         return None, None
     name = next((name for name, constants in CONSTANTS.items() if constants == said.value), None)
@@ -162,7 +166,7 @@ def settle_look(own: Look, given: Mapping[str, Any], contents: Contents, option:
         TrainingError: if --normalize is not what the source says.
     """
     said, told = normalisation(contents)
-    source = contents.facts.get("mean_std")
+    source = _mean_std(contents)
     if said is not None and source is not None and given.get("normalize", said) != said:
         raise TrainingError(
             f"--normalize is {given['normalize']}, and {source.source} says {said}: leave --normalize out, or correct "
