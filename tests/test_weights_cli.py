@@ -220,6 +220,33 @@ def test_a_broken_last_checkpoint_points_to_the_best_one(here, capsys):
     assert "whole" not in capsys.readouterr().err
 
 
+def damaged(state, how):
+    """A run's last checkpoint with something else in it."""
+    if how == "weights only":
+        return {name: value for name, value in state.items() if name not in checkpoint.STATE}
+    if how == "config":
+        return {**state, "config": None}
+    if how == "shape":
+        return {**state, "model": {**state["model"], "stem.bn.bias": torch.ones(3)}}
+    return {**state, "optimizer": {}}
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("weights only", "last.pt is no state of a run to go on from: it has no epoch; "),
+        ("config", "last.pt is damaged: it has no config; "),
+        ("shape", "last.pt is damaged: its state doesn't fit this run (Error"),
+        ("optimizer", "last.pt is damaged: its state doesn't fit this run"),
+    ],
+)
+def test_a_state_that_is_none_is_named(how, told, here, capsys):
+    assert trained(here) == 0
+    torch.save(damaged(checkpoint.load(here / "run" / "last.pt"), how), here / "run" / "last.pt")
+    assert main(["train", "--output", "run", "--resume"]) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_a_scripts_own_normalisation_goes_before_that_of_the_models_name():
     options = {"model": "tf_efficientnet_b0_ap", "mean": IMAGENET[0], "std": IMAGENET[1]}
     contents = read_contents({"state_dict": tiny_weights("timm"), "args": argparse.Namespace(**options)})

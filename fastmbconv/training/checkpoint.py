@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
-from fastmbconv.sources.facts import RUN_FORMAT, is_run
+from fastmbconv.sources.facts import RUN_FORMAT, RUN_PARTS, is_run
 from fastmbconv.sources.reading import CheckpointError, read_stored
 from fastmbconv.training.errors import TrainingError
 
 LAST, BEST = "last.pt", "best.pt"
+# What a run goes on from, beside what every checkpoint says of its run.
+STATE = ("epoch", "position", "step", "history", "best", "broken", "sums", "sizes", "model", "average", "optimizer")
 FORMAT = RUN_FORMAT
 
 
@@ -60,6 +62,8 @@ def load(path: Path) -> dict[str, Any]:
         raise TrainingError(str(error)) from error
     if not is_run(content):
         raise TrainingError(f"{path} is no checkpoint of `fastmbconv train`")
+    if missing := [name for name, kind in RUN_PARTS.items() if not isinstance(content.get(name), kind)]:
+        raise TrainingError(f"{path} is damaged: it has no {missing[0]}")
     return content
 
 
@@ -70,7 +74,10 @@ def load_last(folder: Path) -> dict[str, Any]:
         TrainingError: as `load`; it says so if there is a whole `BEST` to start from instead.
     """
     try:
-        return load(folder / LAST)
+        state = load(folder / LAST)
+        if missing := [name for name in STATE if name not in state]:
+            raise TrainingError(f"{folder / LAST} is no state of a run to go on from: it has no {missing[0]}")
+        return state
     except TrainingError as error:
         try:
             epoch = load(folder / BEST)["metrics"]["epoch"]

@@ -357,7 +357,7 @@ class Trainer:
         """Go on from a state.
 
         Raises:
-            TrainingError: if the data are others than they were.
+            TrainingError: if the data are others than they were, or the state is not that of such a run.
         """
         if list(self.classes) != state["classes"] or list(self.sizes) != state["sizes"]:
             raise TrainingError(
@@ -365,12 +365,16 @@ class Trainer:
                 f"{len(state['classes'])} and {state['sizes'][0]} + {state['sizes'][1]} when the run was saved: "
                 "restore the folder, or start a new run with --weights and another --output"
             )
-        self.network.load_state_dict(state["model"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scaler.is_enabled() and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+        try:
+            self.network.load_state_dict(state["model"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.scaler.is_enabled() and state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise TrainingError(f"{checkpoint.LAST} is damaged: its state doesn't fit this run ({first})") from error
         self.epoch, self.position, self.step = state["epoch"], state["position"], state["step"]
         self.history, self.best, self.broken = state["history"], state["best"], state["broken"]
         self.total = state["sums"]
