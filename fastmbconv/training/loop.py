@@ -74,8 +74,7 @@ class Trainer:
         self.config, self.world, self.log, self.wish = config, world, log, wish
         self.output = Path(config.output)
         train, val = open_data(config)
-        for note in train.notes:
-            log.say(note)
+        self.notes += train.notes
         self.classes = train.classes
         self.batch_size = batch_size(config, len(train), world.size)
         sharing = config.sync_bn and world.size > 1
