@@ -231,20 +231,18 @@ def damaged(state, how):
     return {**state, "optimizer": {}}
 
 
-@pytest.mark.parametrize(
-    ("how", "told"),
-    [
+def test_a_state_that_is_none_is_named(here, capsys):
+    assert trained(here) == 0
+    state = checkpoint.load(here / "run" / "last.pt")
+    for how, told in (
         ("weights only", "last.pt is no state of a run to go on from: it has no epoch; "),
         ("config", "last.pt is damaged: it has no config; "),
         ("shape", "last.pt is damaged: its state doesn't fit this run (Error"),
         ("optimizer", "last.pt is damaged: its state doesn't fit this run"),
-    ],
-)
-def test_a_state_that_is_none_is_named(how, told, here, capsys):
-    assert trained(here) == 0
-    torch.save(damaged(checkpoint.load(here / "run" / "last.pt"), how), here / "run" / "last.pt")
-    assert main(["train", "--output", "run", "--resume"]) == 2
-    assert told in capsys.readouterr().err
+    ):
+        torch.save(damaged(state, how), here / "run" / "last.pt")
+        assert main(["train", "--output", "run", "--resume"]) == 2
+        assert told in capsys.readouterr().err, how
 
 
 def test_a_scripts_own_normalisation_goes_before_that_of_the_models_name():
