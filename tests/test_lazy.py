@@ -58,13 +58,17 @@ def test_help_needs_no_torch(arguments):
     assert printed(code).endswith("False")
 
 
-STARTED = "import sys; from fastmbconv.cli import main; print('ready', flush=True); sys.exit(main(sys.argv[1:]))"
+# Tests may run where Ctrl-C is ignored, in the background of a shell: a command there ignores it too.
+STARTED = (
+    "import signal, sys; from fastmbconv.cli import main; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "print('ready', flush=True); sys.exit(main(sys.argv[1:]))"
+)
 
 
 @pytest.mark.parametrize("seconds", [0, 0.05, 0.2, 0.5, 0.9, 1.4, 2.0])
 def test_an_interrupt_in_the_first_seconds(seconds):
     """While torch is imported, before and after."""
-    arguments = [sys.executable, "-c", STARTED, "check", "b0"]
+    arguments = [sys.executable, "-c", STARTED, "check", "efficientnet_b0"]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     time.sleep(seconds)
@@ -82,6 +86,21 @@ def test_an_interrupt_leaves_the_usual_handler(monkeypatch, capsys):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(info, "run", interrupted)
-    before = signal.getsignal(signal.SIGINT)
-    assert main(["info"]) == 130 and capsys.readouterr().err == "fastmbconv: interrupted\n"
-    assert signal.getsignal(signal.SIGINT) is before
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["info"]) == 130 and capsys.readouterr().err == "fastmbconv: interrupted\n"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def test_an_ignored_interrupt_stays_ignored(monkeypatch):
+    """As in the background of a shell, and under nohup."""
+    from fastmbconv.cli import info
+
+    monkeypatch.setattr(info, "run", lambda options: signal.raise_signal(signal.SIGINT) or 0)
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert main(["info"]) == 0 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, usual)
