@@ -220,6 +220,7 @@ def test_a_damaged_file_is_an_error_or_whole(cut, flip, layout, at, tmp_path_fac
     else:
         content = content[: int(cut * len(content))]
     source.write_bytes(content)
+    expected = entries_of(SOUND["timm"], "timm")
     with tiny_b0():
         for name, door in doors(source).items():
             try:
@@ -229,6 +230,9 @@ def test_a_damaged_file_is_an_error_or_whole(cut, flip, layout, at, tmp_path_fac
             except (CheckpointError, TrainingError) as error:
                 told = str(error)
                 assert told and "weights_only" not in told and "Errno" not in told and "\n" not in told, (name, told)
+            else:
+                # Only torch's archives have check sums; another kind of file that was cut isn't read to its end.
+                assert flip and layout != "zip" or same_values(made.state_dict(), expected), (name, kept)
 
 
 RUN = {"format": 1, "config": {"width": 0.1, "depth": 0.1}, "classes": list(CLASSES), "state_dict": SOUND["fastmbconv"]}

@@ -170,6 +170,10 @@ FILES = {
     "words": (lambda whole: b"no checkpoint", r"is no checkpoint, or is cut off or damaged \(13 bytes\)"),
     "half": (lambda whole: whole[: len(whole) // 2], ZIP),
     "all but the end": (lambda whole: whole[:-20], ZIP),
+    "a changed byte": (
+        lambda whole: whole.replace(b"\x00\x00\x80?", b"\x00\x00\x80@", 1),
+        "the check sum of .* is wrong",
+    ),
     "a few bytes": (lambda whole: whole[:10], r"cut off or damaged \(10 bytes\)"),
 }
 
