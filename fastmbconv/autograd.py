@@ -95,20 +95,12 @@ def _backward(eager: Callable[..., Any]) -> Callable[[Callable[..., Any]], Calla
     return decorate
 
 
-def _images(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(contiguous [N, H, W, C], what to save of it as [N, C, H, W]) of x, [N, C, H, W] in any layout.
+def channels_last(x: Tensor) -> Tensor:
+    """[N, C, H, W] in any layout as contiguous [N, H, W, C]; no copy for channels_last.
 
-    Without a copy that is x itself: a view of it, made in here, would not tell autograd who changed it in place.
+    x itself is saved, not this view of it: a view made in a Function would not tell autograd who changed x in place.
     """
-    view = x.permute(0, 2, 3, 1)
-    if view.is_contiguous():
-        return view, x
-    copied = view.contiguous()
-    return copied, copied.permute(0, 3, 1, 2)
-
-
-def _nhwc(saved: Tensor) -> Tensor:
-    return saved.permute(0, 2, 3, 1)
+    return x.permute(0, 2, 3, 1).contiguous()
 
 
 def _runner(x: Tensor) -> Any:
@@ -145,7 +137,7 @@ class DepthwiseBNActFunction(torch.autograd.Function):
         bn: BatchNormSetting,
         *running: Tensor | None,
     ) -> Tensor:
-        x, saved = _images(x)
+        saved, x = x, channels_last(x)
         run = _runner(x)
         u, norm = run.depthwise_bn(x, None, weight, None, "none", *depthwise, bn_weight, bn_bias, *running, *bn)
         ctx.save_for_backward(saved, weight, bn_weight, bn_bias, u, norm)
@@ -157,7 +149,7 @@ class DepthwiseBNActFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bn_weight, bn_bias, u, norm = ctx.saved_tensors
         activation, depthwise, bn = ctx.setting
-        x, dy = _nhwc(x), dy.contiguous()
+        x, dy = channels_last(x), dy.contiguous()
         run = _runner(dy)
         grads, coef = run.bn_bwd(dy, u, norm, None, activation, bn.batch_statistics, bn.group)
         du = run.bn_act_bwd(dy, u, norm, coef, None, activation)
@@ -181,7 +173,7 @@ class SqueezeExciteFunction(torch.autograd.Function):
         expand_bias: Tensor,
         activation: str,
     ) -> Tensor:
-        x, saved = _images(x)
+        saved, x = x, channels_last(x)
         weights = (reduce_weight, reduce_bias, expand_weight, expand_bias)
         run = _runner(x)
         pooled, r, gate = run.pool_excite(x, None, *weights, "none", activation)
@@ -193,7 +185,7 @@ class SqueezeExciteFunction(torch.autograd.Function):
     @_backward(eager_backward.squeeze_excite)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, pooled, r, gate, *weights = ctx.saved_tensors
-        x, run = _nhwc(x), _runner(dy)
+        x, run = channels_last(x), _runner(dy)
         dx, *grads = run.squeeze_excite_bwd(dy.contiguous(), x, pooled, r, gate, weights[0], weights[2], ctx.activation)
         return dx.permute(0, 3, 1, 2), *(_cast(g, w) for g, w in zip(grads, weights, strict=True)), None
 
@@ -234,7 +226,7 @@ class MBConvFunction(torch.autograd.Function):
         bn3: BatchNormSetting,
         *running: Tensor | None,
     ) -> Tensor:
-        x, saved = _images(x)
+        saved, x = x, channels_last(x)
         run = _runner(x)
         u1, norm1 = x, None
         walked = lean and walks_expansion(depthwise_weight.shape[-1], x.shape[3], x.dtype)
@@ -271,7 +263,7 @@ class MBConvFunction(torch.autograd.Function):
             reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, project_weight, bn3_weight, bn3_bias,
         ) = ctx.saved_tensors  # fmt: skip
         activation, se_activation, residual, walked, depthwise, bn1, bn2, bn3 = ctx.setting
-        x, dy = _nhwc(x), dy.contiguous()
+        x, dy = channels_last(x), dy.contiguous()
         shortcut = dy if residual else None
         run = _runner(dy)
         grads3, coef3 = run.bn_bwd(dy, u3, norm3, keep, "none", bn3.batch_statistics, bn3.group)
@@ -335,7 +327,7 @@ class DenseFunction(torch.autograd.Function):
         bn2: BatchNormSetting | None,
         *running: Tensor | None,
     ) -> Tensor:
-        (u, saved), x = _images(u), None if shortcut is None else _images(shortcut)[0]
+        saved, u, x = u, channels_last(u), None if shortcut is None else channels_last(shortcut)
         run = _runner(u)
         norm1 = run.image_norm(u, bn1_weight, bn1_bias, *running[:3], *bn1)
         pooled = r = gate = v = norm2 = None
@@ -364,7 +356,7 @@ class DenseFunction(torch.autograd.Function):
             se_expand_weight, se_expand_bias, project_weight, bn2_weight, bn2_bias,
         ) = ctx.saved_tensors  # fmt: skip
         activation, se_activation, residual, bn1, bn2 = ctx.setting
-        u, dy = _nhwc(u), dy.contiguous()
+        u, dy = channels_last(u), dy.contiguous()
         d_project, d_excite = None, (None,) * 4
         d_bn2: tuple[Tensor | None, ...] = (None, None)
         run = _runner(dy)

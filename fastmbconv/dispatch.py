@@ -167,7 +167,7 @@ def call_reason(x: Tensor) -> str | None:
 
 def transforms() -> bool:
     """True inside a torch.func transform or forward-mode AD: the kernels have ordinary gradients only."""
-    return functorch_transforms() or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
+    return functorch_transforms() or (forward_ad._current_level >= 0 and not torch.compiler.is_compiling())
 
 
 def functorch_transforms() -> bool:
@@ -283,7 +283,7 @@ def _is_foreign(cls: type) -> bool:
 def _subclass_reason(x: Tensor) -> str | None:
     """Why eager runs on somebody else's tensor subclass that watches the operators, or None."""
     cls = type(x)
-    if cls in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
+    if cls is Tensor or cls is nn.Parameter or torch.compiler.is_compiling():
         return None
     watches = cls.__torch_dispatch__ is not Tensor.__torch_dispatch__ and _is_foreign(cls)
     return f"a {cls.__name__}, a tensor subclass that watches the operators" if watches else None
