@@ -28,7 +28,8 @@ from fastmbconv.sources.reading import CheckpointError
 
 __all__ = [
     "SCHEMES", "CheckpointError", "Contents", "Identity", "NoWeightsError", "Report", "Scheme", "Source",
-    "UnknownNamesError", "convert", "identify", "load", "numerics", "read", "read_contents", "told_numerics",
+    "UnknownNamesError", "convert", "identify", "load", "numerics", "own_numerics", "read", "read_contents",
+    "told_numerics",
 ]  # fmt: skip
 
 Source = Mapping[str, Any] | str | os.PathLike[str] | Contents
@@ -314,6 +315,13 @@ def numerics(source: Source, coefficients: Coefficients) -> tuple[Fact | None, F
     return told_numerics(scheme, coefficients, contents.facts)
 
 
+def own_numerics(scheme: str, coefficients: Coefficients) -> tuple[str, float]:
+    """(family, BN eps) of the models of a library that has one family."""
+    family = ONE_FAMILY[scheme]
+    wide = scheme == "torchvision" and coefficients in (COEFFICIENTS[name] for name in WIDE_EPS)
+    return family, 1e-3 if wide else FAMILIES[family].eps
+
+
 def told_numerics(scheme: str, coefficients: Coefficients, facts: Facts) -> tuple[Fact | None, Fact | None]:
     """The numeric family and the BN eps of weights, None where neither their names nor their source tell them.
 
@@ -321,10 +329,10 @@ def told_numerics(scheme: str, coefficients: Coefficients, facts: Facts) -> tupl
         CheckpointError: if the source says one family, and only the other one has such names.
     """
     if scheme in ONE_FAMILY:
-        facts.add("family", ONE_FAMILY[scheme], f"a {scheme} checkpoint")
-        wide = scheme == "torchvision" and coefficients in (COEFFICIENTS[name] for name in WIDE_EPS)
+        own, own_eps = own_numerics(scheme, coefficients)
+        facts.add("family", own, f"a {scheme} checkpoint")
         if facts.get("eps") is None:
-            facts.add("eps", 1e-3 if wide else FAMILIES[ONE_FAMILY[scheme]].eps, f"a {scheme} checkpoint")
+            facts.add("eps", own_eps, f"a {scheme} checkpoint")
     elif (named := facts.get("named_family")) is not None:
         facts.add("family", named.value, named.source)
     family, eps = facts.get("family"), facts.get("eps")

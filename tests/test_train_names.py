@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from libraries import library
+from tiny import RUN
 
 for needed in ("torchvision", "timm", "rich", "matplotlib", "tensorboard"):
     library(needed)
@@ -164,21 +165,7 @@ def test_a_font_that_has_the_letters_is_taken(monkeypatch, tmp_path):
     assert "\u732b" in texts and not notes
 
 
-TINY = [
-    "--width",
-    "0.1",
-    "--depth",
-    "0.1",
-    "--resolution",
-    "32",
-    "--workers",
-    "0",
-    "--epochs",
-    "1",
-    "--batch-size",
-    "8",
-]
-TINY += ["--warmup-epochs", "0", "--augment", "none", "--device", "cpu", "--no-tensorboard"]
+TINY = [*RUN, "--width", "0.1", "--depth", "0.1", "--batch-size", "8"]
 
 
 def test_a_run_with_odd_names_from_end_to_end(tmp_path, capsys, monkeypatch):

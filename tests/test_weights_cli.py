@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from libraries import library
-from tiny import tiny_b0, tiny_weights
+from tiny import RUN, tiny_b0, tiny_weights
 
 for needed in ("torchvision", "timm", "rich", "matplotlib"):
     library(needed)
@@ -22,20 +22,6 @@ from fastmbconv.sources.facts import IMAGENET  # noqa: E402
 from fastmbconv.training import checkpoint  # noqa: E402
 from fastmbconv.training.weights import normalisation  # noqa: E402
 
-RUN = [
-    "--resolution",
-    "32",
-    "--workers",
-    "0",
-    "--epochs",
-    "1",
-    "--warmup-epochs",
-    "0",
-    "--batch-size",
-    "4",
-    "--augment",
-]
-RUN += ["none", "--optimizer", "sgd", "--device", "cpu", "--no-tensorboard"]
 CFG = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 40, 40], "crop_pct": 0.9, "interpolation": "bilinear"}
 
 
@@ -159,7 +145,7 @@ def test_eval_and_predict_see_pictures_as_the_source_says(here, capsys):
 
 
 def trained(here, *arguments):
-    return main(["train", "data", *RUN, *arguments, "--output", "run"])
+    return main(["train", "data", *RUN, "--optimizer", "sgd", *arguments, "--output", "run"])
 
 
 def test_a_run_takes_the_numerics_of_the_weights_that_it_starts_from(here, capsys):
@@ -188,7 +174,9 @@ def test_a_classifier_of_other_classes_is_not_kept(here, capsys):
     first = checkpoint.load(here / "run" / "best.pt")["state_dict"]["classifier.weight"]
     (here / "data" / "red").rename(here / "data" / "green")
     capsys.readouterr()
-    assert main(["train", "data", *RUN, "--lr", "0", "--weights", "run", "--output", "second"]) == 0
+    assert (
+        main(["train", "data", *RUN, "--optimizer", "sgd", "--lr", "0", "--weights", "run", "--output", "second"]) == 0
+    )
     assert "the classifier is new: the checkpoint's has other classes" in capsys.readouterr().out
     second = checkpoint.load(here / "second" / "best.pt")["state_dict"]["classifier.weight"]
     assert first.shape == second.shape and not torch.allclose(first, second, atol=1e-4)

@@ -12,6 +12,9 @@ from fastmbconv.sources import facts
 
 TINY = Coefficients(width=0.1, depth=0.1, resolution=32, dropout=0.2)
 CLASSES = ("a", "b", "c")
+# Options of a run of `fastmbconv train` that is short.
+RUN = ["--resolution", "32", "--workers", "0", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "4"]
+RUN += ["--augment", "none", "--device", "cpu", "--no-tensorboard"]
 
 
 @contextmanager

@@ -144,20 +144,14 @@ def _plan(options: argparse.Namespace, contents: Contents) -> Plan:
         raise CommandError(f"--from is {options.origin}: SRC has the names of {source}")
     if wanted not in (None, identity.variant):
         raise CommandError(f"--model is {options.model}: SRC fits efficientnet {identity.variant}")
-    told = {
-        "family": (family, options.family or ("tf" if tf else None)),
-        "eps": (contents.facts.get("eps"), options.eps),
-    }
-    for name, (fact, option) in told.items():
-        if fact is not None and option not in (None, fact.value) and source in peers.FREE:
-            raise CommandError(
-                f"--{name} is {option}, and {fact.source} says {fact.value}: leave it out, or correct SRC"
-            )
-    chosen = {
-        name: option if fact is None or option is not None else fact.value for name, (fact, option) in told.items()
-    }
-    if source not in peers.FREE:  # its names say both, and an option that doesn't fit is refused
-        chosen = {name: option for name, (_, option) in told.items()}
+    chosen = {"family": options.family or ("tf" if tf else None), "eps": options.eps}
+    if source in peers.FREE:  # the others' names say both, and an option that doesn't fit is refused
+        for name, fact in (("family", family), ("eps", contents.facts.get("eps"))):
+            if fact is not None and chosen[name] not in (None, fact.value):
+                raise CommandError(
+                    f"--{name} is {chosen[name]}, and {fact.source} says {fact.value}: leave it out, or correct SRC"
+                )
+            chosen[name] = chosen[name] if fact is None else fact.value
     said = family.source if family is not None and options.family is None and not tf else None
     numerics, reason = peers.numerics(source, options.to, identity, chosen["family"], chosen["eps"], said)
     return Plan(source, options.to, identity, numerics, reason)

@@ -91,9 +91,11 @@ def recipe(target: str, identity: Identity, numerics: Numerics) -> str | None:
 
 def _own(library: str, variant: str) -> Numerics:
     """What the models of a library that has one family run."""
-    if library != "torchvision":
-        return Numerics("tf", 1e-3)
-    return Numerics("torch", 1e-3 if variant in ("b5", "b6", "b7") else 1e-5)
+    from fastmbconv.checkpoints import own_numerics
+    from fastmbconv.scaling import COEFFICIENTS
+
+    scheme = "huggingface" if library == "transformers" else library
+    return Numerics(*own_numerics(scheme, COEFFICIENTS[variant]))
 
 
 def _refusal(whose: str, weights: Numerics | None, target: str, here: Numerics, family: str = "") -> str:

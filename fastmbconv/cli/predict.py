@@ -134,9 +134,9 @@ def _compare_families(trained: Any, guess: Any, device: Any) -> str:
 
     from fastmbconv.training.predict import predict
 
-    other = trained.doubt.to(device).to(memory_format=torch.channels_last)
+    other = trained.doubt().to(device).to(memory_format=torch.channels_last)
     ((theirs,), _) = predict(trained, other, [guess.path], 1, device)
-    here, there = trained.config.family, trained.doubt.family
+    here, there = trained.config.family, other.family
     return (
         f"--checkpoint: {guess.path} in family {here} is {guess.names[0]} ({guess.probabilities[0]:.1%}), in family "
         f"{there} {theirs.names[0]} ({theirs.probabilities[0]:.1%}); nothing was decided by it, --family does"

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from fastmbconv.sources.facts import RUN_FORMAT, RUN_PARTS, is_run
+from fastmbconv.sources.facts import RUN_PARTS, is_run
 from fastmbconv.sources.reading import CheckpointError, read_stored
 from fastmbconv.training.errors import TrainingError
 
 LAST, BEST = "last.pt", "best.pt"
 # What a run goes on from, beside what every checkpoint says of its run.
 STATE = ("epoch", "position", "step", "history", "best", "broken", "sums", "sizes", "model", "average", "optimizer")
-FORMAT = RUN_FORMAT
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

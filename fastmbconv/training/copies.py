@@ -14,7 +14,7 @@ from fastmbconv.training.errors import TrainingError
 from fastmbconv.training.folders import Found, Labelled, count
 
 EDGE = 4096
-MOST_READ = 200_000  # files whose ends are read: more take minutes on a disk far away, at each start
+MOST_READ = 200_000  # files whose ends are read, up to 8 KiB of each, at each start of each process
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastmbconv._version import __version__
 from fastmbconv.sources.contents import Contents
+from fastmbconv.sources.facts import RUN_FORMAT
 from fastmbconv.synchronised import synchronise
 from fastmbconv.training import checkpoint
 from fastmbconv.training.config import Config, to_dict, toml
@@ -307,7 +308,7 @@ class Trainer:
     def _about(self) -> dict[str, Any]:
         """What every checkpoint says of its run."""
         return {
-            "format": checkpoint.FORMAT,
+            "format": RUN_FORMAT,
             "version": __version__,
             "config": to_dict(self.config),
             "classes": list(self.classes),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,8 +25,8 @@ OPTION = "--checkpoint"
 class Trained:
     """A model in eval mode, on the CPU and not fused, with its classes' names and how it wants its pictures.
 
-    notes: what was chosen or assumed, a sentence each. doubt: the same weights in the other numeric family, where
-    nothing says which one they are of.
+    notes: what was chosen or assumed, a sentence each. doubt: makes the model of the other numeric family with the same
+    weights, where nothing says which one they are of.
     """
 
     model: EfficientNet
@@ -35,7 +35,7 @@ class Trained:
     config: Config
     source: str
     notes: tuple[str, ...] = ()
-    doubt: EfficientNet | None = None
+    doubt: Callable[[], EfficientNet] | None = None
 
 
 def restore(source: str, given: Mapping[str, Any], part: str | None = None) -> Trained:
@@ -90,15 +90,18 @@ def _theirs(source: str, contents: Contents, given: Mapping[str, Any]) -> Traine
     config, notes, known = settle_numerics(config, contents, coefficients(config), OPTION)
     classes, told = _class_names(contents, identity.num_classes)
     model = build(config, identity.num_classes)
-    other = build(replace(config, family=_other(config.family)), identity.num_classes) if not known else None
     odd = [note for note in load_weights(model, contents, source, OPTION, classes) if "the classifier" not in note]
-    if other is not None:
-        load_weights(other, contents, source, OPTION, classes)
     own = look(config, model.resolution, model.coefficients.lite)
     chosen, assumed = settle_look(own, given, contents, OPTION)
     what = f"{OPTION}: {identity.scheme}'s efficientnet_{identity.variant}, {identity.num_classes} classes"
     every = (what, *notes_of(contents, OPTION), *notes, *told, *assumed, *odd)
-    return Trained(model.eval(), classes, chosen, config, source, every, other.eval() if other else None)
+
+    def other_family() -> EfficientNet:
+        other = build(replace(config, family=_other(config.family)), identity.num_classes)
+        load_weights(other, contents, source, OPTION, classes)
+        return other.eval()
+
+    return Trained(model.eval(), classes, chosen, config, source, every, None if known else other_family)
 
 
 def _other(family: str | None) -> str:
