@@ -1,5 +1,9 @@
 """Issued instructions per element: each kernel's loops and elements, from its launch, and the budgets they are held to.
 
+MODELS is the one table of loops, for `benchmarks.static` and `benchmarks.simulate`: a new kernel gets a function there,
+from the launch's arguments (and its grid) to its elements and to the loops of its source in order, with their trips. A
+kernel of vectors has 0 elements.
+
 `per_element` is what all threads of a launch issue, idle lanes and rows, prologue and epilogue included, over the
 elements of the launch's own work: outputs of a forward convolution, inputs of a depthwise backward, elements of u2 for
 the sweep and the projection's data gradient, of dv1 for the expand backward, and elements read for pool, Gram matrix
@@ -9,6 +13,7 @@ and BatchNorm's passes. `in_loop` leaves all but the walk's loop out: what the i
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import ceil, prod
 from typing import Any
 
@@ -81,6 +86,14 @@ def _expand_bwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     return a["M"] * a["CE"], (data, weight, *products)
 
 
+def _expand_bwd_role(a: Arguments, program: int) -> int:
+    expanded = ceil(a["CE"] / a["BE"])
+    slot = program % a["grid"][0] // ceil(a["CI"] / a["BI"])
+    if slot < a["TILES"]:
+        return 0
+    return 1 if slot < a["TILES"] + expanded or not a["BATCH"] else 2
+
+
 def _gram(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     samples = Loop(ceil(a["SAMPLES"] / a["BS"]), fixed=True)
     return a["M"] * a["C"], _one(samples, Loop(samples.trips, fixed=True), Loop(a["TILES"]))
@@ -92,6 +105,49 @@ def _pool(a: Arguments) -> tuple[int, tuple[Path, ...]]:
 
 def _rows(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     return a["M"] * a["C"], _one(*([Loop(a["TILES"])] if "TILES" in a else []))
+
+
+def _bn_finalize(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    partials = _over(a, "P", "BP")
+    return 0, _one(*([partials, replace(partials)] if a.get("BATCH", True) else []))
+
+
+def _bn_bwd_finalize(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    return 0, _one(_over(a, "P", "BP"))
+
+
+def _excite(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    return 0, _one(_over(a, "C", "BC", fixed=True), _over(a, "C", "BC", fixed=True))
+
+
+def _excite_inference(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    pooled = replace(_over(a, "C", "BC", fixed=True), inner=(_over(a, "P", "BP"),))
+    return 0, _one(pooled, _over(a, "C", "BC", fixed=True))
+
+
+def _excite_wgrad(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    return 0, _one(_over(a, "N", "BN"))
+
+
+def _expand_prepare(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    loops = (_over(a, "SAMPLES", "BS", fixed=True), _over(a, "CE", "BE", fixed=True))
+    return 0, _one(*(loops if a["BATCH"] else ()))
+
+
+def _expand_finish(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    return 0, _one(*([_over(a, "CI", "BI", fixed=True)] if a["BATCH"] else []))
+
+
+def _gram_moments(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    return 0, _one(replace(_over(a, "CI", "BC", fixed=True), inner=(_over(a, "CI", "BC", fixed=True),)))
+
+
+def _straight(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    return 0, _one()
+
+
+def _over(a: Arguments, size: str, block: str, fixed: bool = False) -> Loop:
+    return Loop(ceil(a[size] / a[block]), fixed=fixed)
 
 
 def _one(*loops: Loop) -> tuple[Path, ...]:
@@ -115,7 +171,20 @@ MODELS: dict[str, Model] = {
     "_bn_act_fwd_kernel": _rows,
     "_bn_act_bwd_reduce_kernel": _rows,
     "_bn_act_bwd_kernel": _rows,
+    "_bn_finalize_kernel": _bn_finalize,
+    "_bn_merge_kernel": _bn_finalize,
+    "_bn_bwd_finalize_kernel": _bn_bwd_finalize,
+    "_bn_coef_kernel": _straight,
+    "_excite_fwd_kernel": _excite,
+    "_excite_bwd_kernel": _excite,
+    "_excite_inference_kernel": _excite_inference,
+    "_excite_wgrad_kernel": _excite_wgrad,
+    "_expand_prepare_kernel": _expand_prepare,
+    "_expand_finish_kernel": _expand_finish,
+    "_gram_moments_kernel": _gram_moments,
 }
+# Of a kernel with several paths: which one the program with this number goes, in the order of its function in MODELS.
+ROLES: dict[str, Callable[[Arguments, int], int]] = {"_expand_bwd_kernel": _expand_bwd_role}
 
 # A stride-1 walk in bf16 on sm_90 with BatchNorm, SiLU and sums issues no more in its loop, per element that a round
 # finishes, by (kernel, kernel size).
@@ -160,4 +229,4 @@ def per_element(kernel: str, arguments: Arguments, code: Code, threads: int) -> 
         return None
     elements, paths = MODELS[kernel](arguments)
     issued = code.issued(paths)
-    return None if issued is None else issued * threads * prod(arguments["grid"]) / elements
+    return None if issued is None or not elements else issued * threads * prod(arguments["grid"]) / elements

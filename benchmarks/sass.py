@@ -3,7 +3,8 @@
 Loops are found in the control flow graph (an edge back to a block that dominates it) and laid beside the loops that the
 source has, in order and by nesting; the source's trip counts weigh them. A block counts once per round of the loops
 around it, a predicated instruction counts as issued, and a block that not every round reaches counts by the share of
-rounds that its loop states. What the compiler peels, duplicates or unrolls is therefore counted, never overlooked.
+rounds that its loop states. What the compiler peels, duplicates or unrolls is therefore counted, never overlooked: of a
+loop that it unrolled four times, with another one behind it for the remainder, each gets its part of the trips.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)
 GUARD = re.compile(r"\bU?P[0-9T]")
 TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 MOST_UNROLLED = 16
+GLOBAL = ("LDG", "STG", "LDGSTS")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Cycle:
     latches: frozenset[int]
 
 
-Assigned = list[tuple[Cycle, Loop]]
+Assigned = list[tuple[Cycle, Loop, float]]  # with the trips that the cycle has of its source loop
 
 
 class Code:
@@ -90,7 +92,7 @@ class Code:
 
     def __init__(self, sass: str) -> None:
         self.instructions = [
-            Instruction(int(at, 16), opcode, _target(opcode, rest), bool(predicate or GUARD.search(rest)))
+            Instruction(int(at, 16), opcode, find_target(opcode, rest), bool(predicate or GUARD.search(rest)))
             for at, predicate, opcode, rest in LINE.findall(sass)
             if opcode != "NOP"
         ]
@@ -104,7 +106,7 @@ class Code:
             if ended or one.address in starts:
                 blocks.append([])
             blocks[-1].append(one)
-            ended = one.target is not None or not one.falls_through
+            ended = one.target is not None or not one.falls_through or one.kind == "EXIT"
         return blocks
 
     @cached_property
@@ -166,17 +168,17 @@ class Code:
 
     @property
     def innermost(self) -> list[Cycle]:
-        return [c for c in self.cycles if not self._inside(c)]
+        return [c for c in self.cycles if not self.nested(c)]
 
     def body(self, cycle: Cycle) -> list[Instruction]:
         return [one for i in cycle.blocks for one in self.blocks[i]]
 
-    def _inside(self, cycle: Cycle | None) -> list[Cycle]:
+    def nested(self, cycle: Cycle | None) -> list[Cycle]:
         """The loops right inside one, or those that are in none."""
         within = [c for c in self.cycles if c != cycle and (cycle is None or c.blocks < cycle.blocks)]
         return [c for c in within if not any(c.blocks < other.blocks for other in within)]
 
-    def _aligned(self, cycles: list[Cycle], loops: tuple[Loop, ...]) -> Assigned | None:
+    def align(self, cycles: list[Cycle], loops: tuple[Loop, ...]) -> Assigned | None:
         """Each machine loop with its source loop, or None where the two don't fit."""
         if not loops:
             return None if cycles else []
@@ -185,20 +187,45 @@ class Code:
         def matched() -> Assigned | None:
             if not cycles:
                 return None
-            inner = self._aligned(self._inside(cycles[0]), first.inner)
-            others = self._aligned(cycles[1:], rest)
-            return None if inner is None or others is None else [(cycles[0], first), *inner, *others]
+            inner = self.align(self.nested(cycles[0]), first.inner)
+            others = self.align(cycles[1:], rest)
+            return None if inner is None or others is None else [(cycles[0], first, first.trips), *inner, *others]
 
         def unrolled() -> Assigned | None:
             gone = first.trips <= 1 or (first.fixed and first.trips <= MOST_UNROLLED)
-            return self._aligned(cycles, first.inner + rest) if gone else None
+            return self.align(cycles, first.inner + rest) if gone else None
 
-        ways = (unrolled, matched) if first.trips <= 1 else (matched, unrolled)
+        def shared() -> Assigned | None:
+            for most in range(2, len(cycles) + 1):
+                trips = self._trips_of_parts(cycles[:most], first)
+                others = self.align(cycles[most:], rest) if trips else None
+                if others is not None:
+                    return [*((c, first, n) for c, n in zip(cycles, trips, strict=False)), *others]
+            return None
+
+        ways = (unrolled, matched, shared) if first.trips <= 1 else (matched, shared, unrolled)
         return next((found for way in ways if (found := way()) is not None), None)
+
+    def _trips_of_parts(self, cycles: list[Cycle], loop: Loop) -> list[float]:
+        """The trips of cycles that the compiler made of one loop: 4 rounds in one, say, and the remainder in the last.
+
+        Their global loads and stores tell how many rounds each holds; empty where that is no whole number.
+        """
+        moved = [sum(i.bits for i in self.body(c) if i.kind in GLOBAL) for c in cycles]
+        if loop.inner or not moved[-1] or any(self.nested(c) for c in cycles) or any(m % moved[-1] for m in moved):
+            return []
+        held = [m // moved[-1] for m in moved]
+        if min(held[:-1]) < 2 or held != sorted(held, reverse=True):
+            return []
+        left, trips = loop.trips, []
+        for rounds in held:
+            trips.append(left // rounds)
+            left %= rounds
+        return [*trips[:-1], trips[-1] + left]
 
     def issued(self, paths: tuple[Path, ...]) -> float | None:
         """Instructions that one warp issues, on average over the programs; None where loops and source don't fit."""
-        assigned = self._aligned(self._inside(None), tuple(loop for path in paths for loop in path.loops))
+        assigned = self.align(self.nested(None), tuple(loop for path in paths for loop in path.loops))
         if assigned is None:
             return None
         return sum(
@@ -206,10 +233,10 @@ class Code:
         )
 
     def _rounds(self, block: int, assigned: Assigned) -> float:
-        rounds, around = 1.0, [(c, loop) for c, loop in assigned if block in c.blocks]
-        for cycle, loop in around:
-            rounds *= loop.trips
-            innermost = all(cycle.blocks <= other.blocks for other, _ in around)
+        rounds, around = 1.0, [a for a in assigned if block in a[0].blocks]
+        for cycle, loop, trips in around:
+            rounds *= trips
+            innermost = all(cycle.blocks <= other.blocks for other, _, _ in around)
             if innermost and not all(block in self.dominators[latch] for latch in cycle.latches):
                 rounds *= loop.guarded
         return rounds
@@ -220,7 +247,7 @@ class Code:
         if len(paths) == 1:
             yield from ((i, paths[0].share) for i in everything)
             return
-        heads = [{c.head for c, loop in assigned if any(loop is mine for mine in path.loops)} for path in paths]
+        heads = [{c.head for c, loop, _ in assigned if any(loop is mine for mine in path.loops)} for path in paths]
         for path, mine in zip(paths, heads, strict=True):
             others = frozenset(set().union(*heads) - mine)
             if not mine:  # unrolled away: nothing to know its part of the code by
@@ -229,13 +256,19 @@ class Code:
             yield from ((i, path.share) for i in near & everything)
 
 
-def _target(opcode: str, rest: str) -> int | None:
+def find_target(opcode: str, rest: str) -> int | None:
     found = TARGET.search(rest) if opcode.startswith("BRA") else None
     return int(found[1], 16) if found else None
 
 
 def disassemble(cubin: bytes) -> tuple[dict[str, int], Code]:
     """(REG, STACK, ... as the assembler reports them; the code)."""
+    used, text = dump(cubin)
+    return used, Code(text)
+
+
+def dump(cubin: bytes) -> tuple[dict[str, int], str]:
+    """As `disassemble`, with the listing as text, which has the instructions' words too."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -244,5 +277,5 @@ def disassemble(cubin: bytes) -> tuple[dict[str, int], Code]:
             command = [BIN / "cuobjdump", option, file.name]
             return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-        usage, sass = tool("--dump-resource-usage"), tool("-sass")
-    return {k: int(v) for k, v in re.findall(r"\b([A-Z]+):(\d+)", usage)}, Code(sass)
+        usage, text = tool("--dump-resource-usage"), tool("-sass")
+    return {k: int(v) for k, v in re.findall(r"\b([A-Z]+):(\d+)", usage)}, text

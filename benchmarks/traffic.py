@@ -109,7 +109,7 @@ def kept(module: nn.Module) -> Iterator[dict[int, int]]:
         yield found
 
 
-def _input(shape: Shape, device: str) -> Tensor:
+def make_input(shape: Shape, device: str) -> Tensor:
     size = (shape.batch, shape.in_channels, shape.size, shape.size)
     return torch.empty(size, dtype=DTYPE, device=device, memory_format=torch.channels_last).requires_grad_()
 
@@ -120,7 +120,7 @@ def fused_launches(shape: Shape, memory: str = "fast") -> tuple[list[Launch], li
         module = shape.block()
     module.to_empty(device="cpu")
     fastmbconv.fuse(module, memory=memory)
-    x = _input(shape, "cpu")
+    x = make_input(shape, "cpu")
     with caught(lambda *_: None):
         with kept(module) as found, recorded() as forward, torch.autocast("cpu", DTYPE):
             y = module(x)
@@ -136,7 +136,7 @@ def eager_saved(shape: Shape) -> int:
     with torch.device("meta"):
         module = shape.block().to(DTYPE)
     with kept(module) as found:
-        module.forward_eager(_input(shape, "meta"))
+        module.forward_eager(make_input(shape, "meta"))
     return sum(found.values())
 
 
@@ -242,7 +242,7 @@ def dense_row(shape: Shape) -> DenseRow:
     """What launchers state behind the convolution, and the count of what that moves itself."""
     module = FusedMBConv(shape.in_channels, shape.expand_ratio, shape.out_channels, shape.stride)
     conv = _Allocated(nn.Conv2d(*module.conv.weight.shape[1::-1], 3, shape.stride, 1, bias=False, device="meta"))
-    x = _input(shape, "cpu")
+    x = make_input(shape, "cpu")
     with caught(lambda *_: None), torch.autocast("cpu", DTYPE):
         with recorded() as training:
             y = dense_mbconv(x, replace(module.describe(), conv=conv))
