@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ GUARD = re.compile(r"\bU?P[0-9T]")
 TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 MOST_UNROLLED = 16
 GLOBAL = ("LDG", "STG", "LDGSTS")
+ALIKE = 1.6  # between the lengths of two parts of a loop, per round
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,10 @@ class Code:
                 return None
             inner = self.align(self.nested(cycles[0]), first.inner)
             others = self.align(cycles[1:], rest)
-            return None if inner is None or others is None else [(cycles[0], first, first.trips), *inner, *others]
+            if inner is None or others is None:
+                return None
+            trips = first.trips / self.count_rounds(cycles[:1]).get(cycles[0], 1)
+            return [(cycles[0], first, trips), *inner, *others]
 
         def unrolled() -> Assigned | None:
             gone = first.trips <= 1 or (first.fixed and first.trips <= MOST_UNROLLED)
@@ -197,31 +202,56 @@ class Code:
 
         def shared() -> Assigned | None:
             for most in range(2, len(cycles) + 1):
-                trips = self._trips_of_parts(cycles[:most], first)
-                others = self.align(cycles[most:], rest) if trips else None
+                parts, rounds = cycles[:most], self.count_rounds(cycles[:most])
+                others = self.align(cycles[most:], rest) if rounds and not first.inner else None
                 if others is not None:
-                    return [*((c, first, n) for c, n in zip(cycles, trips, strict=False)), *others]
+                    left, found = first.trips, []
+                    for c in parts:
+                        found.append((c, first, left // rounds[c]))
+                        left %= rounds[c]
+                    return [*found, *others]
             return None
 
         ways = (unrolled, matched, shared) if first.trips <= 1 else (matched, shared, unrolled)
         return next((found for way in ways if (found := way()) is not None), None)
 
-    def _trips_of_parts(self, cycles: list[Cycle], loop: Loop) -> list[float]:
-        """The trips of cycles that the compiler made of one loop: 4 rounds in one, say, and the remainder in the last.
+    def count_rounds(self, cycles: list[Cycle]) -> dict[Cycle | int, int]:
+        """How many rounds of one source loop the compiler put into each cycle, and into blocks beside them, by number.
 
-        Their global loads and stores tell how many rounds each holds; empty where that is no whole number.
+        A loop of few instructions becomes one of 4 rounds, say, a straight block of 2 and a loop for the remainder. Their
+        global loads and stores tell, next to their lengths; empty where nothing was unrolled, or they are no multiples.
         """
-        moved = [sum(i.bits for i in self.body(c) if i.kind in GLOBAL) for c in cycles]
-        if loop.inner or not moved[-1] or any(self.nested(c) for c in cycles) or any(m % moved[-1] for m in moved):
-            return []
-        held = [m // moved[-1] for m in moved]
-        if min(held[:-1]) < 2 or held != sorted(held, reverse=True):
-            return []
-        left, trips = loop.trips, []
-        for rounds in held:
-            trips.append(left // rounds)
-            left %= rounds
-        return [*trips[:-1], trips[-1] + left]
+        parts: dict[Cycle | int, list[Instruction]] = {c: self.body(c) for c in cycles}
+        if any(self.nested(c) for c in cycles):
+            return {}
+        parts |= {b: self.blocks[b] for b in self._beside(cycles)}
+        moved = {key: Counter(i.opcode for i in body if i.kind in GLOBAL) for key, body in parts.items()}
+        unit = min(parts, key=lambda key: (moved[key].total(), key not in cycles))
+        rounds: dict[Cycle | int, int] = {}
+        for key, body in parts.items():
+            times = moved[key].total() // max(moved[unit].total(), 1)
+            alike = moved[key] == Counter({opcode: n * times for opcode, n in moved[unit].items()})
+            if times and alike and 1 / ALIKE < len(body) / times / len(parts[unit]) < ALIKE:
+                rounds[key] = times
+            elif key in cycles:
+                return {}
+        return rounds if max(rounds.values(), default=1) > 1 else {}
+
+    def _beside(self, cycles: list[Cycle]) -> Iterator[int]:
+        """Blocks that may hold rounds of these cycles' loop: that access memory, can be skipped, and lie next to them."""
+        inside = set().union(*(c.blocks for c in cycles))
+        first, last = min(inside), max(inside)
+        around = [c for c in self.cycles if c.blocks > inside]
+        others = set().union(*(c.blocks for c in self.cycles if c not in cycles and c not in around))
+        low = max((b for b in others if b < first), default=-1)
+        high = min((b for b in others if b > last), default=len(self.blocks)) if len(cycles) == 1 else last
+        for b in range(low + 1, high):
+            if b in inside or b not in self.dominators or any(b not in c.blocks for c in around):
+                continue
+            later = self.reach({b}, self.after, frozenset({c.head for c in around}))
+            skipped = any(b not in self.dominators[x] for x in later)
+            if skipped and any(i.kind in GLOBAL for i in self.blocks[b]):
+                yield b
 
     def issued(self, paths: tuple[Path, ...]) -> float | None:
         """Instructions that one warp issues, on average over the programs; None where loops and source don't fit."""

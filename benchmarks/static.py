@@ -42,6 +42,7 @@ MATRIX = ("HMMA", "HGMMA", "IMMA", "QGMMA", "DMMA", "UTCHMMA")
 LOCAL = ("LDL", "STL")
 MODELS = [f"b{number}" for number in range(8)]
 FEW = 4
+TINY = [Shape("tiny", 0, 16, 14, 24, 24, 6, 3, 1), Shape("tiny", 0, 16, 14, 24, 80, 6, 3, 2)]
 HELD = (  # the shipped walks that tests hold to their budget
     Shape("b0", 2, 128, 56, 24, 24, 6, 3, 1),
     Shape("b0", 3, 128, 28, 40, 40, 6, 5, 1),
@@ -242,7 +243,7 @@ def issued(report: Report) -> str:
 
 def chosen(which: str) -> list[Shape]:
     if which == "tiny":
-        return [Shape("tiny", 0, 16, 14, 24, 24, 6, 3, 1), Shape("tiny", 0, 16, 14, 24, 80, 6, 3, 2)]
+        return TINY
     if which == "held":
         return list(HELD)
     if which == "few":

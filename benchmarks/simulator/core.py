@@ -17,6 +17,9 @@ from benchmarks.simulator.kernels import store
 
 SOURCE = Path(__file__).with_name("core.c")
 REASONS = ("issue", "memory", "short", "barrier", "async", "pipe", "select")
+RATES = (
+    "dram_rate", "l2_rate", "lsu_rate", "dram_latency", "dram_loaded", "l2_latency", "credit", "barrier", "start",
+)  # fmt: skip
 PIPES = 8
 
 
@@ -24,19 +27,14 @@ class NoCompiler(Exception):
     """Nothing here compiles C."""
 
 
-class Stuck(Exception):
+class Stuck(RuntimeError):
     """All warps wait: the code was not understood."""
 
 
 class Rates(ctypes.Structure):
     """Of one multiprocessor: bytes a cycle, and cycles."""
 
-    _fields_ = [
-        (name, ctypes.c_double)
-        for name in (
-            "dram_rate", "l2_rate", "lsu_rate", "dram_latency", "dram_loaded", "l2_latency", "credit", "barrier", "start",
-        )
-    ]  # fmt: skip
+    _fields_ = [(name, ctypes.c_double) for name in RATES]
 
 
 class Outcome(ctypes.Structure):
@@ -51,8 +49,10 @@ class Outcome(ctypes.Structure):
     ]
 
 
-def run(rows: np.ndarray, traces: list[np.ndarray], roles: list[int], resident: int, warps: int, rates: Rates) -> Outcome:
-    """Programs that start in this order, `resident` at a time; each goes through the instructions of its role's trace."""
+def run(
+    rows: np.ndarray, traces: list[np.ndarray], roles: list[int], resident: int, warps: int, rates: Rates
+) -> Outcome:
+    """Programs that start in this order, `resident` at a time; each runs the instructions of its role's trace."""
     number = ctypes.POINTER(ctypes.c_int32)
     pointers = (number * len(traces))(*[t.ctypes.data_as(number) for t in traces])
     lengths = (ctypes.c_int64 * len(traces))(*[len(t) for t in traces])

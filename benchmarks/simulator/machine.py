@@ -6,9 +6,9 @@ Memory is a queue at this multiprocessor's share of the bandwidth. The longest m
 of them. A tensor's share from memory is its size over all bytes that the programs ask of it; the rest comes from L2.
 
 Where the constants come from
-* Bandwidth: what a copy reaches. Latency of memory, 445 ns + 515 ns * use^2: fitted to BabelStream on an H200 (NVIDIA/cccl
-  issue 1673; 4 figures within 0-10 %) and to Triton kernels that wait for one step of memory (FlagGems' pull requests 5080
-  and 5727). 150 ns between programs: with it.
+* Bandwidth: what a copy reaches. Latency of memory, 445 ns + 515 ns * use^2: fitted to BabelStream on an H200
+  (NVIDIA/cccl issue 1673; 4 figures within 0-10 %) and to Triton kernels that wait for one step of memory (FlagGems'
+  pull requests 5080 and 5727). 150 ns between programs: with it.
 * L2 265 cycles, LDS 29, L1 41: arXiv 2402.13499. L2's 32 bytes a cycle: so that a matrix product of 4096 has its public
   550-620 TFLOP/s. SHFL 24, MUFU 23: assumed.
 * MUFU and conversions 8 cycles a warp and scheduler, IMAD and ALU 2, FFMA 1, LSU 4: CUDA programming guide, throughput
@@ -167,7 +167,9 @@ def simulate(
         in_flight_kb=out.in_flight / out.cycles / 1024,
         spilled_kb=compiled.spilled / 1024 if (rows["kind"] == LOCAL).any() else 0,
         issued=out.issued * 32 * programs / longest,
-        asked={name: n / work.tensors[name] for (name, store), n in asked.items() if name in work.tensors and not store},
+        asked={
+            name: n / work.tensors[name] for (name, store), n in asked.items() if name in work.tensors and not store
+        },
     )
     return replace(time, bound=_name_bound(time, us, longest))
 

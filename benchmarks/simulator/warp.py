@@ -16,7 +16,7 @@ CONSTANT = re.compile(r"c\[0x0\]\[0x([0-9a-f]+)\]")
 ROUNDS_FOLLOWED = 3  # of a loop, until its pointers are known
 
 
-class Endless(Exception):
+class Endless(RuntimeError):
     """A path that finds no way out of a loop."""
 
 
@@ -53,7 +53,8 @@ def _flatten(loops: tuple[Loop, ...]) -> list[Loop]:
 class Walk:
     """One warp's way through the blocks in `allowed`.
 
-    A loop runs its trips. A branch inside it that can skip a block does so in 1 - `guarded` of the rounds, evenly
+    A loop runs its trips; where the compiler unrolled it, its parts share them: `left` is what is still to be done of
+    each source loop, and a part runs if it holds no more than that. A branch inside it that can skip a block does so in 1 - `guarded` of the rounds, evenly
     spread; outside of loops nothing is skipped, and of two sides the longer one is taken.
     """
 
@@ -64,6 +65,11 @@ class Walk:
         self.around = {
             b: sorted((c for c in code.cycles if b in c.blocks), key=lambda c: len(c.blocks)) for b in allowed
         }
+        self.parts: dict[Cycle | int, tuple[Loop, int]] = {}  # of unrolled loops: which, and how many of its rounds
+        for loop in {id(loop): loop for _, loop, _ in assigned}.values():
+            cycles = [c for c, other, _ in assigned if other is loop]
+            self.parts |= {key: (loop, n) for key, n in code.count_rounds(cycles).items()}
+        self.left = {id(loop): loop.trips for loop, _ in self.parts.values()}
         self.rounds: Counter[Cycle] = Counter()
         self.owed: dict[int, float] = defaultdict(float)
         self._ahead: dict[int, frozenset[int]] = {}
@@ -74,6 +80,8 @@ class Walk:
             sequence.append(block)
             for c in self.around[block]:
                 self.rounds[c] += c.head == block
+                self._count(c if c.head == block else None)
+            self._count(block)
             options = sorted(self.code.after[block] & self.allowed)
             if not options or self._exits(block):
                 return sequence
@@ -84,18 +92,37 @@ class Walk:
             block = step
         raise Endless(f"no way out of the loops at blocks {sorted({c.head for c in self.around[block]})}")
 
+    def _count(self, key: Cycle | int | None) -> None:
+        """What is left of an unrolled loop when this part of it is reached; a round of a loop around it starts anew."""
+        if key in self.parts:
+            loop, rounds = self.parts[key]
+            self.left[id(loop)] -= rounds
+        elif isinstance(key, Cycle):
+            for part, (loop, _) in self.parts.items():
+                if isinstance(part, Cycle) and part.blocks < key.blocks:
+                    self.left[id(loop)] = loop.trips
+
+    def _runs(self, key: Cycle | int) -> bool:
+        """Whether a loop, or a part of an unrolled one, is to be entered."""
+        if key not in self.parts:
+            return self.trips.get(key, 1) >= 1
+        loop, rounds = self.parts[key]
+        return self.left[id(loop)] >= rounds
+
     def _exits(self, block: int) -> bool:
         """Whether the program ends at this block: by a predicated EXIT that is its loop's only way out."""
         last, cycles = self.code.blocks[block][-1], self.around[block]
-        if last.kind != "EXIT" or not cycles:
+        if last.kind != "EXIT":
             return False
-        within = cycles[0]
-        if any(self.code.after[b] - within.blocks for b in within.blocks):
-            return False
-        return not self._stays(block, within)
+        if cycles and not any(self.code.after[b] - cycles[0].blocks for b in cycles[0].blocks):
+            return not self._stays(block, cycles[0])
+        ahead = [c for c in self.trips if c in self.parts and c.head in self._reach(block) and block not in c.blocks]
+        return bool(ahead) and not any(self._runs(c) for c in ahead)
 
     def _stays(self, block: int, cycle: Cycle) -> bool:
         """Whether the loop has another round, at a block that can leave it."""
+        if cycle in self.parts:
+            return self._runs(cycle)
         before = block == cycle.head and 2 * len(self.code.blocks[block]) < len(self.code.body(cycle))
         return self.rounds[cycle] + (0 if before else 1) <= self.trips.get(cycle, 1)
 
@@ -110,10 +137,14 @@ class Walk:
             first: self._reach(first) - self._reach(second),
             second: self._reach(second) - self._reach(first),
         }
-        looping = {o: [n for c, n in self.trips.items() if c.head in own[o]] for o in options}
+        looping = {o: [c for c in self.trips if c.head in own[o]] for o in options}
         if bool(looping[first]) != bool(looping[second]):  # one side goes around a loop, for no trips
             into, past = (first, second) if looping[first] else (second, first)
-            return into if max(looping[into]) >= 1 else past
+            return into if any(self._runs(c) for c in looping[into]) else past
+        beside = [(o, b) for o in options for b in own[o] if b in self.parts]
+        if beside:
+            into, part = beside[0]
+            return into if self._runs(part) else next(o for o in options if o != into)
         size = {o: sum(len(self.code.blocks[b]) for b in own[o]) for o in options}
         longer, shorter = (first, second) if size[first] >= size[second] else (second, first)
         cycles = self.around[block]
