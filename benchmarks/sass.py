@@ -26,7 +26,7 @@ GUARD = re.compile(r"\bU?P[0-9T]")
 TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 MOST_UNROLLED = 16
 GLOBAL = ("LDG", "STG", "LDGSTS")
-ALIKE = 1.6  # between the lengths of two parts of a loop, per round
+ALIKE = 2.5  # between the lengths of two parts of a loop, per round
 
 
 @dataclass(frozen=True)
@@ -218,8 +218,8 @@ class Code:
     def count_rounds(self, cycles: list[Cycle]) -> dict[Cycle | int, int]:
         """How many rounds of one source loop the compiler put into each cycle, and into blocks beside them, by number.
 
-        A loop of few instructions becomes one of 4 rounds, say, a straight block of 2 and a loop for the remainder. Their
-        global loads and stores tell, next to their lengths; empty where nothing was unrolled, or they are no multiples.
+        A loop of few instructions becomes one of 4 rounds, say, a straight block of 2 and a loop for the remainder.
+        Their global loads and stores tell, beside their lengths; empty where nothing was unrolled, or nothing fits.
         """
         parts: dict[Cycle | int, list[Instruction]] = {c: self.body(c) for c in cycles}
         if any(self.nested(c) for c in cycles):
@@ -238,7 +238,7 @@ class Code:
         return rounds if max(rounds.values(), default=1) > 1 else {}
 
     def _beside(self, cycles: list[Cycle]) -> Iterator[int]:
-        """Blocks that may hold rounds of these cycles' loop: that access memory, can be skipped, and lie next to them."""
+        """Blocks that may hold rounds of these cycles' loop: they access memory, can be skipped, and are next to it."""
         inside = set().union(*(c.blocks for c in cycles))
         first, last = min(inside), max(inside)
         around = [c for c in self.cycles if c.blocks > inside]

@@ -54,8 +54,9 @@ class Walk:
     """One warp's way through the blocks in `allowed`.
 
     A loop runs its trips; where the compiler unrolled it, its parts share them: `left` is what is still to be done of
-    each source loop, and a part runs if it holds no more than that. A branch inside it that can skip a block does so in 1 - `guarded` of the rounds, evenly
-    spread; outside of loops nothing is skipped, and of two sides the longer one is taken.
+    each source loop, and a part runs if it holds no more than that. A branch inside a loop that can skip a block does
+    so in 1 - `guarded` of the rounds, evenly spread; outside of loops nothing is skipped, and of two sides the longer
+    one is taken. Predicated instructions run.
     """
 
     def __init__(self, code: Listing, assigned: Assigned, allowed: set[int]) -> None:
