@@ -2,8 +2,8 @@
 
 The kernels are written for this; their sizes, warps and programs are those at which others measured theirs:
 * BabelStream on an H200, an element a thread: NVIDIA/cccl issue 1673, comment of 2024-07-11.
-* ReLU^2, RMSNorm, LayerNorm on an H100: linkedin/Liger-Kernel at ead96b6, benchmark/data/all_benchmark_data.csv, less 6.2 us
-  that its clock adds to every kernel. On an H20: FlagGems' pull requests, less 5.5 us.
+* ReLU^2, RMSNorm, LayerNorm on an H100: linkedin/Liger-Kernel at ead96b6, benchmark/data/all_benchmark_data.csv, less
+  6.2 us that its clock adds to every kernel. On an H20: FlagGems at ed2508b, pull request 5504, less 5.5 us.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import Any
 
 import triton
@@ -115,3 +114,114 @@ def _strided_copy_kernel(x_ptr, y_ptr, tiles, BLOCK: tl.constexpr):
     for tile in range(0, tiles):
         o = (tl.program_id(0) * tiles + tile) * BLOCK + tl.arange(0, BLOCK)
         tl.store(y_ptr + o, tl.load(x_ptr + o))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch: pointers by name with their type and elements; `measured` is in us."""
+
+    name: str
+    kernel: Any
+    grid: int
+    warps: int
+    pointers: dict[str, tuple[str, int]]
+    scalars: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, int] = field(default_factory=dict)
+    stages: int = 1
+    trips: int = 0
+    flops: float = 0.0
+    gpu: Gpu = H100
+    measured: float | None = None
+
+    def compiled(self) -> Any:
+        names = self.kernel.arg_names
+        types = {name: f"*{kind}" for name, (kind, _) in self.pointers.items()} | self.scalars
+        signature = {name: types.get(name, "constexpr") for name in names}
+        aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types if types[name] != "fp32"}
+        constants = {(names.index(name),): value for name, value in self.constants.items()}
+        options = dict(num_warps=self.warps, num_stages=self.stages)
+        return compile_source(self.kernel, signature, constants, aligned, options)
+
+    def row(self) -> dict[str, Any]:
+        """What the simulator says, without the gap to a next kernel."""
+        tensors = {name: SIZES[kind] * elements for name, (kind, elements) in self.pointers.items()}
+        stated, compiled = sum(tensors.values()), self.compiled()
+        work = Work("", 1, "", self.name, stated, grid=(self.grid,), tensors=tensors)
+        loops = (Loop(self.trips),) if self.trips else ()
+        time = simulate(work, compiled, self.gpu, routes=(Path(1.0, loops),))
+        us = time.us - self.gpu.gap * 1e6
+        rates = dict(us=us, gbs=stated / us / 1e3, tflops=self.flops / us / 1e6, measured=self.measured)
+        told = dict(fits=time.fits, bound=time.bound, asked=time.asked, spilled_kb=time.spilled_kb)
+        return dict(name=self.name, awaited=count_awaited(compiled.code), **rates, **told)
+
+
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+N = {"n": "i32"}
+
+
+def stream(kind: str, arrays: int, gbs: float) -> Case:
+    elements = 1 << 25
+    names = ("x_ptr", "y_ptr") if arrays == 2 else ("x_ptr", "z_ptr", "y_ptr")
+    kernel, name = (_copy_kernel, "copy") if arrays == 2 else (_add_kernel, "add")
+    measured = arrays * SIZES[kind] * elements / gbs / 1e3
+    pointers = dict.fromkeys(names, (kind, elements))
+    rest = dict(constants={"BLOCK": 1024}, gpu=STREAM, measured=measured)
+    return Case(f"stream {name} {kind}", kernel, elements // 1024, 32, pointers, N, **rest)
+
+
+def rows_of(
+    kernel: Any, kind: str, rows: int, columns: int, warps: int, measured: float | None, gpu: Gpu = H100
+) -> Case:
+    """A kernel with a program a row."""
+    pointers = dict.fromkeys(("x_ptr", "y_ptr"), (kind, rows * columns))
+    pointers |= {name: (kind, columns) for name in ("w_ptr", "b_ptr") if name in kernel.arg_names}
+    if "rstd_ptr" in kernel.arg_names:
+        pointers["rstd_ptr"] = ("fp32", rows)
+    scalars = N | ({"eps": "fp32"} if "eps" in kernel.arg_names else {})
+    name = f"{kernel.__name__.strip('_').removesuffix('_kernel')} {kind} {rows} x {columns} {gpu.name}"
+    return Case(name, kernel, rows, warps, pointers, scalars, {"BLOCK": columns}, gpu=gpu, measured=measured)
+
+
+def matmul(size: int) -> Case:
+    blocks, pointers = (
+        {"BM": 128, "BN": 256, "BK": 64},
+        dict.fromkeys(("a_ptr", "b_ptr", "c_ptr"), ("fp16", size * size)),
+    )
+    grid, sizes = size // blocks["BM"] * (size // blocks["BN"]), {"M": "i32", "N": "i32", "K": "i32"}
+    rest = dict(stages=3, trips=size // blocks["BK"], flops=2.0 * size**3)
+    return Case(f"matmul {size}", _matmul_kernel, grid, 8, pointers, sizes, blocks, **rest)
+
+
+def looping(trips: int) -> list[Case]:
+    """Loops that are unrolled by 4, with a remainder."""
+    sizes, grid = {"tiles": "i32"}, 264
+    copied = dict.fromkeys(("x_ptr", "y_ptr"), ("bf16", grid * trips * 1024))
+    summed = {"x_ptr": ("bf16", grid * trips * 1024), "y_ptr": ("fp32", grid * 32)}
+    return [
+        Case(f"sum of {trips}", _sum_kernel, grid, 4, summed, sizes, {"BM": 32, "BC": 32}, trips=trips),
+        Case(f"strided copy of {trips}", _strided_copy_kernel, grid, 4, copied, sizes, {"BLOCK": 1024}, trips=trips),
+    ]
+
+
+def copied(elements: int = 1 << 27) -> Case:
+    pointers = dict.fromkeys(("x_ptr", "y_ptr"), ("bf16", elements))
+    return Case("copy", _copy_kernel, elements // 1024, 4, pointers, N, {"BLOCK": 1024})
+
+
+CASES = [
+    stream("fp32", 2, 2255), stream("fp64", 2, 3513), stream("fp32", 3, 2959), stream("fp64", 3, 4020),
+    rows_of(_relu_squared_kernel, "bf16", 4096, 4096, 8, 21.7),
+    rows_of(_relu_squared_kernel, "bf16", 4096, 16384, 16, 88.2),
+    rows_of(_rms_norm_kernel, "bf16", 4096, 4096, 8, 23.0),
+    rows_of(_rms_norm_kernel, "bf16", 4096, 16384, 16, 88.8),
+    rows_of(_rms_norm_kernel, "fp16", 4096, 4096, 4, 19.9, H20),
+    rows_of(_rms_norm_kernel, "fp16", 1024, 65536, 4, 477, H20),
+    rows_of(_layer_norm_kernel, "fp32", 4096, 4096, 8, 44.8),
+    rows_of(_softmax_kernel, "bf16", 32768, 4096, 8, None),
+    copied(), matmul(4096), *looping(50), *looping(51),
+]  # fmt: skip
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1], "w") as file:
+        json.dump([case.row() for case in CASES], file)

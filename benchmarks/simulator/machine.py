@@ -13,9 +13,10 @@ Where the constants come from
   550-620 TFLOP/s. SHFL 24, MUFU 23: assumed.
 * MUFU and conversions 8 cycles a warp and scheduler, IMAD and ALU 2, FFMA 1, LSU 4: CUDA programming guide, throughput
   table for 9.0. wgmma: peak rate, 18 cycles more to its result. mma.sync: 63 % of that (arXiv 2402.13499).
-* Spilled registers: L1 keeps `SPILLS_IN_L1` of what shared memory leaves of its 256 KB, L2 its 50 MB for all of them;
-  what is beyond is read and written there or in memory at every LDL and STL. Three published kernels with 2300-3700
-  spill instructions move them at 80-90 % of memory's bandwidth; the share itself is a guess (40 %: 100 KB).
+* Spilled registers: L1 keeps `SPILLS_IN_L1` of what shared memory leaves of its 256 KB (40 %: 100 KB, a guess), L2 its
+  size for all of them, and every LDL and STL moves the rest to L2 and to memory. Kernels with the arithmetic of three
+  published ones, 2500-4000 spill instructions and 7-11 MB of spills a multiprocessor, take 0.94, 1.03 and 0.94 of the
+  time that was measured then; as if spills cost nothing it was 0.07-0.25. Between 100 KB and 7 MB nothing is known.
 * 1.5 us between two kernels: assumed. A CUDA graph may have 0.5.
 
 How good it is: against 30 published times of Triton kernels (LinkedIn's Liger-Kernel on an H100, FlagGems on an H20),

@@ -8,12 +8,15 @@ from functools import cached_property
 
 from benchmarks.sass import Assigned, Code, Cycle, Loop
 from benchmarks.sass import Path as Route
-from benchmarks.simulator.decode import REGISTER, Listing
+from benchmarks.simulator.decode import REGISTER, Listing, Operation
 
 LONGEST = 4_000_000  # blocks of one path
 FIRST_ARGUMENT = 0x210  # in constant bank 0 of sm_90
 CONSTANT = re.compile(r"c\[0x0\]\[0x([0-9a-f]+)\]")
+STACK = re.compile(r"\[R1(?:\+0x([0-9a-f]+))?\]")
 ROUNDS_FOLLOWED = 3  # of a loop, until its pointers are known
+
+Names = dict[tuple[str, int], str]  # the argument that a register, by bank and number, was computed from
 
 
 class Endless(RuntimeError):
@@ -173,7 +176,7 @@ def find_tensors(code: Listing, blocks: list[int], signature: dict[str, str]) ->
     Arguments lie in constant bank 0; what is computed from one carries its name from register to register.
     """
     offsets = _find_arguments(signature)
-    names: dict[tuple[str, int], str] = {}
+    names: Names = {}
     found: dict[int, str] = {}
     seen: Counter[int] = Counter()
     for b in blocks:
@@ -189,18 +192,37 @@ def find_tensors(code: Listing, blocks: list[int], signature: dict[str, str]) ->
                     found.setdefault(number, owner)
                 if one.kind != "LDG":
                     continue
+            slot = _find_slot(one)
+            if one.kind == "STL":
+                _rename(names, *slot, {names[r] for r in one.reads[-1:] if r in names}, one.predicated)
             if one.writes is None:
+                continue
+            bank, low, wide = one.writes
+            if one.kind == "LDL":  # a spilled register comes back with its name
+                for i in range(wide):
+                    kept = names.get((slot[0], slot[1] + i))
+                    _rename(names, bank, low + i, 1, {kept} if kept else set(), one.predicated)
                 continue
             loaded = one.kind in ("LDG", "LDS", "LDSM")
             sources = set() if loaded else {names[r] for r in one.reads if r in names}
             sources |= {offsets[o] for o in (int(c, 16) & ~7 for c in CONSTANT.findall(one.text)) if o in offsets}
-            bank, low, wide = one.writes
-            for register in range(low, low + wide):
-                if sources:
-                    names[bank, register] = min(sources)
-                elif not one.predicated:
-                    names.pop((bank, register), None)
+            _rename(names, bank, low, wide, sources, one.predicated)
     return found
+
+
+def _rename(names: Names, bank: str, low: int, wide: int, sources: set[str], predicated: bool) -> None:
+    """What `wide` registers from `low` on come from now."""
+    for register in range(low, low + wide):
+        if sources:
+            names[bank, register] = min(sources)
+        elif not predicated:
+            names.pop((bank, register), None)
+
+
+def _find_slot(one: Operation) -> tuple[str, int, int]:
+    """The words of the stack that a spill goes to, as a bank of registers: their first and their number."""
+    found = STACK.search(one.text)
+    return "stack", int(found[1] or "0", 16) // 4 if found else -1, max(1, one.bits // 32)
 
 
 def _find_arguments(signature: dict[str, str]) -> dict[int, str]:
