@@ -1,8 +1,11 @@
 """Issued instructions per element: each kernel's loops and elements, from its launch, and the budgets they are held to.
 
-MODELS is the one table of loops, for `benchmarks.static` and `benchmarks.simulate`: a new kernel gets a function there,
-from the launch's arguments (and its grid) to its elements and to the loops of its source in order, with their trips. A
-kernel of vectors has 0 elements.
+MODELS is the one table of loops, for `benchmarks.static` and `benchmarks.simulate`. A kernel has a function there, from
+the launch's arguments by name, its constexprs and "grid" among them, to its elements (0 for a kernel of vectors) and to
+its loops in the source's order, with their trips: `_one(Loop(trips, inner))`, or a Path with its share of the programs
+for each side of a branch on the program's number, and in ROLES which program goes which. `fixed` is a loop over
+constexprs alone, which the compiler may unroll; `guarded` the share of a loop's rounds that run an `if` in it. Loops of
+tl.static_range are none. Where a figure is missing, or the simulator says `fits: no`, loops and code did not match.
 
 `per_element` is what all threads of a launch issue, idle lanes and rows, prologue and epilogue included, over the
 elements of the launch's own work: outputs of a forward convolution, inputs of a depthwise backward, elements of u2 for

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,12 @@ def test_known_kernels_take_what_was_measured(known):
 def test_products_and_copies_reach_their_ceilings(known):
     assert 500 < known["matmul 4096"]["tflops"] < 650
     assert known["copy"]["gbs"] == pytest.approx(3000, rel=0.05)
-    assert all(row["fits"] for row in known.values())
+
+
+@compiler
+@pytest.mark.slow
+def test_loops_fit_where_they_are_described(known):
+    assert {name for name, row in known.items() if not row["fits"]} == {"not described"}
 
 
 @compiler
@@ -74,7 +80,6 @@ def test_products_and_copies_reach_their_ceilings(known):
 def test_parts_of_an_unrolled_loop_share_its_trips(known, kernel):
     """Every byte is asked for once; a predicated round before the loop counts as run, so a fiftieth may come on top."""
     assert 1 <= known[kernel]["asked"]["x_ptr"] < 1.03
-    assert known[kernel]["fits"]
 
 
 @compiler
@@ -120,8 +125,6 @@ def test_names_the_blocks_that_there_are(tmp_path):
 
 
 def test_every_kernel_has_its_loops_described():
-    import re
-
     source = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
     written = set(re.findall(r"^def (_\w+_kernel)\(", source, re.M))
     assert written and written - set(issue.MODELS) == set()

@@ -121,8 +121,7 @@ def simulate(
 ) -> Time:
     """The time of one launch; `routes` instead of what benchmarks/issue.py says of the kernel."""
     known = routes is not None or work.name in issue.MODELS
-    if routes is None:
-        routes = issue.MODELS[work.name](work.arguments)[1] if known else (Route(1.0),)
+    routes = routes or find_routes(work)
     code, programs = compiled.code, prod(work.grid)
     paths, fits = find_paths(code, routes)
     spans = [[np.arange(code.firsts[b], code.firsts[b + 1]) for b in path] for path in paths]
@@ -173,6 +172,17 @@ def simulate(
         },
     )
     return replace(time, bound=_name_bound(time, us, longest))
+
+
+def find_routes(work: Work) -> tuple[Route, ...]:
+    """The loops of a launch's source; none where nobody has described them."""
+    if work.name not in issue.MODELS:
+        return (Route(1.0),)
+    try:
+        return issue.MODELS[work.name](work.arguments)[1]
+    except KeyError as error:
+        message = f"benchmarks/issue.py asks for {error} of {work.name}, which has no such argument"
+        raise RuntimeError(message) from error
 
 
 def find_roles(work: Work, count: int, routes: tuple[Route, ...]) -> list[int]:

@@ -10,7 +10,7 @@ from benchmarks.sass import Assigned, Code, Cycle, Loop
 from benchmarks.sass import Path as Route
 from benchmarks.simulator.decode import REGISTER, Listing, Operation
 
-LONGEST = 4_000_000  # blocks of one path
+SLACK = 10  # rounds beyond twice a loop's trips, before its path counts as endless
 FIRST_ARGUMENT = 0x210  # in constant bank 0 of sm_90
 CONSTANT = re.compile(r"c\[0x0\]\[0x([0-9a-f]+)\]")
 STACK = re.compile(r"\[R1(?:\+0x([0-9a-f]+))?\]")
@@ -80,10 +80,12 @@ class Walk:
 
     def run(self) -> list[int]:
         sequence, block = [], 0
-        while len(sequence) < LONGEST:
+        while True:
             sequence.append(block)
             for c in self.around[block]:
                 self.rounds[c] += c.head == block
+                if self.rounds[c] > 2 * self.trips.get(c, 1) + SLACK:
+                    raise Endless(f"no way out of the loop at address {self.code.blocks[c.head][0].address:#x}")
                 self._count(c if c.head == block else None)
             self._count(block)
             options = sorted(self.code.after[block] & self.allowed)
@@ -94,7 +96,6 @@ class Walk:
                 if step not in c.blocks:
                     self.rounds[c] = 0
             block = step
-        raise Endless(f"no way out of the loops at blocks {sorted({c.head for c in self.around[block]})}")
 
     def _count(self, key: Cycle | int | None) -> None:
         """What is left of an unrolled loop when this part of it is reached; a round of a loop around it starts anew."""
