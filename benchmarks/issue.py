@@ -3,13 +3,13 @@
 MODELS is the one table of loops, for `benchmarks.static` and `benchmarks.simulate`. A kernel has a function there, from
 the launch's arguments by name, its constexprs and "grid" among them, to its elements (0 for a kernel of vectors) and to
 its loops in the source's order, with their trips: `_one(Loop(trips, inner))`, or a Path with its share of the programs
-for each side of a branch on the program's number, and in ROLES which program goes which. `fixed` is a loop over
+for each side of a branch on the program's number. `fixed` is a loop over
 constexprs alone, which the compiler may unroll; `guarded` the share of a loop's rounds that run an `if` in it. Loops of
 tl.static_range are none. Where a figure is missing, or the simulator says `fits: no`, loops and code did not match.
 
 `per_element` is what all threads of a launch issue, idle lanes and rows, prologue and epilogue included, over the
 elements of the launch's own work: outputs of a forward convolution, inputs of a depthwise backward, elements of u2 for
-the sweep and the projection's data gradient, of dv1 for the expand backward, and elements read for pool, Gram matrix
+the projection's backward, of dv1 for the expansion's, and elements read for pool, Gram matrix
 and BatchNorm's passes. `in_loop` leaves all but the walk's loop out: what the image's size can't change.
 """
 
@@ -60,17 +60,8 @@ def _pointwise_inference(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     return a["M"] * a["CO"], _one(Loop(ceil(a["CI"] / a["BK"]), fixed=True))
 
 
-def _pointwise_dgrad(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    return a["M"] * a["CI"], _one(Loop(ceil(a["CO"] / a["BK"]), fixed=True))
-
-
-def _project_sweep(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    pixels = Loop(ceil(a["HW"] / a["BM"]), guarded=1 / ceil(a["CO"] / a["BO"]))
-    return a["N"] * a["HW"] * a["CI"], _one(Loop(a["IMAGES"], (pixels,)))
-
-
-def _project_wide(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    return a["N"] * a["HW"] * a["CI"], _one(Loop(ceil(a["IMAGES"] * a["HW"] / a["BM"])))
+def _project_bwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    return a["N"] * a["HW"] * a["CI"], _one(Loop(ceil(a["PIXELS"] / a["BM"])))
 
 
 def _pointwise_pool(a: Arguments) -> tuple[int, tuple[Path, ...]]:
@@ -79,22 +70,9 @@ def _pointwise_pool(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     return images * a["HW"] * a["CO"], _one(Loop(ceil(a["HW"] / a["BM"]), (products,)))
 
 
-def _expand_bwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    expanded, gram = ceil(a["CE"] / a["BE"]), ceil(a["CI"] / a["BE"]) if a["BATCH"] else 0
-    mixed = (Loop(ceil(a["CI"] / a["BI"]), fixed=True),) if a["BATCH"] else ()
-    rows, programs = Loop(ceil(a["ROWS"] / a["BM"])), a["TILES"] + expanded + gram
-    data = Path(a["TILES"] / programs, (Loop(expanded, fixed=True), *mixed))
-    weight = Path(expanded / programs, (rows,))
-    products = (Path(gram / programs, (Loop(rows.trips),)),) if gram else ()
-    return a["M"] * a["CE"], (data, weight, *products)
-
-
-def _expand_bwd_role(a: Arguments, program: int) -> int:
-    expanded = ceil(a["CE"] / a["BE"])
-    slot = program % a["grid"][0] // ceil(a["CI"] / a["BI"])
-    if slot < a["TILES"]:
-        return 0
-    return 1 if slot < a["TILES"] + expanded or not a["BATCH"] else 2
+def _expand_pass(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    slice_ = min(a["BLOCKS"] * a["BE"], a["CE"] - a["FIRST"])
+    return a["M"] * slice_, _one(Loop(a["TILES"]))
 
 
 def _gram(a: Arguments) -> tuple[int, tuple[Path, ...]]:
@@ -103,7 +81,7 @@ def _gram(a: Arguments) -> tuple[int, tuple[Path, ...]]:
 
 
 def _pool(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    return a["grid"][0] * a["HW"] * a["C"], _one(Loop(ceil(a["HW"] / a["BM"])))
+    return a["N"] * a["HW"] * a["C"], _one(Loop(ceil(a["PIXELS"] / a["BM"])))
 
 
 def _rows(a: Arguments) -> tuple[int, tuple[Path, ...]]:
@@ -119,26 +97,22 @@ def _bn_bwd_finalize(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     return 0, _one(_over(a, "P", "BP"))
 
 
-def _excite(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    return 0, _one(_over(a, "C", "BC", fixed=True), _over(a, "C", "BC", fixed=True))
+def _excite_fwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    sums = 3 if a["ROWS"] == 3 else 1
+    return 0, _one(_channels_of_parts(a, sums), _over(a, "C", "BC", fixed=True))
 
 
-def _excite_inference(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    pooled = replace(_over(a, "C", "BC", fixed=True), inner=(_over(a, "P", "BP"),))
-    return 0, _one(pooled, _over(a, "C", "BC", fixed=True))
+def _excite_bwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    return 0, _one(_channels_of_parts(a, 1), _channels_of_parts(a, 2 if a["ROWS"] == 3 else 0))
+
+
+def _channels_of_parts(a: Arguments, sums: int) -> Loop:
+    """A loop over channels that adds up the parts of so many sums."""
+    return replace(_over(a, "C", "BC", fixed=True), inner=(_over(a, "P", "BP"),) * sums)
 
 
 def _excite_wgrad(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     return 0, _one(_over(a, "N", "BN"))
-
-
-def _expand_prepare(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    loops = (_over(a, "SAMPLES", "BS", fixed=True), _over(a, "CE", "BE", fixed=True))
-    return 0, _one(*(loops if a["BATCH"] else ()))
-
-
-def _expand_finish(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    return 0, _one(*([_over(a, "CI", "BI", fixed=True)] if a["BATCH"] else []))
 
 
 def _gram_moments(a: Arguments) -> tuple[int, tuple[Path, ...]]:
@@ -163,11 +137,10 @@ MODELS: dict[str, Model] = {
     "_depthwise_inference_kernel": _depthwise_inference,
     "_pointwise_inference_kernel": _pointwise_inference,
     "_pointwise_fwd_kernel": _pointwise_fwd,
-    "_pointwise_dgrad_kernel": _pointwise_dgrad,
-    "_project_sweep_kernel": _project_sweep,
-    "_project_wide_kernel": _project_wide,
+    "_project_bwd_sums_kernel": _project_bwd,
+    "_project_bwd_data_kernel": _project_bwd,
     "_pointwise_pool_kernel": _pointwise_pool,
-    "_expand_bwd_kernel": _expand_bwd,
+    "_expand_pass_kernel": _expand_pass,
     "_gram_kernel": _gram,
     "_pool_kernel": _pool,
     "_moments_kernel": _rows,
@@ -178,16 +151,11 @@ MODELS: dict[str, Model] = {
     "_bn_merge_kernel": _bn_finalize,
     "_bn_bwd_finalize_kernel": _bn_bwd_finalize,
     "_bn_coef_kernel": _straight,
-    "_excite_fwd_kernel": _excite,
-    "_excite_bwd_kernel": _excite,
-    "_excite_inference_kernel": _excite_inference,
+    "_excite_fwd_kernel": _excite_fwd,
+    "_excite_bwd_kernel": _excite_bwd,
     "_excite_wgrad_kernel": _excite_wgrad,
-    "_expand_prepare_kernel": _expand_prepare,
-    "_expand_finish_kernel": _expand_finish,
     "_gram_moments_kernel": _gram_moments,
 }
-# Of a kernel with several paths: which one the program with this number goes, in the order of its function in MODELS.
-ROLES: dict[str, Callable[[Arguments, int], int]] = {"_expand_bwd_kernel": _expand_bwd_role}
 
 # A stride-1 walk in bf16 on sm_90 with BatchNorm, SiLU and sums issues no more in its loop, per element that a round
 # finishes, by (kernel, kernel size).
@@ -199,10 +167,9 @@ BUDGETS = {
 }
 # What an H200 issues in the time of the kernel's passes over E, 14.4 each (benchmarks/NOTES.md): more is issue-bound.
 AIMS = {
-    "_project_sweep_kernel": 19,
-    "_project_wide_kernel": 19,
-    "_pointwise_dgrad_kernel": 34,
-    "_expand_bwd_kernel": 22,
+    "_project_bwd_sums_kernel": 19,
+    "_project_bwd_data_kernel": 34,
+    "_expand_pass_kernel": 22,
     "_pool_kernel": 14,
 }
 

@@ -12,6 +12,7 @@ from triton.runtime.jit import JITFunction
 
 import fastmbconv
 from fastmbconv import dispatch
+from fastmbconv.kernels import library
 
 Seen = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 
@@ -40,6 +41,7 @@ def caught(seen: Seen) -> Iterator[None]:
     """The kernels' path for CPU tensors inside the block: `seen` gets each launch, and nothing is computed."""
     with (
         mock.patch.object(dispatch, "device_reason", lambda x: None),
+        mock.patch.object(library, "compute", lambda *_: None),
         fastmbconv.backend("triton"),
         observed(seen, run=False),
     ):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass
-from math import prod
+from math import prod, sqrt
 from pathlib import Path
 
 if __name__ == "__main__":  # as in benchmarks/traffic.py
@@ -47,12 +47,12 @@ GPUS = {
 # Depthwise by (kernel size, stride): forward per output, backward per input.
 WALK_FORWARD = {(3, 1): 24, (5, 1): 49, (3, 2): 47, (5, 2): 86}
 WALK_BACKWARD = {(3, 1): 45, (5, 1): 84, (3, 2): 21, (5, 2): 34}
-POOL, OUTPUT, REDUCE = 9, 10, 8.5  # per element read
-SWEEP, SWEEP_SMALL = 26, 110  # per element of u2 and tile of 32 outputs, or of 64 on images below 100 pixels
-SWEEP_WIDE = 75  # per element of u2 and up to 192 outputs
+POOL, OUTPUT, REDUCE = 22, 10, 8.5  # per element read
 LOAD_PLAIN, LOAD_ACTIVATED, STORE_PLAIN, STORE_MOMENTS = 6, 17, 8, 20  # 1x1 convolution: per input and tile, per output
-DGRAD_LOAD, DGRAD_STORE = 14, 34
-EXPAND = 25  # estimated: per element of dv1 and tile of C_in, both of its readings together
+# Behind the projection, per element of u2, by (data gradient or sums, weight resident or da3 read).
+PROJECT = {(False, True): 22, (True, True): 32, (False, False): 27, (True, False): 27}
+AFFINE = 13  # per element of du
+EXPAND = 20  # per element of dv1
 
 
 @dataclass(frozen=True)
@@ -85,19 +85,19 @@ def work(launch: Launch) -> Work:
         load = LOAD_ACTIVATED if (4, shapes[0][3]) in shapes else LOAD_PLAIN
         store = STORE_MOMENTS if len(launch.writes) == 2 else STORE_PLAIN
         return Work(size, 2 * first * out[3], first * load * _tiles(out[3]) + prod(out) * store)
-    if launch.kernel == "project_sweep":
-        inputs = max(shapes, key=prod)  # u2
-        out = shapes[0][3]
-        tiled = SWEEP * -(-out // 32) if inputs[1] * inputs[2] >= 100 else SWEEP_SMALL * _tiles(out)
-        return Work(size, 3 * 2 * first * inputs[3], prod(inputs) * tiled)
-    if launch.kernel == "project_wide":
-        inputs, outputs = max(shapes, key=prod), shapes[0][3]
-        padded = prod(inputs[:3]) * -(-inputs[3] // 128) * 128
-        return Work(size, 2 * 2 * first * inputs[3], padded * SWEEP_WIDE * -(-outputs // 192))
-    if launch.kernel == "pointwise_dgrad":
-        return Work(size, 2 * first * out[3], first * DGRAD_LOAD * _tiles(out[3]) + prod(out) * DGRAD_STORE)
-    if launch.kernel == "expand_bwd":
-        return Work(size, 4 * prod(out) * (shapes[0][3] + out[3]), first * EXPAND * _tiles(out[3]))
+    if launch.kernel in ("project_bwd_sums", "project_bwd_data"):
+        inputs, data = max(shapes, key=prod), launch.kernel == "project_bwd_data"  # u2
+        resident = len(shapes[1]) == 4 and shapes[1][2:] == (1, 1)  # du3 and the weight in place of da3
+        products = (2 if data else 1) * 2 * first * inputs[3] if resident else 0
+        return Work(size, products, prod(inputs) * PROJECT[data, resident])
+    if launch.kernel == "bn_act_bwd":
+        return Work(size, 0, first * AFFINE)
+    if launch.kernel == "mm":
+        return Work(size, 2 * prod(out) * sqrt(first * prod(shapes[1]) / prod(out)))
+    if launch.kernel == "expand_pass":
+        expanded = launch.reads[0].size / (prod(shapes[0][:3]) * launch.reads[0].dtype.itemsize)  # of a slice
+        pixels = prod(out[:3])
+        return Work(size, 3 * 2 * pixels * expanded * out[3], pixels * expanded * EXPAND)
     return Work(size)
 
 

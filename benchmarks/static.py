@@ -36,7 +36,7 @@ from benchmarks.launches import caught
 from benchmarks.registry import BATCHES, Shape, by_weight, shapes
 from benchmarks.sass import disassemble
 from benchmarks.workers import Failed, spread
-from fastmbconv.kernels import expand_backward, synchronised, tables
+from fastmbconv.kernels import synchronised, tables
 
 MATRIX = ("HMMA", "HGMMA", "IMMA", "QGMMA", "DMMA", "UTCHMMA")
 LOCAL = ("LDL", "STL")
@@ -145,20 +145,14 @@ def _launches(shape: Shape, dtype: torch.dtype, arch: int, ops: bool) -> list[Sp
             module.eval()(x)
     if ops:
         with caught(keep):
-            synchronised_norms(shape, dtype)
+            synchronised_norms(shape)
     return found
 
 
-def synchronised_norms(shape: Shape, dtype: torch.dtype) -> None:
-    """What a block launches beside, or in another form, where its BatchNorms are synchronised."""
-    x, dv = (
-        torch.empty(shape.batch, shape.size, shape.size, channels, dtype=dtype)
-        for channels in (shape.in_channels, shape.hidden)
-    )
+def synchronised_norms(shape: Shape) -> None:
+    """What a block launches beside where its BatchNorms are synchronised."""
     synchronised.bn_merge(torch.empty(64, 3, shape.hidden))
-    coef = synchronised.bn_coef(torch.empty(2 * shape.hidden + 1), torch.empty(4, shape.hidden))
-    weight = torch.empty(shape.hidden, shape.in_channels, 1, 1)
-    expand_backward.expand_bwd(dv, x, weight, coef, None, True, torch.empty(shape.hidden))
+    synchronised.bn_coef(torch.empty(2 * shape.hidden + 1), torch.empty(4, shape.hidden))
 
 
 def compile_one(work: Specialised) -> Report:

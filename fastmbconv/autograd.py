@@ -110,7 +110,7 @@ def _runner(x: Tensor) -> Any:
 
 def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
     """With the weight's strides, where only axes of one entry differ: DistributedDataParallel asks for them."""
-    if gradient is None or like is None:
+    if gradient is None or like is None or gradient.numel() != like.numel():  # an empty one stands for none
         return None
     gradient = gradient.reshape(like.shape).to(like.dtype)
     if gradient.stride() == like.stride() or not (gradient.is_contiguous() and like.is_contiguous()):
@@ -176,7 +176,7 @@ class SqueezeExciteFunction(torch.autograd.Function):
         saved, x = x, channels_last(x)
         weights = (reduce_weight, reduce_bias, expand_weight, expand_bias)
         run = _runner(x)
-        pooled, r, gate = run.pool_excite(x, None, *weights, "none", activation)
+        pooled, _, r, gate = run.pool_excite(x, None, *weights, "none", activation)
         ctx.save_for_backward(saved, pooled, r, gate, *weights)
         ctx.activation = activation
         return run.bn_act(x, None, gate, None, None, "none")
@@ -238,16 +238,16 @@ class MBConvFunction(torch.autograd.Function):
             u1, expand_weight if walked else None, depthwise_weight, norm1, "none" if bn1 is None else activation,
             *depthwise, bn2_weight, bn2_bias, *running[3:6], *bn2,
         )  # fmt: skip
-        pooled = r = gate = None
+        pooled = act_sums = r = gate = None
         if reduce_weight is not None:
             weights = (reduce_weight, reduce_bias, se_expand_weight, se_expand_bias)
-            pooled, r, gate = run.pool_excite(u2, norm2, *weights, activation, se_activation)
+            pooled, act_sums, r, gate = run.pool_excite(u2, norm2, *weights, activation, se_activation)
         u3, norm3 = run.pointwise_bn(
             u2, project_weight, norm2, gate, activation, bn3_weight, bn3_bias, *running[6:], *bn3
         )
         y = run.bn_act(u3, norm3, None, keep, x if residual else None, "none")
         ctx.save_for_backward(
-            saved, None if bn1 is None or lean else u1, u2, u3, norm1, norm2, norm3, pooled, r, gate, keep,
+            saved, None if bn1 is None or lean else u1, u2, u3, norm1, norm2, norm3, pooled, act_sums, r, gate, keep,
             expand_weight, bn1_weight, bn1_bias, depthwise_weight, bn2_weight, bn2_bias,
             reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, project_weight, bn3_weight, bn3_bias,
         )  # fmt: skip
@@ -258,7 +258,7 @@ class MBConvFunction(torch.autograd.Function):
     @_backward(eager_backward.mbconv)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (
-            x, u1, u2, u3, norm1, norm2, norm3, pooled, r, gate, keep,
+            x, u1, u2, u3, norm1, norm2, norm3, pooled, act_sums, r, gate, keep,
             expand_weight, bn1_weight, bn1_bias, depthwise_weight, bn2_weight, bn2_bias,
             reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, project_weight, bn3_weight, bn3_bias,
         ) = ctx.saved_tensors  # fmt: skip
@@ -268,8 +268,8 @@ class MBConvFunction(torch.autograd.Function):
         run = _runner(dy)
         grads3, coef3 = run.bn_bwd(dy, u3, norm3, keep, "none", bn3.batch_statistics, bn3.group)
         du2, d_project, grads2, *d_excite = run.project_bwd(
-            dy, u3, coef3, keep, project_weight, u2, norm2, gate, pooled, r, reduce_weight, se_expand_weight,
-            activation, se_activation, bn2.batch_statistics, bn2.group,
+            dy, u3, coef3, keep, project_weight, u2, norm2, gate, act_sums, pooled, r, reduce_weight, se_expand_weight,
+            activation, se_activation, bn2.batch_statistics, ctx.needs_input_grad[11], bn2.group,
         )  # fmt: skip
         if not any(ctx.needs_input_grad[:5]):  # x, expand, bn1, depthwise: all frozen
             dx, d_expand, d_depthwise, d_bn1 = None, None, None, _bn_grads(coef3, None, None)
@@ -279,17 +279,17 @@ class MBConvFunction(torch.autograd.Function):
             )
             d_expand, d_bn1 = None, _bn_grads(coef3, None, None)
         else:
-            if u1 is None:
-                u1 = x if walked else run.pointwise(x, expand_weight)
+            if u1 is None and not walked:
+                u1 = run.pointwise(x, expand_weight)
             dv1, d_depthwise, grads1, coef1 = run.depthwise_bwd(
-                du2, u1, expand_weight if walked else None, depthwise_weight, norm1, None, activation,
-                *depthwise[:3], bn1.batch_statistics, bn1.group,
+                du2, x if u1 is None else u1, expand_weight if walked else None, depthwise_weight, norm1, None,
+                activation, *depthwise[:3], bn1.batch_statistics, bn1.group,
             )  # fmt: skip
             d_bn1 = _bn_grads(grads1, bn1_weight, bn1_bias)
             dx = d_expand = None
             if any(ctx.needs_input_grad[:2]):
-                dv_sum = None if bn1.group is None else grads1[1]
-                dx, d_expand = run.expand_bwd(dv1, x, expand_weight, coef1, shortcut, bn1.batch_statistics, dv_sum)
+                del du2  # the widest of what is no longer needed: the expand convolution's backward may need as much
+                dx, d_expand = run.expand_bwd(dv1, u1, x, expand_weight, coef1, shortcut, bn1.batch_statistics)
         excite_weights = (reduce_weight, reduce_bias, se_expand_weight, se_expand_bias)
         return (
             None if dx is None else dx.permute(0, 3, 1, 2), _cast(d_expand, expand_weight), *d_bn1,
@@ -330,10 +330,10 @@ class DenseFunction(torch.autograd.Function):
         saved, u, x = u, channels_last(u), None if shortcut is None else channels_last(shortcut)
         run = _runner(u)
         norm1 = run.image_norm(u, bn1_weight, bn1_bias, *running[:3], *bn1)
-        pooled = r = gate = v = norm2 = None
+        pooled = act_sums = r = gate = v = norm2 = None
         if reduce_weight is not None:
             weights = (reduce_weight, reduce_bias, se_expand_weight, se_expand_bias)
-            pooled, r, gate = run.pool_excite(u, norm1, *weights, activation, se_activation)
+            pooled, act_sums, r, gate = run.pool_excite(u, norm1, *weights, activation, se_activation)
         if bn2 is None:
             y = run.bn_act(u, norm1, None, keep, x, activation)
         else:
@@ -342,7 +342,7 @@ class DenseFunction(torch.autograd.Function):
             )
             y = run.bn_act(v, norm2, None, keep, x, "none")
         ctx.save_for_backward(
-            saved, v, norm1, norm2, pooled, r, gate, keep, bn1_weight, bn1_bias, reduce_weight, reduce_bias,
+            saved, v, norm1, norm2, pooled, act_sums, r, gate, keep, bn1_weight, bn1_bias, reduce_weight, reduce_bias,
             se_expand_weight, se_expand_bias, project_weight, bn2_weight, bn2_bias,
         )  # fmt: skip
         ctx.setting = (activation, se_activation, shortcut is not None, bn1, bn2)
@@ -352,7 +352,7 @@ class DenseFunction(torch.autograd.Function):
     @_backward(eager_backward.dense)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (
-            u, v, norm1, norm2, pooled, r, gate, keep, bn1_weight, bn1_bias, reduce_weight, reduce_bias,
+            u, v, norm1, norm2, pooled, act_sums, r, gate, keep, bn1_weight, bn1_bias, reduce_weight, reduce_bias,
             se_expand_weight, se_expand_bias, project_weight, bn2_weight, bn2_bias,
         ) = ctx.saved_tensors  # fmt: skip
         activation, se_activation, residual, bn1, bn2 = ctx.setting
@@ -366,8 +366,8 @@ class DenseFunction(torch.autograd.Function):
         else:
             grads2, coef2 = run.bn_bwd(dy, v, norm2, keep, "none", bn2.batch_statistics, bn2.group)
             du, d_project, grads1, *d_excite = run.project_bwd(
-                dy, v, coef2, keep, project_weight, u, norm1, gate, pooled, r, reduce_weight, se_expand_weight,
-                activation, se_activation, bn1.batch_statistics, bn1.group,
+                dy, v, coef2, keep, project_weight, u, norm1, gate, act_sums, pooled, r, reduce_weight,
+                se_expand_weight, activation, se_activation, bn1.batch_statistics, ctx.needs_input_grad[8], bn1.group,
             )  # fmt: skip
             d_bn2 = _bn_grads(grads2, bn2_weight, bn2_bias)
         weights = (reduce_weight, reduce_bias, se_expand_weight, se_expand_bias)

@@ -5,7 +5,7 @@ Passes of u, the dense convolution's output, of a training step; x and the outpu
     forward    eager: conv 1.25, statistics 1, BN 2, act 2, project 1.25, its BN 0.75, + x 0.75             9
                fused: conv 1.25, statistics 1, project with BN and act as its prologue 1.25, BN and + x 0.75 4.25
     backward   eager: BN 1.25, project 2.5, act 3, BN 5, conv 2.5, + x 0.75                                  15
-               fused: BN's sums 0.5, the sweep 1.5, project and the first BN 2.5, conv 2.5, + x 0.75          7.75
+               fused: BN's sums 0.5, its du 0.75, project's sums 1.25, its du 2.25, conv 2.5, + x 0.75        8
 
 With squeeze-excite eager moves 13 passes more, fused one. A block that ends after its activation, x and u of one size:
 25 eager, 18 fused. Without gradients and with running statistics:

@@ -107,8 +107,8 @@ def pool_excite(
 
 @_formula
 def project_bwd(
-    dy: Tensor, u3: Any, coef: Any, keep: Any, weight: Tensor, u2: Tensor, norm: Any, gate: Any, pooled: Any, r: Any,
-    reduce_weight: Tensor | None, expand_weight: Tensor | None, *args: Any,
+    dy: Tensor, u3: Any, coef: Any, keep: Any, weight: Tensor, u2: Tensor, norm: Any, gate: Any, act_sums: Any,
+    pooled: Any, r: Any, reduce_weight: Tensor | None, expand_weight: Tensor | None, *args: Any,
 ) -> int:  # fmt: skip
     excite = 0 if gate is None else _excite_backward(u2, reduce_weight, expand_weight)
     return _pointwise_backward(u2, weight) + excite
@@ -121,7 +121,7 @@ def depthwise_bwd(dy: Tensor, x: Tensor, expand_weight: Any, weight: Tensor, *ar
 
 
 @_formula
-def expand_bwd(dv: Tensor, x: Tensor, weight: Tensor, *args: Any) -> int:
+def expand_bwd(dv: Tensor, u: Any, x: Tensor, weight: Tensor, *args: Any) -> int:
     return _pointwise_backward(x, weight)
 
 

@@ -69,8 +69,14 @@ def mbconv_inference(
     if parts is not None:
         assert reduce_weight is not None and reduce_bias is not None
         assert se_expand_weight is not None and se_expand_bias is not None
-        gate = inference.excite_inference(
-            parts, out_height * out_width, reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, se_activation
+        _, gate = squeeze_excite.excite_fwd(
+            parts.unsqueeze(2),
+            out_height * out_width,
+            reduce_weight,
+            reduce_bias,
+            se_expand_weight,
+            se_expand_bias,
+            se_activation,
         )
     bn3 = Running(bn3_weight, bn3_bias, running_mean3, running_var3, eps3)
     return inference.pointwise_inference(h, None, "none", project_weight, gate, bn3, x if residual else None, "none")
@@ -112,9 +118,9 @@ def dense_inference(
     gate = None
     if reduce_weight is not None:
         assert reduce_bias is not None and se_expand_weight is not None and se_expand_bias is not None
-        parts = squeeze_excite.pool_inference(u, bn1, activation)
-        gate = inference.excite_inference(
-            parts, u.shape[1] * u.shape[2], reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, se_activation
+        sums = squeeze_excite.pool(u, bn1, None, activation)
+        _, gate = squeeze_excite.excite_fwd(
+            sums, u.shape[1] * u.shape[2], reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, se_activation
         )
     bn2 = Running(bn2_weight, bn2_bias, running_mean2, running_var2, eps2)
     return inference.pointwise_inference(u, bn1, activation, project_weight, gate, bn2, shortcut, "none")

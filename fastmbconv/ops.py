@@ -1,8 +1,8 @@
 """The kernels as `torch.library` operators with fake implementations: opaque to torch.compile, one graph, no breaks.
 
 Images are [N, H, W, C] contiguous. A BatchNorm that follows a convolution is finished in the convolution's operator:
-`norm` is [4, C] (mean, rstd, scale, shift), `coef` is [3, C] (p, q, r of du = p * dv + q * u + r), `grads` is [2, C]
-(of weight, of bias). Where something does not exist (no gate, no norm) its result is an empty tensor.
+`norm` is [4, C] (mean, rstd, scale, shift), `coef` is [4, C] (p, q, r, mean of du = p * dv + q * (u - mean) + r),
+`grads` is [2, C] (of weight, of bias). Where something does not exist (no gate, no norm) its result is an empty tensor.
 `group` names the processes that share the BatchNorm's statistics: the operator then holds one small collective.
 """
 
@@ -24,7 +24,7 @@ from fastmbconv.kernels import (
     expand_backward,
     expand_statistics,
     moments,
-    project_sweep,
+    project_backward,
     squeeze_excite,
     synchronised,
 )
@@ -283,17 +283,25 @@ def pool_excite(
     expand_bias: Tensor,
     activation: str,
     se_activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(pooled [N, C], pre-activation of the reduced vector [N, R], gate [N, C]) of act(norm(u))."""
-    pooled = squeeze_excite.pool(u, norm, None, activation)
-    r, gate = squeeze_excite.excite_fwd(pooled, reduce_weight, reduce_bias, expand_weight, expand_bias, se_activation)
-    return pooled, r, gate
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(pooled [N, C], act_sums [N, 2, C], pre-activation of the reduced vector [N, R], gate [N, C]) of act(norm(u)).
+
+    `act_sums` are those of act' and act' * xhat, for the backward; empty without norm.
+    """
+    n, h, w, c = u.shape
+    sums = squeeze_excite.pool(u, norm, None, activation)
+    kept, gate = squeeze_excite.excite_fwd(
+        sums, h * w, reduce_weight, reduce_bias, expand_weight, expand_bias, se_activation, u.dtype
+    )
+    assert kept is not None
+    return *kept, gate
 
 
 @pool_excite.register_fake
-def _(u: Tensor, norm: Tensor | None, reduce_weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(u: Tensor, norm: Tensor | None, reduce_weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, _, _, c = u.shape
-    return u.new_empty(n, c), _vectors(u, n, reduce_weight.shape[0]), _vectors(u, n, c)
+    sums = _vectors(u, 0) if norm is None else _vectors(u, n, 2, c)
+    return u.new_empty(n, c), sums, _vectors(u, n, reduce_weight.shape[0]), _vectors(u, n, c)
 
 
 @_operator()
@@ -331,7 +339,7 @@ def bn_bwd(
 
 @bn_bwd.register_fake
 def _(dy: Tensor, u: Tensor, norm: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return _vectors(u, 2, u.shape[3]), _vectors(u, 3, u.shape[3])
+    return _vectors(u, 2, u.shape[3]), _vectors(u, 4, u.shape[3])
 
 
 @_operator()
@@ -355,6 +363,7 @@ def project_bwd(
     u2: Tensor,
     norm: Tensor,
     gate: Tensor | None,
+    act_sums: Tensor | None,
     pooled: Tensor | None,
     r: Tensor | None,
     reduce_weight: Tensor | None,
@@ -362,6 +371,7 @@ def project_bwd(
     activation: str,
     se_activation: str,
     batch_statistics: bool,
+    weight_gradient: bool,
     group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Backward from the block's output gradient to the depthwise convolution's output.
@@ -369,41 +379,38 @@ def project_bwd(
     Returns (du2, project weight gradient, grads of the depthwise BN, gradients of the reduce weight and bias and of the
     expand weight and bias).
     """
-    sums, d_weight = project_sweep.project_sweep(dy, u3, coef, keep, weight, u2, norm, gate, activation)
+    du3 = batch_norm.bn_act_bwd(dy, u3, None, coef, keep, "none")
+    da3 = None if project_backward.is_resident(u2, weight) else project_backward.multiply_weight(du3, weight)
+    sums = project_backward.project_bwd_sums(da3, du3, weight, u2, norm, gate, activation)
     n, h, w, c = u2.shape
     offset, excite_grads = None, tuple(norm.new_empty(0) for _ in range(4))
     if gate is not None:
         assert pooled is not None and r is not None and reduce_weight is not None and expand_weight is not None
         offset, bn_sums, *grads = squeeze_excite.excite_bwd(
-            sums, pooled, r, gate, reduce_weight, expand_weight, h * w, se_activation
+            sums, act_sums, pooled, r, gate, reduce_weight, expand_weight, h * w, se_activation
         )
         excite_grads = tuple(grads)
     else:
         bn_sums = sums.flatten(0, 1)
     bn_grads, bn_coef = _bn_bwd(bn_sums, norm, n * h * w, batch_statistics, group)
-    du2 = pointwise_kernels.pointwise_dgrad(dy, u3, coef, keep, weight, u2, norm, gate, offset, bn_coef, activation)
-    return du2, d_weight, bn_grads, *excite_grads
+    du2, d_weight = project_backward.project_bwd_data(
+        da3, du3, weight, u2, norm, bn_coef, gate, offset, activation, weight_gradient
+    )
+    return du2, norm.new_empty(0) if d_weight is None else d_weight, bn_grads, *excite_grads
 
 
 @project_bwd.register_fake
 def _(
-    dy: Tensor,
-    u3: Tensor,
-    coef: Tensor,
-    keep: Tensor | None,
-    weight: Tensor,
-    u2: Tensor,
-    norm: Tensor,
-    gate: Tensor | None,
-    pooled: Tensor | None,
-    r: Tensor | None,
-    *args: Any,
-) -> tuple[Tensor, ...]:
+    dy: Tensor, u3: Tensor, coef: Tensor, keep: Tensor | None, weight: Tensor, u2: Tensor, norm: Tensor,
+    gate: Tensor | None, act_sums: Tensor | None, pooled: Tensor | None, r: Tensor | None, reduce_weight: Tensor | None,
+    expand_weight: Tensor | None, activation: str, se_activation: str, batch_statistics: bool, weight_gradient: bool,
+    group: str | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     c = u2.shape[3]
     reduced = 0 if r is None else r.shape[1]
     excite = [(reduced, c), (reduced,), (c, reduced), (c,)] if reduced else [(0,)] * 4
-    grads = [_vectors(u2, *shape) for shape in excite]
-    return torch.empty_like(u2), _vectors(u2, *weight.shape), _vectors(u2, 2, c), *grads
+    d_weight = _vectors(u2, *weight.shape) if weight_gradient else _vectors(u2, 0)
+    return torch.empty_like(u2), d_weight, _vectors(u2, 2, c), *[_vectors(u2, *shape) for shape in excite]
 
 
 @_operator()
@@ -437,29 +444,29 @@ def _(
 ) -> tuple[Tensor, ...]:
     n, h, w, _ = x.shape
     c = weight.shape[0]
-    grads = [_vectors(x, 0), _vectors(x, 0)] if in_norm is None else [_vectors(x, 2, c), _vectors(x, 3, c)]
+    grads = [_vectors(x, 0), _vectors(x, 0)] if in_norm is None else [_vectors(x, 2, c), _vectors(x, 4, c)]
     return x.new_empty(n, h, w, c), _vectors(x, *weight.shape), *grads
 
 
 @_operator()
 def expand_bwd(
     dv: Tensor,
+    u: Tensor | None,
     x: Tensor,
     weight: Tensor,
     coef: Tensor,
     residual: Tensor | None,
     batch_statistics: bool,
-    dv_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dx (+ residual), weight gradient) of the expand convolution and its BatchNorm, whose coefficients are `coef`.
 
-    `dv_sum` [E] is dv's sum where that BatchNorm is synchronised.
+    `u` is the convolution's output, None where it was not kept.
     """
-    return expand_backward.expand_bwd(dv, x, weight, coef, residual, batch_statistics, dv_sum)
+    return expand_backward.expand_bwd(dv, u, x, weight, coef, residual, batch_statistics)
 
 
 @expand_bwd.register_fake
-def _(dv: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _(dv: Tensor, u: Tensor | None, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), _vectors(x, *weight.shape)
 
 
@@ -476,9 +483,9 @@ def squeeze_excite_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, gradients of the reduce weight and bias and of the expand weight and bias) of x * gate."""
     n, h, w, c = x.shape
-    sums = squeeze_excite.pool(x, None, dy, "none").reshape(1, n, 1, c)
+    sums = squeeze_excite.pool(x, None, dy, "none")
     offset, _, *grads = squeeze_excite.excite_bwd(
-        sums, pooled, r, gate, reduce_weight, expand_weight, h * w, se_activation
+        sums, None, pooled, r, gate, reduce_weight, expand_weight, h * w, se_activation
     )
     return batch_norm.bn_act_fwd(dy, None, gate, offset, None, None, "none"), *grads
 

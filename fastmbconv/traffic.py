@@ -13,11 +13,18 @@ from dataclasses import dataclass
 from fastmbconv.block import Block, DenseBlock, pads
 
 
+def keeps_project_weight(pixels: int, out: int) -> bool:
+    """Whether the projection's weight stays in shared memory on the way back: as in kernels/project_backward.py."""
+    return pixels >= 512 and out <= 64
+
+
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Elements of a block's tensors, and which of its optional parts it has.
+    """Elements of a block's tensors, which of its optional parts it has, and in which form its kernels run in bf16.
 
-    `inside`: in bf16 the depthwise walk computes the expansion itself where no gradient is needed.
+    `inside`: the depthwise walk computes the expansion itself where no gradient is needed. `project_resident`: the
+    projection's weight stays in shared memory on the way back. `expand_slices`: passes over slices of dv1 that the
+    expansion's backward takes; 0: it goes by the library's products.
     """
 
     x: int
@@ -28,6 +35,8 @@ class Sizes:
     se: bool
     residual: bool
     inside: bool
+    project_resident: bool
+    expand_slices: int
 
     @classmethod
     def of(cls, block: Block, shape: tuple[int, int, int, int]) -> Sizes:
@@ -40,12 +49,13 @@ class Sizes:
             + 1
             for size in (h, w)
         )
-        hidden = block.depthwise_weight.shape[0]
+        hidden, out = block.depthwise_weight.shape[0], block.project_weight.shape[0]
+        blocks = -(-hidden // 64)
         return cls(
             x=n * c * h * w,
             u1=n * hidden * h * w,
             u2=n * hidden * out_h * out_w,
-            u3=n * block.project_weight.shape[0] * out_h * out_w,
+            u3=n * out * out_h * out_w,
             expand=block.expand_weight is not None,
             se=block.se is not None,
             residual=block.residual,
@@ -53,6 +63,8 @@ class Sizes:
             and block.kernel_size == 3
             and c <= (128 if block.stride == 1 else 64)
             and n >= 16,
+            project_resident=keeps_project_weight(out_h * out_w, out),
+            expand_slices=0 if c > 64 else 1 if c <= 16 else -(-blocks * (32 if c <= 32 else 64) // 128),
         )
 
 
@@ -102,8 +114,9 @@ def count_dense(block: DenseBlock, shape: tuple[int, int, int, int]) -> tuple[in
     inference = x + u + se * u + u + last + block.residual * x
     # the statistics; where there is a projection its BN is a pass of its own
     fused = inference + u + bool(v) * 2 * v
-    # the last BN's sums; the sweep and du, or du alone; conv; the gradients of the branch and of the residual
-    rest = 4 * v + 3 * u if v else 3 * u
+    # the last BN's sums; its du, then the projection's sums and du, or du alone; conv; the branch's and the residual's
+    resident = keeps_project_weight(out_h * out_w, block.out_channels)
+    rest = 5 * v + (3 if resident else 8) * u if v else 3 * u
     fused_backward = 2 * last + rest + 2 * (u + x) + block.residual * 3 * x
     forward, folded = eager + u + v, eager - 2 * (u + v)
     return u, Traffic(eager, folded, forward, forward + eager_backward, inference, fused + fused_backward)
@@ -185,12 +198,18 @@ def _fused_forward(s: Sizes) -> int:
 def _fused_backward(s: Sizes) -> int:
     passes = [
         2 * s.u3,  # BN3's reductions: dy, u3
-        2 * s.u3 + s.u2,  # the sweep: BN2's sums, the gate's gradient, dW of the projection
-        2 * s.u3 + 2 * s.u2,  # project's data gradient: dy, u3, u2 -> du2
+        3 * s.u3,  # du3: dy, u3 -> du3
         s.u2 + 2 * s.u1,  # depthwise: du2, u1 -> dv1
     ]
-    if s.expand:
-        passes += [s.u1 + 2 * s.x]  # expand: dv1, x -> dx, and dW through x's Gram matrix
+    if s.project_resident:
+        passes += [s.u3 + s.u2, s.u3 + 2 * s.u2]  # BN2's sums, the gate's gradient; du2 and dW: du3, u2 -> du2
+    else:
+        passes += [s.u3 + s.u2, 2 * s.u2, 4 * s.u2, s.u3 + s.u2]  # da3; the sums; da3, u2 -> du2, a3; dW
+    slices = s.expand_slices
+    if s.expand and slices:
+        passes += [s.u1 + slices * 2 * s.x + (slices - 1) * s.x]  # dv1, x -> dx, of the slice before too, and dW
+    elif s.expand:
+        passes += [3 * s.u1, s.u1 + s.x, s.u1 + s.x]  # dv1, u1 -> du1; dx; dW
     if s.residual:
-        passes += [s.x]
+        passes += [s.x if s.expand and slices else 3 * s.x if s.expand else s.x]  # a copy before the library adds to it
     return sum(passes)

@@ -26,7 +26,7 @@ import fastmbconv
 from fastmbconv import dispatch, inference_ops, ops  # noqa: F401 (they bring every launcher in)
 from fastmbconv.block import Block, Memory
 from fastmbconv.device_timer import DeviceTimer
-from fastmbconv.kernels import tables, traffic
+from fastmbconv.kernels import library, tables, traffic
 from fastmbconv.kernels.running import Running
 from fastmbconv.kernels.tuning import SPACE
 from fastmbconv.swap.fused import fusible
@@ -69,7 +69,10 @@ def made(argument: Any, device: torch.device) -> Any:
 
 @dataclass
 class Launch:
-    """One bucket: its question, a launcher's call that asks it, how often a step does, bytes of all those calls."""
+    """One bucket: its question, a call that asks it, how often a step does, bytes of all those calls.
+
+    The call is a launcher's, or, for a choice between several of them, a block's training step on a device.
+    """
 
     question: tables.Question
     launcher: Callable[..., Any]
@@ -78,7 +81,10 @@ class Launch:
     moved: int = 0
 
     def step(self, device: torch.device) -> Step:
-        """The launcher on fresh tensors."""
+        """The call on fresh tensors."""
+        if self.launcher is _train_case:
+            case, memory, dtype = self.arguments
+            return _train_case(case, memory, dtype, device)
         arguments = [made(a, device) for a in self.arguments]
         return lambda: self.launcher(*arguments)
 
@@ -144,12 +150,12 @@ def launches(blocks: list[BlockCase], dtype: torch.dtype, plans: tuple[Memory, .
     found: dict[str, Launch] = {}
     with _kernels_left_out(), fastmbconv.backend("triton"):
         for case in blocks:
-            with _caught(found, case.count):
-                for memory in plans:
+            for memory in plans:
+                with _caught(found, case.count, (case, memory, dtype)):
                     _train(case.module(torch.device("cpu"), memory), case, torch.device("cpu"), dtype)()
-                module = case.module(torch.device("cpu"), "fast").eval()
-                with torch.no_grad():
-                    _forward(module, case, torch.device("cpu"), dtype)()
+            module = case.module(torch.device("cpu"), "fast").eval()
+            with _caught(found, case.count, (case, "fast", dtype)), torch.no_grad():
+                _forward(module, case, torch.device("cpu"), dtype)()
     return sorted(found.values(), key=lambda launch: -launch.moved)
 
 
@@ -176,6 +182,17 @@ def _train(module: nn.Module, case: BlockCase, device: torch.device, dtype: torc
     return step
 
 
+def _train_case(case: BlockCase, memory: Memory, dtype: torch.dtype, device: torch.device) -> Step:
+    with fastmbconv.backend("triton"):
+        step = _train(case.module(device, memory), case, device, dtype)
+
+    def through_kernels() -> None:
+        with fastmbconv.backend("triton"):
+            step()
+
+    return through_kernels
+
+
 @contextmanager
 def _running(run: Callable[..., Any]) -> Iterator[None]:
     """Inside the `with` block each launch of a kernel is `run(original, kernel, args, kwargs)` instead."""
@@ -193,6 +210,7 @@ def _running(run: Callable[..., Any]) -> Iterator[None]:
 def _kernels_left_out() -> Iterator[None]:
     with (
         mock.patch.object(dispatch, "device_reason", lambda x: None),
+        mock.patch.object(library, "compute", lambda *_: None),
         _running(lambda original, kernel, args, kwargs: None),
     ):
         yield
@@ -210,36 +228,48 @@ def launchers() -> dict[str, Any]:
 
 
 @contextmanager
-def _caught(found: dict[str, Launch], count: int) -> Iterator[None]:
-    """Inside the `with` block each tunable launch is noted in `found`, `count` times."""
-    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
-    asked: list[Launch] = []
+def _caught(found: dict[str, Launch], count: int, whole: tuple[Any, ...]) -> Iterator[None]:
+    """Inside the `with` block each tunable launch of a block's step is noted in `found`, `count` times.
+
+    `whole` are the arguments of `_train_case` for what is asked outside of every launcher.
+    """
+    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [(_train_case, whole)]
+    asked: list[list[Launch]] = [[]]  # by each of the calls
+    moved = [0]  # bytes, in each of the calls
 
     def noted(launcher: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             specs = tuple(map(described, arguments))
-            before = len(asked)
             calls.append((launcher, specs))
+            asked.append([])
+            moved.append(0)
             with traffic.recorded() as stated:
                 result = launcher(*arguments)
             calls.pop()
-            moved = sum(moved.size for one in stated for moved in (*one.reads, *one.writes))
-            for launch in asked[before:]:
-                launch.count += count
-                launch.moved += count * moved
+            account(stated)
             return result
 
         return call
 
+    def account(stated: list[traffic.Launch]) -> None:
+        own = moved.pop() + sum(one.size for launch in stated for one in (*launch.reads, *launch.writes))
+        for launch in asked.pop():
+            launch.count += count
+            launch.moved += count * own
+        if moved:
+            moved[-1] += own
+
     def listen(question: tables.Question) -> Tiles:
-        asked.append(found.setdefault(question.key, Launch(question, *calls[-1])))
+        asked[-1].append(found.setdefault(question.key, Launch(question, *calls[-1])))
         return question.default
 
     with ExitStack() as stack:
         for name, module in launchers().items():
             stack.enter_context(mock.patch.object(module, name, noted(getattr(module, name))))
         stack.enter_context(tables.answered_by(listen))
-        yield
+        with traffic.recorded() as stated:
+            yield
+    account(stated)
 
 
 def neighbours(question: tables.Question, tiles: Tiles, name: str) -> tuple[list[int], list[int]]:

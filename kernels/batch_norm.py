@@ -1,7 +1,8 @@
 """BatchNorm around the convolutions: its statistics' second stage, its backward's coefficients, and elementwise passes.
 
 y = act(scale * u + shift), scale = weight * rstd, shift = bias - mean * scale; its backward in u is affine per channel:
-du = p * dv + q * u + r. `norm` is [4, C]: mean, rstd, scale, shift; `coef` is [3, C]: p, q, r.
+du = p * dv + q * (u - mean) + r. `norm` is [4, C]: mean, rstd, scale, shift; `coef` is [4, C]: p, q, r, mean. About the
+mean, since q * u and what it adds to r would cancel, and leave the same error in every pixel of a channel.
 """
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launching import kernel
-from .math import activate, activate_grad, at_least, stored
+from .math import activate, activate_grad, at_least, stored, sum_rows
 from .running import Running, affine, given, load_map, load_norm
 from .tables import tiles as chosen
 from .traffic import state
@@ -26,11 +27,11 @@ def load_xhat(norm_ptr, o_c, m_c, C):
 
 @triton.jit
 def load_coef(coef_ptr, o_c, m_c, C):
-    """p, q, r of a block of channels."""
+    """p, q, r, mean of a block of channels."""
     b_p = tl.load(coef_ptr + o_c, mask=m_c, other=0.0)
     b_q = tl.load(coef_ptr + C + o_c, mask=m_c, other=0.0)
     b_r = tl.load(coef_ptr + 2 * C + o_c, mask=m_c, other=0.0)
-    return b_p, b_q, b_r
+    return b_p, b_q, b_r, tl.load(coef_ptr + 3 * C + o_c, mask=m_c, other=0.0)
 
 
 @triton.jit
@@ -52,8 +53,8 @@ def merged(partials_ptr, o_c, m_c, P, C, ACC: tl.constexpr, BP: tl.constexpr, BC
         m = (o_p < P)[:, None] & m_c[None, :]
         p_part = partials_ptr + o_p[:, None].to(tl.int64) * 3 * C + o_c[None, :]  # [BP, BC]
         b_n = tl.load(p_part, mask=m, other=0.0)
-        b_count += tl.sum(b_n, 0)
-        b_sum += tl.sum(b_n * (tl.load(p_part + C, mask=m, other=0.0) - b_pivot[None, :]), 0)
+        b_count += sum_rows(b_n)
+        b_sum += sum_rows(b_n * (tl.load(p_part + C, mask=m, other=0.0) - b_pivot[None, :]))
     b_mean = b_pivot + b_sum / at_least(b_count, 1.0)
     b_m2 = tl.zeros((BC,), ACC)
     for p0 in range(0, P, BP):
@@ -62,22 +63,23 @@ def merged(partials_ptr, o_c, m_c, P, C, ACC: tl.constexpr, BP: tl.constexpr, BC
         p_part = partials_ptr + o_p[:, None].to(tl.int64) * 3 * C + o_c[None, :]
         b_n = tl.load(p_part, mask=m, other=0.0)
         b_delta = tl.load(p_part + C, mask=m, other=0.0) - b_mean[None, :]
-        b_m2 += tl.sum(tl.load(p_part + 2 * C, mask=m, other=0.0) + b_n * b_delta * b_delta, 0)
+        b_m2 += sum_rows(tl.load(p_part + 2 * C, mask=m, other=0.0) + b_n * b_delta * b_delta)
     return b_count, b_mean, b_m2
 
 
 @triton.jit
 def store_coef(norm_ptr, coef_ptr, o_c, m_c, C, b_dweight, b_dbias, count, BATCH: tl.constexpr):
-    """p, q, r of a block of channels from the sums of dv * xhat and dv over `count` values."""
+    """Coefficients of a block of channels from the sums of dv * xhat and dv over `count` values."""
     b_p = tl.load(norm_ptr + 2 * C + o_c, mask=m_c, other=0.0)
     b_q = tl.zeros_like(b_p)
     b_r = tl.zeros_like(b_p)
     if BATCH:
         b_q = -b_p * tl.load(norm_ptr + C + o_c, mask=m_c, other=0.0) * b_dweight / count
-        b_r = -b_p * b_dbias / count - b_q * tl.load(norm_ptr + o_c, mask=m_c, other=0.0)
+        b_r = -b_p * b_dbias / count
     tl.store(coef_ptr + o_c, b_p, mask=m_c)
     tl.store(coef_ptr + C + o_c, b_q, mask=m_c)
     tl.store(coef_ptr + 2 * C + o_c, b_r, mask=m_c)
+    tl.store(coef_ptr + 3 * C + o_c, tl.load(norm_ptr + o_c, mask=m_c, other=0.0), mask=m_c)
 
 
 @kernel
@@ -149,8 +151,8 @@ def _bn_bwd_finalize_kernel(
         o_p = p0 + tl.arange(0, BP)
         m = (o_p < P)[:, None] & m_c[None, :]
         p_sums = sums_ptr + o_p[:, None].to(tl.int64) * 2 * C + o_c[None, :]  # [BP, BC]
-        b_dbias += tl.sum(tl.load(p_sums, mask=m, other=0.0), 0)
-        b_dweight += tl.sum(tl.load(p_sums + C, mask=m, other=0.0), 0)
+        b_dbias += sum_rows(tl.load(p_sums, mask=m, other=0.0))
+        b_dweight += sum_rows(tl.load(p_sums + C, mask=m, other=0.0))
     tl.store(grads_ptr + o_c, b_dweight, mask=m_c)
     tl.store(grads_ptr + C + o_c, b_dbias, mask=m_c)
     store_coef(norm_ptr, coef_ptr, o_c, m_c, C, b_dweight, b_dbias, count, BATCH)
@@ -246,8 +248,8 @@ def _bn_act_bwd_reduce_kernel(
         b_db += b_d
         b_dw += b_d * (b_u * b_rstd[None, :] + b_nmr[None, :])
     p_out = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * C + o_c
-    tl.store(p_out, tl.sum(b_db, 0), mask=m_c)
-    tl.store(p_out + C, tl.sum(b_dw, 0), mask=m_c)
+    tl.store(p_out, sum_rows(b_db), mask=m_c)
+    tl.store(p_out + C, sum_rows(b_dw), mask=m_c)
 
 
 @kernel
@@ -263,6 +265,7 @@ def _bn_act_bwd_kernel(
     HW,
     C: tl.constexpr,
     ACT: tl.constexpr,
+    HAS_U: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     ACC: tl.constexpr,
     FAST: tl.constexpr,
@@ -274,14 +277,18 @@ def _bn_act_bwd_kernel(
     m_c = o_c < C
     m = (o_m < M)[:, None] & m_c[None, :]
     o = o_m[:, None].to(tl.int64) * C + o_c[None, :]  # [BM, BC]
-    b_scale, b_shift = load_norm(norm_ptr, o_c, m_c, C)
-    b_p, b_q, b_r = load_coef(coef_ptr, o_c, m_c, C)
+    b_p, b_q, b_r, b_mean = load_coef(coef_ptr, o_c, m_c, C)
     b_d = tl.load(dy_ptr + o, mask=m, other=0.0).to(ACC)
-    b_u = tl.load(u_ptr + o, mask=m, other=0.0).to(ACC)
     if HAS_KEEP:
         b_d = b_d * tl.load(keep_ptr + o_m // HW, mask=o_m < M, other=0.0)[:, None]
-    _, b_g = activate_grad(b_u * b_scale[None, :] + b_shift[None, :], ACT, FAST)
-    b_du = b_p[None, :] * (b_d * b_g) + b_q[None, :] * b_u + b_r[None, :]
+    if HAS_U:
+        b_u = tl.load(u_ptr + o, mask=m, other=0.0).to(ACC)
+        if ACT != "none":
+            b_scale, b_shift = load_norm(norm_ptr, o_c, m_c, C)
+            b_d = b_d * activate_grad(b_u * b_scale[None, :] + b_shift[None, :], ACT, FAST)[1]
+        b_du = b_p[None, :] * b_d + (b_q[None, :] * (b_u - b_mean[None, :]) + b_r[None, :])
+    else:
+        b_du = b_p[None, :] * b_d
     tl.store(du_ptr + o, stored(b_du, du_ptr.dtype.element_ty), mask=m)
 
 
@@ -334,10 +341,10 @@ def bn_finalize(
 
 
 def bn_bwd_finalize(sums: Tensor, norm: Tensor, count: int, batch_statistics: bool) -> tuple[Tensor, Tensor]:
-    """(gradients [2, C] of weight and bias, coef [3, C]) from partial sums [P, 2, C] of dv and dv * xhat."""
+    """(gradients [2, C] of weight and bias, coef [4, C]) from partial sums [P, 2, C] of dv and dv * xhat."""
     channels = norm.shape[1]
     grads = torch.empty(2, channels, dtype=norm.dtype, device=norm.device)
-    coef = torch.empty(3, channels, dtype=norm.dtype, device=norm.device)
+    coef = torch.empty(4, channels, dtype=norm.dtype, device=norm.device)
     block = pow2(channels, 1, 32)
     _bn_bwd_finalize_kernel[(cdiv(channels, block),)](
         sums_ptr=sums,
@@ -424,11 +431,17 @@ def bn_act_bwd_reduce(dy: Tensor, u: Tensor, norm: Tensor, keep: Tensor | None, 
     return sums
 
 
-def bn_act_bwd(dy: Tensor, u: Tensor, norm: Tensor, coef: Tensor, keep: Tensor | None, activation: str) -> Tensor:
-    """du = p * dy * keep[n] * act'(scale * u + shift) + q * u + r."""
-    n, h, w, c = u.shape
-    du = torch.empty_like(u)
-    tiles = chosen("bn_act_bwd", u, row_tiles, (n * h * w, c), activation=activation, keep=keep is not None)
+def bn_act_bwd(
+    dy: Tensor, u: Tensor | None, norm: Tensor | None, coef: Tensor, keep: Tensor | None, activation: str
+) -> Tensor:
+    """du = p * dy * keep[n] * act'(scale * u + shift) + q * (u - mean) + r; without u, p * dy * keep[n].
+
+    `norm` is for the activation alone.
+    """
+    n, h, w, c = dy.shape
+    du = torch.empty_like(dy)
+    traits = dict(activation=activation, keep=keep is not None, u=u is not None)
+    tiles = chosen("bn_act_bwd", dy, row_tiles, (n * h * w, c), **traits)
     _bn_act_bwd_kernel[(cdiv(n * h * w, tiles["BM"]), cdiv(c, tiles["BC"]))](
         dy_ptr=dy,
         u_ptr=u,
@@ -440,8 +453,9 @@ def bn_act_bwd(dy: Tensor, u: Tensor, norm: Tensor, coef: Tensor, keep: Tensor |
         HW=h * w,
         C=c,
         ACT=activation,
+        HAS_U=u is not None,
         HAS_KEEP=keep is not None,
-        **numeric(u.dtype),
+        **numeric(dy.dtype),
         **tiles,
     )
     state("bn_act_bwd", (dy, u, norm, coef, keep), (du,))

@@ -13,7 +13,6 @@ from torch import Tensor
 from .launching import kernel
 from .math import INTERPRETED, activate, dot, stored
 from .running import Running, given, load_affine
-from .squeeze_excite import excite_tiles, store_gate
 from .tables import tiles as chosen
 from .traffic import state
 from .tuning import MIN_DOT, PROGRAMS, cdiv, matmul_tiles, numeric, pow2, precision
@@ -94,44 +93,6 @@ def _pointwise_inference_kernel(
     tl.store(y_ptr + o, stored(b_y, y_ptr.dtype.element_ty), mask=m)
 
 
-@kernel
-@triton.jit
-def _excite_inference_kernel(
-    parts_ptr,
-    wr_ptr,
-    br_ptr,
-    wx_ptr,
-    bx_ptr,
-    gate_ptr,
-    N,
-    HW,
-    P,
-    C: tl.constexpr,
-    R: tl.constexpr,
-    ACT: tl.constexpr,
-    ACC: tl.constexpr,
-    BP: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
-):
-    n = tl.program_id(0)
-    o_r = tl.arange(0, BR)
-    m_r = o_r < R
-    b_r = tl.load(br_ptr + o_r, mask=m_r, other=0.0).to(ACC)
-    for c0 in range(0, C, BC):
-        o_c = c0 + tl.arange(0, BC)
-        m_c = o_c < C
-        b_p = tl.zeros((BC,), ACC)
-        for p0 in range(0, P, BP):
-            o_p = p0 + tl.arange(0, BP)
-            m = (o_p < P)[:, None] & m_c[None, :]
-            b_p += tl.sum(tl.load(parts_ptr + (o_p[:, None] * N + n) * C + o_c[None, :], mask=m, other=0.0), 0)
-        m = m_r[:, None] & m_c[None, :]
-        b_w = tl.load(wr_ptr + o_r[:, None] * C + o_c[None, :], mask=m, other=0.0).to(ACC)  # [BR, BC]
-        b_r += tl.sum(b_w * (b_p / HW)[None, :], 1)
-    store_gate(gate_ptr, wx_ptr, bx_ptr, b_r, n, C, R, ACT, ACC, BR, BC)
-
-
 def product_tiles(rows: int, reduce: int, out: int, images: int = 1) -> dict[str, int]:
     """`matmul_tiles`, smaller where few programs would be left; `rows` are those of each of `images` products."""
     tiles = matmul_tiles(rows, reduce, out)
@@ -202,37 +163,3 @@ def pointwise_inference(
     first = () if in_bn is None else in_bn.tensors
     state("pointwise_inference", (x, *first, weight, gate, *bn.tensors, residual), (y,))
     return y
-
-
-def excite_inference(
-    parts: Tensor,
-    pixels: int,
-    reduce_weight: Tensor,
-    reduce_bias: Tensor,
-    expand_weight: Tensor,
-    expand_bias: Tensor,
-    activation: str,
-) -> Tensor:
-    """The gate [N, C] of images whose activations sum up to `parts` [P, N, C], each over its share of the pixels."""
-    count, n, c = parts.shape
-    reduced = reduce_weight.shape[0]
-    gate = torch.empty(n, c, dtype=parts.dtype, device=parts.device)
-    _excite_inference_kernel[(n,)](
-        parts_ptr=parts,
-        wr_ptr=reduce_weight,
-        br_ptr=reduce_bias,
-        wx_ptr=expand_weight,
-        bx_ptr=expand_bias,
-        gate_ptr=gate,
-        N=n,
-        HW=pixels,
-        P=count,
-        C=c,
-        R=reduced,
-        ACT=activation,
-        ACC=numeric(parts.dtype)["ACC"],
-        BP=pow2(count, 1, 64 if INTERPRETED else 16),
-        **excite_tiles(n, c, reduced),
-    )
-    state("excite_inference", (parts, reduce_weight, reduce_bias, expand_weight, expand_bias), (gate,))
-    return gate

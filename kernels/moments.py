@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .batch_norm import store_moments
 from .launching import kernel
-from .math import at_least
+from .math import at_least, sum_rows
 from .tables import tiles as chosen
 from .traffic import state
 from .tuning import accumulator, cdiv, groups, numeric, row_tiles
@@ -41,8 +41,8 @@ def _moments_kernel(
         s1 += b_u
         s2 += b_u * b_u
     count = tl.zeros((BC,), ACC) + tl.minimum(M - group * TILES * BM, TILES * BM)
-    delta = tl.sum(s1, 0) / count
-    m2 = at_least(tl.sum(s2, 0) - delta * delta * count, 0.0)
+    delta = sum_rows(s1) / count
+    m2 = at_least(sum_rows(s2) - delta * delta * count, 0.0)
     store_moments(partials_ptr, group, count, tl.sum(pivot, 0) + delta, m2, o_c, m_c, C)
 
 

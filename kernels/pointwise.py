@@ -1,7 +1,7 @@
-"""1x1 convolutions as matrix products over pixels, with BatchNorm folded into both ends.
+"""1x1 convolutions forward, as matrix products over pixels, with BatchNorm folded into both ends.
 
-Forward: u[m, o] = sum_i w[o, i] * a[m, i], a = act(scale * x + shift) * gate[n, i]; epilogue: moments of u.
-Backward: du = p * (dy * keep[n]) + q * u + r is a prologue, so BatchNorm's own backward is never a pass of its own.
+u[m, o] = sum_i w[o, i] * a[m, i], a = act(scale * x + shift) * gate[n, i]; epilogue: moments of u. Their backward is in
+project_backward.py and expand_backward.py.
 """
 
 import torch
@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm import load_coef, store_moments
+from .batch_norm import store_moments
 from .launching import kernel
-from .math import activate, activate_grad, at_least, dot, stored
+from .math import activate, at_least, dot, stored, sum_rows
 from .running import load_norm
 from .tables import tiles as chosen
 from .traffic import state
@@ -33,22 +33,6 @@ def load_input(
         if HAS_GATE:
             b_a = b_a * tl.load(gate_ptr + (o_m // HW)[:, None] * C + o_c[None, :], mask=m, other=0.0)
     return b_a
-
-
-@triton.jit
-def load_grad(
-    dy_ptr, u_ptr, coef_ptr, keep_ptr, o_m, m_m, o_c, HW, C, HAS_KEEP: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
-    """du = p * (dy * keep[n]) + q * u + r for a tile of pixels and channels; 0 outside the channels."""
-    m_c = o_c < C
-    m = m_m[:, None] & m_c[None, :]
-    o = o_m[:, None].to(tl.int64) * C + o_c[None, :]
-    b_p, b_q, b_r = load_coef(coef_ptr, o_c, m_c, C)
-    b_d = tl.load(dy_ptr + o, mask=m, other=0.0).to(ACC)
-    b_u = tl.load(u_ptr + o, mask=m, other=0.0).to(ACC)
-    if HAS_KEEP:
-        b_d = b_d * tl.load(keep_ptr + o_m // HW, mask=m_m, other=0.0)[:, None]
-    return b_p[None, :] * b_d + b_q[None, :] * b_u + b_r[None, :]
 
 
 @kernel
@@ -109,63 +93,9 @@ def _pointwise_fwd_kernel(
             s2 += b_u * b_u
     if HAS_MOMENTS:
         count = tl.zeros((BO,), ACC) + tl.minimum(M - group * TILES * BM, TILES * BM)
-        delta = tl.sum(s1, 0) / count
-        m2 = at_least(tl.sum(s2, 0) - delta * delta * count, 0.0)
+        delta = sum_rows(s1) / count
+        m2 = at_least(sum_rows(s2) - delta * delta * count, 0.0)
         store_moments(partials_ptr, group, count, tl.sum(pivot, 0) + delta, m2, o_o, m_o, CO)
-
-
-@kernel
-@triton.jit
-def _pointwise_dgrad_kernel(
-    dy_ptr,
-    u_ptr,
-    coef_ptr,
-    keep_ptr,
-    w_ptr,
-    in_ptr,
-    in_norm_ptr,
-    gate_ptr,
-    offset_ptr,
-    in_coef_ptr,
-    du_ptr,
-    M,
-    HW,
-    CI: tl.constexpr,
-    CO: tl.constexpr,
-    ACT: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-    FAST: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    BO: tl.constexpr,
-):
-    columns = (CI + BO - 1) // BO
-    o_i = tl.program_id(0) % columns * BO + tl.arange(0, BO)
-    m_i = o_i < CI
-    o_m = tl.program_id(0) // columns * BM + tl.arange(0, BM)
-    m_m = o_m < M
-    DTYPE: tl.constexpr = du_ptr.dtype.element_ty
-    acc = tl.zeros((BM, BO), ACC)
-    for k in range(0, CO, BK):
-        o_k = k + tl.arange(0, BK)
-        b_du = load_grad(dy_ptr, u_ptr, coef_ptr, keep_ptr, o_m, m_m, o_k, HW, CO, HAS_KEEP, ACC)
-        m_w = (o_k < CO)[:, None] & m_i[None, :]
-        b_w = tl.load(w_ptr + o_k[:, None] * CI + o_i[None, :], mask=m_w, other=0.0)  # [BK, BO]
-        acc = dot(b_du, b_w, acc, DTYPE, PRECISION)
-    m = m_m[:, None] & m_i[None, :]
-    o = o_m[:, None].to(tl.int64) * CI + o_i[None, :]
-    b_scale, b_shift = load_norm(in_norm_ptr, o_i, m_i, CI)
-    b_p, b_q, b_r = load_coef(in_coef_ptr, o_i, m_i, CI)
-    b_u = tl.load(in_ptr + o, mask=m, other=0.0).to(ACC)
-    _, b_g = activate_grad(b_u * b_scale[None, :] + b_shift[None, :], ACT, FAST)
-    if HAS_GATE:
-        o_nc = (o_m // HW)[:, None] * CI + o_i[None, :]
-        acc = acc * tl.load(gate_ptr + o_nc, mask=m, other=0.0) + tl.load(offset_ptr + o_nc, mask=m, other=0.0)
-    b_du = b_p[None, :] * (acc * b_g) + b_q[None, :] * b_u + b_r[None, :]
-    tl.store(du_ptr + o, stored(b_du, DTYPE), mask=m)
 
 
 def pointwise_fwd(
@@ -203,52 +133,3 @@ def pointwise_fwd(
     )
     state("pointwise_fwd", (x, weight, norm, gate), (u, partials))
     return u, partials
-
-
-def pointwise_dgrad(
-    dy: Tensor,
-    u: Tensor,
-    coef: Tensor,
-    keep: Tensor | None,
-    weight: Tensor,
-    inputs: Tensor,
-    in_norm: Tensor,
-    gate: Tensor | None,
-    offset: Tensor | None,
-    in_coef: Tensor,
-    activation: str,
-) -> Tensor:
-    """Gradient at `inputs` [N, H, W, I], the pre-activation of the product's input, from dy and u [N, H, W, O].
-
-    p' * (dz * gate + offset) * act'(scale * inputs + shift) + q' * inputs + r', where dz = du @ weight.
-    """
-    n, h, w, out = dy.shape
-    channels, rows = weight.shape[1], n * h * w
-    du = torch.empty_like(inputs)
-    traits = dict(activation=activation, keep=keep is not None, gate=gate is not None)
-    tiles = chosen("pointwise_dgrad", dy, matmul_tiles, (rows, out, channels), **traits)
-    _pointwise_dgrad_kernel[(cdiv(channels, tiles["BO"]) * cdiv(rows, tiles["BM"]),)](
-        dy_ptr=dy,
-        u_ptr=u,
-        coef_ptr=coef,
-        keep_ptr=keep,
-        w_ptr=weight,
-        in_ptr=inputs,
-        in_norm_ptr=in_norm,
-        gate_ptr=gate,
-        offset_ptr=offset,
-        in_coef_ptr=in_coef,
-        du_ptr=du,
-        M=rows,
-        HW=h * w,
-        CI=channels,
-        CO=out,
-        ACT=activation,
-        HAS_KEEP=keep is not None,
-        HAS_GATE=gate is not None,
-        PRECISION=precision(dy.dtype),
-        **numeric(dy.dtype),
-        **tiles,
-    )
-    state("pointwise_dgrad", (dy, u, coef, keep, weight, inputs, in_norm, gate, offset, in_coef), (du,))
-    return du

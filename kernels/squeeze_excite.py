@@ -1,8 +1,9 @@
 """Squeeze-and-excitation: pool over the image, reduce, act, expand, sigmoid; and all of the backward that is [N, C].
 
-p[n, c] = mean of act(scale * u + shift); z = act(Wr p + br); gate = sigmoid(Wx z + bx). The sums over pixels that the
-backward needs come from one sweep (project_sweep.py), `sums` [OB, N, 5, C] in OB parts:
-0 da * act', 1 da * act' * xhat, 2 da * a, 3 act', 4 act' * xhat, where da is the gradient of the project conv's input.
+p[n, c] = mean of a = act(scale * u + shift); z = act(Wr p + br); gate = sigmoid(Wx z + bx). Per image and channel the
+backward needs five sums over pixels. Two need no gradient, so the pool takes them: its `sums` [P, N, 3, C], over P
+parts of each image, are those of 0 a, 1 act', 2 act' * xhat, of which `act_sums` [N, 2, C] is kept. The others, of
+project_backward.py, are 0 da * act', 1 da * act' * xhat, 2 da * a, where da is the gradient of the projection's input.
 """
 
 import torch
@@ -10,12 +11,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .batch_norm import load_xhat
 from .launching import kernel
-from .math import activate, activate_grad, dot, stored
+from .math import (
+    INTERPRETED,
+    activate,
+    activate_grad,
+    activate_grad_halved,
+    activate_halved,
+    dot,
+    halved,
+    stored,
+    sum_rows,
+)
 from .running import Running, given, load_map
+from .tables import parts_of_image
 from .tables import tiles as chosen
 from .traffic import state
-from .tuning import INTERPRETED, MIN_DOT, PROGRAMS, accumulator, cdiv, numeric, pow2, row_tiles
+from .tuning import MIN_DOT, PROGRAMS, accumulator, cdiv, numeric, pow2, row_tiles
 
 
 @kernel
@@ -28,42 +41,72 @@ def _pool_kernel(
     mean_ptr,
     var_ptr,
     dy_ptr,
-    out_ptr,
+    sums_ptr,
     N,
     HW,
-    SCALE,
     PIXELS,
     C: tl.constexpr,
     EPS: tl.constexpr,
     ACT: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
     HAS_DY: tl.constexpr,
     ACC: tl.constexpr,
     FAST: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    n, first, end = tl.program_id(0), 0, HW
-    if PIXELS is not None:
-        n, first = tl.program_id(0) % N, tl.program_id(0) // N * PIXELS
-        end = tl.minimum(first + PIXELS, HW)
+    ROWS: tl.constexpr = 3 if HAS_GRAD else 1
+    n, first = tl.program_id(0) % N, tl.program_id(0) // N * PIXELS
+    end = tl.minimum(first + PIXELS, HW)
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
     m_c = o_c < C
     if HAS_NORM:
         b_scale, b_shift = load_map(norm_ptr, bn_weight_ptr, bn_bias_ptr, mean_ptr, var_ptr, o_c, m_c, C, EPS, ACC)
-    acc = tl.zeros((BM, BC), ACC)
-    for m0 in range(first, end, BM):
-        o_m = m0 + tl.arange(0, BM)
-        m = (o_m < end)[:, None] & m_c[None, :]
-        o = (n.to(tl.int64) * HW + o_m[:, None]) * C + o_c[None, :]  # [BM, BC]
-        b_a = tl.load(u_ptr + o, mask=m, other=0.0).to(ACC)
+        b_scale, b_shift = halved(b_scale, ACT, FAST)[None, :], halved(b_shift, ACT, FAST)[None, :]
+    if HAS_GRAD:
+        b_rstd, b_nmr = load_xhat(norm_ptr, o_c, m_c, C)
+    s_a = tl.zeros((BM, BC), ACC)
+    s_g = tl.zeros((BM, BC), ACC)
+    s_gx = tl.zeros((BM, BC), ACC)
+    o = tl.arange(0, BM)[:, None] * C + o_c[None, :]  # [BM, BC]
+    for m0 in tl.range(first, end, BM, num_stages=STAGES):
+        m = (m0 + tl.arange(0, BM) < end)[:, None] & m_c[None, :]
+        at = (n * HW + m0).to(tl.int64) * C
+        b_a = tl.load(u_ptr + at + o, mask=m, other=0.0).to(ACC)
+        if HAS_GRAD:
+            b_x = b_a * b_rstd[None, :] + b_nmr[None, :]
+            b_a, b_g = activate_grad_halved(b_a * b_scale + b_shift, ACT, FAST)
+            b_g = tl.where(m, b_g, 0.0)
+            s_g += b_g
+            s_gx += b_g * b_x
+        elif HAS_NORM:
+            b_a = activate_halved(b_a * b_scale + b_shift, ACT, FAST)
         if HAS_NORM:
-            b_a = activate(b_a * b_scale[None, :] + b_shift[None, :], ACT, FAST)
             b_a = tl.where(m, b_a, 0.0)
         if HAS_DY:
-            b_a = b_a * tl.load(dy_ptr + o, mask=m, other=0.0).to(ACC)
-        acc += b_a
-    tl.store(out_ptr + tl.program_id(0) * C + o_c, stored(tl.sum(acc, 0) / SCALE, out_ptr.dtype.element_ty), mask=m_c)
+            b_a = b_a * tl.load(dy_ptr + at + o, mask=m, other=0.0).to(ACC)
+        s_a += b_a
+    p_out = sums_ptr + tl.program_id(0).to(tl.int64) * ROWS * C + o_c
+    tl.store(p_out, sum_rows(s_a), mask=m_c)
+    if HAS_GRAD:
+        tl.store(p_out + C, sum_rows(s_g), mask=m_c)
+        tl.store(p_out + 2 * C, sum_rows(s_gx), mask=m_c)
+
+
+@triton.jit
+def load_sum(
+    sums_ptr, n, row, o_c, m_c, N, P, C, ROWS: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr
+):
+    """[BC]: one of an image's sums, its P parts added."""
+    b_s = tl.zeros((BC,), ACC)
+    for p0 in range(0, P, BP):
+        o_p = p0 + tl.arange(0, BP)
+        m = (o_p < P)[:, None] & m_c[None, :]
+        p_sum = sums_ptr + ((o_p * N + n) * ROWS + row).to(tl.int64)[:, None] * C + o_c[None, :]  # [BP, BC]
+        b_s += sum_rows(tl.load(p_sum, mask=m, other=0.0))
+    return b_s
 
 
 @triton.jit
@@ -86,17 +129,24 @@ def store_gate(
 @kernel
 @triton.jit
 def _excite_fwd_kernel(
-    p_ptr,
+    sums_ptr,
     wr_ptr,
     br_ptr,
     wx_ptr,
     bx_ptr,
+    p_ptr,
+    act_sums_ptr,
     r_ptr,
     gate_ptr,
+    N,
+    HW,
+    P,
     C: tl.constexpr,
     R: tl.constexpr,
     ACT: tl.constexpr,
+    ROWS: tl.constexpr,
     ACC: tl.constexpr,
+    BP: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
@@ -106,29 +156,28 @@ def _excite_fwd_kernel(
     b_r = tl.load(br_ptr + o_r, mask=m_r, other=0.0).to(ACC)
     for c0 in range(0, C, BC):
         o_c = c0 + tl.arange(0, BC)
-        b_p = tl.load(p_ptr + n * C + o_c, mask=o_c < C, other=0.0).to(ACC)
-        m = m_r[:, None] & (o_c < C)[None, :]
+        m_c = o_c < C
+        b_p = load_sum(sums_ptr, n, 0, o_c, m_c, N, P, C, ROWS, ACC, BP, BC) / HW
+        if p_ptr is not None:  # the mean in the activations' dtype, as eager's; the backward reads it
+            b_p = stored(b_p, p_ptr.dtype.element_ty)
+            tl.store(p_ptr + n * C + o_c, b_p, mask=m_c)
+        if act_sums_ptr is not None:
+            for row in tl.static_range(1, 3):
+                b_s = load_sum(sums_ptr, n, row, o_c, m_c, N, P, C, ROWS, ACC, BP, BC)
+                tl.store(act_sums_ptr + (2 * n + row - 1) * C + o_c, b_s, mask=m_c)
+        m = m_r[:, None] & m_c[None, :]
         b_w = tl.load(wr_ptr + o_r[:, None] * C + o_c[None, :], mask=m, other=0.0).to(ACC)  # [BR, BC]
-        b_r += tl.sum(b_w * b_p[None, :], 1)
-    tl.store(r_ptr + n * R + o_r, b_r, mask=m_r)
+        b_r += tl.sum(b_w * b_p.to(ACC)[None, :], 1)
+    if r_ptr is not None:
+        tl.store(r_ptr + n * R + o_r, b_r, mask=m_r)
     store_gate(gate_ptr, wx_ptr, bx_ptr, b_r, n, C, R, ACT, ACC, BR, BC)
-
-
-@triton.jit
-def load_sum(
-    sums_ptr, n, row, o_c, m_c, N, C, ROWS: tl.constexpr, OB: tl.constexpr, ACC: tl.constexpr, BC: tl.constexpr
-):
-    """One of an image's sums, its OB parts added."""
-    b_s = tl.zeros((BC,), ACC)
-    for part in tl.static_range(OB):
-        b_s += tl.load(sums_ptr + ((part * N + n) * ROWS + row) * C + o_c, mask=m_c, other=0.0)
-    return b_s
 
 
 @kernel
 @triton.jit
 def _excite_bwd_kernel(
     sums_ptr,
+    act_sums_ptr,
     gate_ptr,
     r_ptr,
     wr_ptr,
@@ -138,26 +187,27 @@ def _excite_bwd_kernel(
     offset_ptr,
     bn_sums_ptr,
     N,
-    SCALE,
+    HW,
+    P,
     C: tl.constexpr,
     R: tl.constexpr,
     ACT: tl.constexpr,
     ROWS: tl.constexpr,
-    OB: tl.constexpr,
     ACC: tl.constexpr,
+    BP: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
     n = tl.program_id(0)
     o_r = tl.arange(0, BR)
     m_r = o_r < R
-    GATE_ROW: tl.constexpr = 2 if ROWS == 5 else 0
+    GATE_ROW: tl.constexpr = 2 if ROWS == 3 else 0
     b_dz = tl.zeros((BR,), ACC)
     for c0 in range(0, C, BC):
         o_c = c0 + tl.arange(0, BC)
         m_c = o_c < C
         b_gate = tl.load(gate_ptr + n * C + o_c, mask=m_c, other=0.0)
-        b_dq = load_sum(sums_ptr, n, GATE_ROW, o_c, m_c, N, C, ROWS, OB, ACC, BC) * b_gate * (1.0 - b_gate)
+        b_dq = load_sum(sums_ptr, n, GATE_ROW, o_c, m_c, N, P, C, ROWS, ACC, BP, BC) * b_gate * (1.0 - b_gate)
         tl.store(dq_ptr + n * C + o_c, b_dq, mask=m_c)
         m = m_r[:, None] & m_c[None, :]
         b_w = tl.load(wx_ptr + o_c[None, :] * R + o_r[:, None], mask=m, other=0.0).to(ACC)  # [BR, BC]
@@ -170,14 +220,14 @@ def _excite_bwd_kernel(
         m_c = o_c < C
         m = m_r[None, :] & m_c[:, None]
         b_w = tl.load(wr_ptr + o_r[None, :] * C + o_c[:, None], mask=m, other=0.0).to(ACC)  # [BC, BR]
-        b_dp = tl.sum(b_w * b_dr[None, :], 1) / SCALE
+        b_dp = tl.sum(b_w * b_dr[None, :], 1) / HW
         tl.store(offset_ptr + n * C + o_c, b_dp, mask=m_c)
-        if ROWS == 5:
+        if ROWS == 3:
             b_gate = tl.load(gate_ptr + n * C + o_c, mask=m_c, other=0.0)
-            b_db = b_gate * load_sum(sums_ptr, n, 0, o_c, m_c, N, C, ROWS, OB, ACC, BC)
-            b_db += b_dp * load_sum(sums_ptr, n, 3, o_c, m_c, N, C, ROWS, 1, ACC, BC)
-            b_dg = b_gate * load_sum(sums_ptr, n, 1, o_c, m_c, N, C, ROWS, OB, ACC, BC)
-            b_dg += b_dp * load_sum(sums_ptr, n, 4, o_c, m_c, N, C, ROWS, 1, ACC, BC)
+            b_db = b_gate * load_sum(sums_ptr, n, 0, o_c, m_c, N, P, C, 3, ACC, BP, BC)
+            b_db += b_dp * tl.load(act_sums_ptr + (2 * n + 0) * C + o_c, mask=m_c, other=0.0)
+            b_dg = b_gate * load_sum(sums_ptr, n, 1, o_c, m_c, N, P, C, 3, ACC, BP, BC)
+            b_dg += b_dp * tl.load(act_sums_ptr + (2 * n + 1) * C + o_c, mask=m_c, other=0.0)
             tl.store(bn_sums_ptr + n * 2 * C + o_c, b_db, mask=m_c)
             tl.store(bn_sums_ptr + n * 2 * C + C + o_c, b_dg, mask=m_c)
 
@@ -229,63 +279,42 @@ def _excite_wgrad_kernel(
         tl.store(dbr_ptr + o_r, b_dbr, mask=m_r)
 
 
-def pool(u: Tensor, norm: Tensor | None, dy: Tensor | None, activation: str) -> Tensor:
-    """[N, C]: per image and channel the mean of a = act(scale * u + shift), or with `dy` the sum of a * dy.
+def pool_tiles(rows: int, channels: int) -> dict[str, int]:
+    """[BM pixels, BC channels] a step."""
+    return row_tiles(rows, channels) | dict(STAGES=1 if INTERPRETED else 3)
 
-    The mean is kept for the backward and comes in u's dtype, as eager's does; the sum is as wide as accumulators.
+
+def pool(u: Tensor, norm: Tensor | Running | None, dy: Tensor | None, activation: str) -> Tensor:
+    """[P, N, 3, C]: per image and channel, over P parts of the image, the sums of a, act' and act' * xhat.
+
+    The latter two with `norm` as [4, C]; else [P, N, 1, C], the sums of a, with `dy` of a * dy.
     """
     n, h, w, c = u.shape
-    out = torch.empty(n, c, dtype=u.dtype if dy is None else accumulator(u.dtype), device=u.device)
-    _launch_pool(u, norm, dy, activation, _pool_tiles(u, norm, dy, activation), out, None)
-    state("pool", (u, norm, dy), (out,))
-    return out
-
-
-def pool_inference(u: Tensor, bn: Running, activation: str) -> Tensor:
-    """Sums of act(BN(u)) per image and channel, [P, N, C], over P parts of the image."""
-    n, h, w, c = u.shape
-    tiles = _pool_tiles(u, bn, None, activation)
-    parts = min(cdiv(PROGRAMS, n * cdiv(c, tiles["BC"])), cdiv(h * w, tiles["BM"]))
-    pixels = cdiv(h * w, parts)
-    out = torch.empty(cdiv(h * w, pixels), n, c, dtype=accumulator(u.dtype), device=u.device)
-    _launch_pool(u, bn, None, activation, tiles, out, pixels)
-    state("pool", (u, *bn.tensors), (out,))
-    return out
-
-
-def _pool_tiles(u: Tensor, norm: Tensor | Running | None, dy: Tensor | None, activation: str) -> dict[str, int]:
-    n, h, w, c = u.shape
-    traits = dict(images=n, activation=activation, norm=norm is not None, dy=dy is not None)
-    return chosen("pool", u, row_tiles, (h * w, c), **traits)
-
-
-def _launch_pool(
-    u: Tensor,
-    norm: Tensor | Running | None,
-    dy: Tensor | None,
-    activation: str,
-    tiles: dict[str, int],
-    out: Tensor,
-    pixels: int | None,
-) -> None:
-    n, h, w, c = u.shape
-    _pool_kernel[(out.numel() // c, cdiv(c, tiles["BC"]))](
+    gradient = isinstance(norm, Tensor)
+    traits = dict(images=n, activation=activation, norm=norm is not None, gradient=gradient, dy=dy is not None)
+    tiles = chosen("pool", u, pool_tiles, (h * w, c), **traits)
+    columns = cdiv(c, tiles["BC"])
+    parts, pixels = parts_of_image(h * w, n * columns, tiles["BM"], u.device)
+    sums = torch.empty(parts, n, 3 if gradient else 1, c, dtype=accumulator(u.dtype), device=u.device)
+    _pool_kernel[(parts * n, columns)](
         u_ptr=u,
         norm_ptr=None if isinstance(norm, Running) else norm,
         **given(norm),
         dy_ptr=dy,
-        out_ptr=out,
-        N=None if pixels is None else n,
+        sums_ptr=sums,
+        N=n,
         HW=h * w,
-        SCALE=h * w if dy is None and pixels is None else 1,
         PIXELS=pixels,
         C=c,
         ACT=activation,
         HAS_NORM=norm is not None,
+        HAS_GRAD=gradient,
         HAS_DY=dy is not None,
         **numeric(u.dtype),
         **tiles,
     )
+    state("pool", (u, *(norm.tensors if isinstance(norm, Running) else (norm,)), dy), (sums,))
+    return sums
 
 
 def excite_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
@@ -306,39 +335,63 @@ def _wgrad_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
     return dict(BN=MIN_DOT, BR=rows, BC=pow2(channels, MIN_DOT, 64))
 
 
+def added_parts(parts: int) -> int:
+    """Parts of a sum that are read at a time."""
+    return pow2(parts, 1, 64 if INTERPRETED else 16)
+
+
 def excite_fwd(
-    pooled: Tensor,
+    sums: Tensor,
+    pixels: int,
     reduce_weight: Tensor,
     reduce_bias: Tensor,
     expand_weight: Tensor,
     expand_bias: Tensor,
     activation: str,
-) -> tuple[Tensor, Tensor]:
-    """(pre-activation of the reduced vector [N, R], gate [N, C]) of pooled [N, C]."""
-    n, c = pooled.shape
+    kept: torch.dtype | None = None,
+) -> tuple[tuple[Tensor, Tensor, Tensor] | None, Tensor]:
+    """(what the backward needs, gate [N, C]) of images with the pool's `sums` [P, N, ROWS, C], activations in row 0.
+
+    With activations of dtype `kept` the backward needs (mean [N, C] in that dtype; the sums of rows 1 and 2, [N, 2, C],
+    empty without them; pre-activation of the reduced vector [N, R]). Without `kept` None.
+    """
+    parts, n, rows, c = sums.shape
     reduced = reduce_weight.shape[0]
-    r = torch.empty(n, reduced, dtype=accumulator(pooled.dtype), device=pooled.device)
-    gate = torch.empty(n, c, dtype=r.dtype, device=pooled.device)
+    gate = sums.new_empty(n, c)
+    saved = pooled = act_sums = r = None
+    if kept is not None:
+        pooled = torch.empty(n, c, dtype=kept, device=sums.device)
+        act_sums = sums.new_empty((n, 2, c) if rows == 3 else 0)
+        r = sums.new_empty(n, reduced)
+        saved = pooled, act_sums, r
     _excite_fwd_kernel[(n,)](
-        p_ptr=pooled,
+        sums_ptr=sums,
         wr_ptr=reduce_weight,
         br_ptr=reduce_bias,
         wx_ptr=expand_weight,
         bx_ptr=expand_bias,
+        p_ptr=pooled,
+        act_sums_ptr=act_sums if rows == 3 else None,
         r_ptr=r,
         gate_ptr=gate,
+        N=n,
+        HW=pixels,
+        P=parts,
         C=c,
         R=reduced,
         ACT=activation,
-        ACC=numeric(pooled.dtype)["ACC"],
+        ROWS=rows,
+        ACC=numeric(sums.dtype)["ACC"],
+        BP=added_parts(parts),
         **excite_tiles(n, c, reduced),
     )
-    state("excite_fwd", (pooled, reduce_weight, reduce_bias, expand_weight, expand_bias), (r, gate))
-    return r, gate
+    state("excite_fwd", (sums, reduce_weight, reduce_bias, expand_weight, expand_bias), (pooled, act_sums, r, gate))
+    return saved, gate
 
 
 def excite_bwd(
     sums: Tensor,
+    act_sums: Tensor | None,
     pooled: Tensor,
     r: Tensor,
     gate: Tensor,
@@ -347,7 +400,7 @@ def excite_bwd(
     pixels: int,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Backward of pool and excite from `sums` [OB, N, 5, C], or [1, N, 1, C] holding the gate's gradient alone.
+    """Backward of pool and excite from `sums` [P, N, 3, C] and `act_sums` [N, 2, C], or [P, N, 1, C] of da * a.
 
     Returns (offset [N, C], the pool's gradient per pixel; BN2's sums [N, 2, C], unwritten for one row; gradients of
     reduce weight [R, C], reduce bias [R], expand weight [C, R], expand bias [C]).
@@ -361,6 +414,7 @@ def excite_bwd(
     acc = numeric(gate.dtype)["ACC"]
     _excite_bwd_kernel[(n,)](
         sums_ptr=sums,
+        act_sums_ptr=act_sums,
         gate_ptr=gate,
         r_ptr=r,
         wr_ptr=reduce_weight,
@@ -370,19 +424,20 @@ def excite_bwd(
         offset_ptr=offset,
         bn_sums_ptr=bn_sums,
         N=n,
-        SCALE=pixels,
+        HW=pixels,
+        P=parts,
         C=c,
         R=reduced,
         ACT=activation,
         ROWS=rows,
-        OB=parts,
         ACC=acc,
+        BP=added_parts(parts),
         **excite_tiles(n, c, reduced),
     )
     state(
         "excite_bwd",
-        (sums, gate, r, reduce_weight, expand_weight),
-        (dq, dr, offset, bn_sums if rows == 5 else None),
+        (sums, act_sums, gate, r, reduce_weight, expand_weight),
+        (dq, dr, offset, bn_sums if rows == 3 else None),
     )
     d_reduce = torch.empty(reduced, c, dtype=gate.dtype, device=gate.device)
     d_expand = torch.empty(c, reduced, dtype=gate.dtype, device=gate.device)

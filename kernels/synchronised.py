@@ -55,9 +55,9 @@ def bn_merge(partials: Tensor) -> Tensor:
 
 
 def bn_coef(total: Tensor, norm: Tensor) -> Tensor:
-    """coef [3, C] from total [2 C + 1]: the sums of dv * xhat and of dv, and the count, over all processes."""
+    """coef [4, C] from total [2 C + 1]: the sums of dv * xhat and of dv, and the count, over all processes."""
     channels = norm.shape[1]
-    coef = torch.empty(3, channels, dtype=norm.dtype, device=norm.device)
+    coef = torch.empty(4, channels, dtype=norm.dtype, device=norm.device)
     block = pow2(channels, 1, 256)
     _bn_coef_kernel[(cdiv(channels, block),)](total_ptr=total, norm_ptr=norm, coef_ptr=coef, C=channels, BC=block)
     state("bn_coef", (total, norm), (coef,))

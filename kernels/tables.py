@@ -26,7 +26,7 @@ from torch import Tensor
 from .._version import __version__
 from ..files import replacing
 from .math import INTERPRETED
-from .tuning import MIN_DOT, SPACE, TRITON, precision, relieved
+from .tuning import MIN_DOT, SPACE, TRITON, cdiv, precision, relieved
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "tuned"
@@ -164,6 +164,20 @@ def capability(device: torch.device) -> int:
 def processors(device: torch.device) -> int:
     """A GPU's multiprocessors; for what is no GPU those of an H100 or H200."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def parts_of_image(pixels: int, columns: int, tile: int, device: torch.device) -> tuple[int, int]:
+    """(parts of an image, pixels of a part, whole tiles): with `columns` programs each, three for a multiprocessor.
+
+    A part has eight tiles or more where the image has: what a program does once, and the sums that it leaves, weigh
+    little then.
+    """
+    if INTERPRETED:
+        parts = 2 if pixels > tile else 1
+    else:
+        parts = min(cdiv(3 * processors(device), columns), cdiv(pixels, 8 * tile))
+    part = tile * cdiv(cdiv(pixels, parts), tile)
+    return cdiv(pixels, part), part
 
 
 def forget() -> None:

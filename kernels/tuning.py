@@ -4,7 +4,6 @@ The interpreter gets larger tiles: it pays per operation.
 """
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from .math import INTERPRETED
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 MIN_DOT = 16  # smallest tile side that tl.dot takes
 PROGRAMS = 264  # two for each multiprocessor of an H100: where a batch is small, fewer leave some idle
+SMALL_SHARED = (86, 89, 120, 121)  # compute capabilities with 99 KB of shared memory a program
 
 # (backward, kernel size, stride): elements of a register tile and most rows in flight, for 4 warps. Taps, accumulators
 # and the loads ahead must fit 255 registers without a spill; benchmarks/NOTES.md has the sweep behind each pair.
@@ -55,38 +55,34 @@ _WALK = dict(
     num_warps=_WARPS,
 )
 _ROWS = dict(BM=Choice((8, 16, 32, 64, 128), "rows"), BC=Choice((16, 32, 64, 128), "channels"), num_warps=_WARPS)
+_PROJECT = dict(
+    BM=Choice((16, 32, 64, 128), "pixels"),
+    BC=Choice((16, 32, 64, 128), "channels"),
+    BO=Choice((16, 32, 64), "out"),
+    STAGES=_STAGES,
+    num_warps=_WARPS,
+)
 
 # By kernel, in the order of how much each is likely to matter.
 SPACE: dict[str, dict[str, Choice]] = {
     "depthwise_bwd": _WALK,
     "depthwise_fwd": _WALK,
     "pointwise_fwd": _POINTWISE,
-    "pointwise_dgrad": _POINTWISE,
-    "project_sweep": dict(
-        BO=Choice((16, 32, 64), "out"),
-        BC=Choice((16, 32, 64, 128), "channels"),
-        BM=Choice((16, 32, 64, 128), "pixels"),
-        num_warps=_WARPS,
-        num_stages=_STAGES,
-    ),
-    "project_wide": dict(
-        BO=Choice((16, 32, 64), "out"),
-        BC=Choice((64, 128), "channels"),
-        BM=Choice((16, 32), "pixels"),
-        num_warps=_WARPS,
-        num_stages=_STAGES,
-    ),
-    "expand_bwd": dict(
+    "project_bwd": dict(RESIDENT=Choice((0, 1))),
+    "project_bwd_sums": _PROJECT,
+    "project_bwd_data": _PROJECT,
+    "expand_bwd": dict(RESIDENT=Choice((0, 1))),
+    "expand_pass": dict(
         BM=Choice((16, 32, 64, 128), "rows"),
         BE=Choice((16, 32, 64), "expanded"),
-        BI=Choice((16, 32, 64), "channels"),
+        BLOCKS=Choice((1, 2, 3, 4, 6)),
+        STAGES=_STAGES,
         num_warps=_WARPS,
-        num_stages=_STAGES,
     ),
     "depthwise_inference": _WALK,
     "pointwise_inference": _POINTWISE,
     "pointwise_pool": _POINTWISE,
-    "pool": _ROWS,
+    "pool": _ROWS | dict(STAGES=_STAGES),
     "bn_act_fwd": _ROWS,
     "bn_act_bwd": _ROWS,
     "bn_act_bwd_reduce": _ROWS,
@@ -188,16 +184,10 @@ def walk_tiles(
 
 
 def relieved(kernel: str, tiles: dict[str, int], sizes: dict[str, Any], capability: int) -> dict[str, int]:
-    """The formula's tiles, smaller where this compiler spills them: what `python -m benchmarks.static` says."""
+    """The formula's tiles, smaller where they do not fit or, as `python -m benchmarks.static` says, spill."""
+    if kernel == "expand_pass" and capability in SMALL_SHARED:
+        return tiles | dict(STAGES=min(tiles["STAGES"], 2))
     if capability < 90:
-        if kernel == "pointwise_dgrad" and MIN_DOT < sizes["reduce"] <= tiles["BK"]:
-            return tiles | dict(BM=32)
-        if kernel == "project_sweep" and tiles["BO"] > 32:
-            return tiles | dict(BO=32, num_warps=4)
-        if kernel == "project_wide" and tiles["BO"] > 32:
-            return tiles | dict(BO=32, TILES=3)
-        if kernel == "expand_bwd" and tiles["BI"] == MIN_DOT:
-            return tiles | dict(num_stages=3)
         if kernel == "depthwise_fwd" and sizes["expand"] and not sizes["moments"]:
             return tiles | dict(R=min(tiles["R"], 3))
         if kernel == "depthwise_fwd" and (sizes["kernel_size"], sizes["stride"], sizes["dtype"]) == (
@@ -214,17 +204,3 @@ def relieved(kernel: str, tiles: dict[str, int], sizes: dict[str, Any], capabili
 def groups(tiles: int, columns: int, programs: int = 1024) -> int:
     """Row tiles per program: enough programs to fill a GPU several times, few enough that partial sums stay small."""
     return max(1, tiles * columns // programs)
-
-
-@cache
-def group_of(tiles: int, columns: int, slots: int, most: int | None = None) -> int:
-    """Tiles, `most` at most, for each program of a column to take in turn, where `slots` programs run at a time.
-
-    A program writes one part of each sum, so the largest group that ends within an eighth of the soonest end.
-    """
-
-    def end(group: int) -> int:
-        return cdiv(columns * cdiv(tiles, group), slots) * group
-
-    ends = {group: end(group) for group in range(1, min(tiles, most or tiles) + 1)}
-    return max(group for group, steps in ends.items() if steps * 8 <= min(ends.values()) * 9)

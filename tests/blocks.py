@@ -20,12 +20,12 @@ HALVES = [pytest.param(torch.float16, id="fp16"), pytest.param(torch.bfloat16, i
 FLOATS = [pytest.param(torch.float32, id="fp32"), *HALVES]
 PRECISE = torch.float64 if INTERPRETED else torch.float32  # the widest type that the kernels take here
 KERNEL_MODULES = (
-    "depthwise", "pointwise", "batch_norm", "squeeze_excite", "project_sweep", "inference", "depthwise_inference",
-    "ends",
+    "depthwise", "pointwise", "batch_norm", "squeeze_excite", "project_backward", "expand_backward", "inference",
+    "depthwise_inference", "ends",
 )  # fmt: skip
 TILES = (
-    "walk_tiles", "row_tiles", "matmul_tiles", "sweep_tiles", "excite_tiles", "_wgrad_tiles", "product_tiles",
-    "walk_inference_tiles",
+    "walk_tiles", "row_tiles", "matmul_tiles", "project_tiles", "pass_tiles", "excite_tiles", "_wgrad_tiles",
+    "product_tiles", "walk_inference_tiles",
 )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ class Drop(nn.Module):
 
 
 def shrink(monkeypatch, group=None, **tiles):
-    """Force tile sizes (NB, BC, R, SPAN, BM, BK, BO) and row tiles per program: many programs for a tiny image."""
+    """Force tile sizes (NB, BC, R, SPAN, BM, BK, BO, BE) and row tiles per program: many programs for a tiny image."""
 
     def smaller(function):
         def wrapped(*args, **kwargs):

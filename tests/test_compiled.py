@@ -82,7 +82,7 @@ CLAMPS = {
     "_pointwise_fwd_kernel",
 }  # fmt: skip
 # Of these the activation's value is not used, its derivative is.
-DERIVATIVES = {"_bn_act_bwd_kernel", "_bn_act_bwd_reduce_kernel", "_excite_bwd_kernel", "_pointwise_dgrad_kernel"}
+DERIVATIVES = {"_bn_act_bwd_kernel", "_bn_act_bwd_reduce_kernel", "_excite_bwd_kernel"}
 
 
 @compiler

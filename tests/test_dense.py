@@ -125,7 +125,7 @@ def test_through_the_kernels(make, training, device):
 
 
 PROJECT = {"_pointwise_inference_kernel": 1}
-EXCITED = PROJECT | {"_pool_kernel": 1, "_excite_inference_kernel": 1}
+EXCITED = PROJECT | {"_pool_kernel": 1, "_excite_fwd_kernel": 1}
 INFERENCE = {
     "edge": (edge, PROJECT),
     "edge-se": (lambda: edge(se=True, drop_path_rate=0.5), EXCITED),
@@ -230,8 +230,8 @@ def test_compiles_to_one_graph(training, device):
 
 
 PASSES = {  # training: eager, fused; inference: eager, with folded BatchNorms, fused
-    "edge": (edge, (24, 12), (7.75, 5.25, 2.75)),
-    "edge-se": (lambda: edge(se=True), (37, 13), (10.75, 8.25, 3.75)),
+    "edge": (edge, (24, 12.25), (7.75, 5.25, 2.75)),
+    "edge-se": (lambda: edge(se=True), (37, 13.25), (10.75, 8.25, 3.75)),
     "single": (single, (25, 18), (9, 7, 5)),
 }
 
@@ -247,7 +247,7 @@ def test_traced_without_a_warning(device):
 @pytest.mark.parametrize("make, training, inference", PASSES.values(), ids=PASSES)
 def test_traffic(make, training, inference, device):
     """The count is dense.py's, and what our launches state is the count without the library's convolution."""
-    block, shape = fusible(make().train()), (4, 8, 16, 16)
+    block, shape = fusible(make().train()), (4, 8, 24, 24)
     u, traffic = count_dense(block, shape)
     assert (traffic.eager_training / u, traffic.fused_training / u) == training
     counts = (traffic.eager_inference, traffic.eager_inference_folded, traffic.fused_inference)
@@ -261,7 +261,7 @@ def test_traffic(make, training, inference, device):
         dense.dense_mbconv(x, fusible(module.eval()))
 
     def images(launches):
-        moved = [m for launch in launches for m in (*launch.reads, *launch.writes) if m.shape[:3] == (4, 16, 16)]
+        moved = [m for launch in launches for m in (*launch.reads, *launch.writes) if m.shape[:3] == (4, 24, 24)]
         return sum(m.size for m in moved) / 4
 
     convolution = 3 * (x.numel() + u) + 3 * x.numel()  # and the sum of the branch's and the residual's gradient

@@ -21,6 +21,7 @@ from blocks import (  # noqa: F401
 from torch import nn
 
 import fastmbconv
+from fastmbconv.kernels import project_backward
 from fastmbconv.mbconv import MBConv
 
 
@@ -30,6 +31,7 @@ class Row(NamedTuple):
     change: str = ""  # what is done to the BatchNorms
     drop: bool = False
     tiles: dict[str, int] = {}
+    resident: bool = False  # the projection's weight in shared memory on the way back, as for large images
 
 
 def block(out, kernel_size=3, stride=1, expand_ratio=4, **kwargs):
@@ -66,6 +68,10 @@ ROWS = {
     "untracked": Row(block(4), (2, 4, 3, 3), "untracked"),
     "untracked-eval": Row(block(4), (2, 4, 3, 3), "untracked eval"),
     "no-affine-eval": Row(block(4), (2, 4, 3, 3), "no affine eval"),
+    "resident": Row(block(3, 3, 2, expand_ratio=2), (2, 3, 5, 6), drop=True, resident=True),
+    "resident-no-se-frozen": Row(block(4, expand_ratio=2, se_ratio=0), (2, 4, 3, 3), "frozen 1", resident=True),
+    "many-channels": Row(block(66, expand_ratio=2), (2, 66, 3, 3), drop=True),
+    "many-channels-k5-frozen": Row(block(3, 5, expand_ratio=2), (2, 66, 3, 3), "frozen 0"),
     "tiled": Row(block(20, se_ratio=0.25, expand_ratio=2), (3, 20, 5, 3), drop=True, tiles=dict(NB=2, R=2)),
     "tiled-strided": Row(block(17, 5, 2, expand_ratio=2, padding="same"), (3, 9, 6, 3), tiles=dict(NB=2, R=2)),
 }
@@ -76,6 +82,8 @@ WIDE = {
     "k5-same-even": Row(block(40, 5, 2, padding="same"), (4, 24, 6, 4)),
     "lite": Row(block(24, se_ratio=0, activation="relu6"), (4, 24, 5, 5)),
     "drop-path": Row(block(24), (6, 24, 4, 4), drop=True),
+    "resident": Row(block(24), (4, 24, 5, 5), resident=True),
+    "many-channels": Row(block(72, 5, expand_ratio=2), (3, 72, 5, 5)),
 }
 KERNELS = {"residual", "k5-same-even", "third-bn-frozen", "tiled"}
 
@@ -118,6 +126,8 @@ def build(row, dtype, device, mean=0.0):
 
 
 def forced(monkeypatch, row):
+    if row.resident:
+        monkeypatch.setattr(project_backward, "form_tiles", lambda *shape: dict(RESIDENT=1))
     if row.tiles:
         shrink(monkeypatch, 2, BM=16, BK=16, BO=16, BC=16, **row.tiles)
 
@@ -130,14 +140,36 @@ def test_parity(row, device, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="fp32"), *HALVES])
 @pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in WIDE.items()])
-def test_parity_of_narrow_types(row, dtype, device):
+def test_parity_of_narrow_types(row, dtype, device, monkeypatch):
+    forced(monkeypatch, row)
     assert_module_parity(*build(row, dtype, device))
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="fp32"), *HALVES])
 def test_a_large_mean_does_not_cancel(dtype, device):
-    """Mean 100, std 1: neither the statistics nor the backward through x's Gram matrix loses the digits."""
+    """Mean 100, std 1: neither the statistics nor the backward loses the digits."""
     assert_module_parity(*build(WIDE["residual"], dtype, device, mean=100.0))
+
+
+FAR = {
+    "image": lambda x: x.mul_(0.01).add_(1)[0].fill_(1000),
+    "pixel": lambda x: x[0, :, 0, 0].fill_(1e4),
+    "channel": lambda x: x[:, 0].mul_(1e3),
+    "common-mean": lambda x: x.add_(100),
+    "almost-constant-channel": lambda x: x[:, 0].mul_(1e-3).add_(7),
+}
+
+
+@pytest.mark.parametrize("resident", [False, True], ids=["products", "resident"])
+@pytest.mark.parametrize("move", FAR.values(), ids=FAR)
+def test_values_far_from_the_others_keep_their_digits(move, resident, device, monkeypatch):
+    """Of every gradient and statistic: sums about one pivot lost them."""
+    torch.manual_seed(1)
+    row = Row(block(8, expand_ratio=4), (4, 8, 6, 6), resident=resident)
+    forced(monkeypatch, row)
+    module, x, dy = build(row, torch.float32, device)
+    move(x)
+    assert_module_parity(module, x, dy)
 
 
 @pytest.mark.kernels
@@ -148,12 +180,14 @@ def test_an_image_smaller_than_the_kernel(image, device):
 
 
 LEAN = ["residual", "no-expansion", "k3-strided", "k5-same-even", "lite", "one-image", "drop-path", "eval",
-        "first-bn-frozen", "cumulative-statistics", "no-affine", "untracked"]  # fmt: skip
+        "first-bn-frozen", "cumulative-statistics", "no-affine", "untracked", "resident", "many-channels",
+        "many-channels-k5-frozen"]  # fmt: skip
 
 
 @pytest.mark.parametrize("row", [pytest.param(ROWS[name], id=name) for name in LEAN])
-def test_lean_parity(row, device):
+def test_lean_parity(row, device, monkeypatch):
     """k3: the expanded tensor computed inside the depthwise kernels, statistics from x's Gram matrix; k5: once more."""
+    forced(monkeypatch, row)
     module, x, dy = build(row, PRECISE, device)
     module.memory = "lean"
     assert_module_parity(module, x, dy)

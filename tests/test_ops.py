@@ -46,6 +46,7 @@ def arguments(device, dtype=torch.float32):
     taps = vectors(e, 1, 3, 3).to(dtype)
     excite = [t.to(dtype) for t in (vectors(r, e, 1, 1), vectors(r), vectors(e, r, 1, 1), vectors(e))]
     pooled, reduced, gate = vectors(n, e), vectors(n, r), vectors(n, e).sigmoid()
+    act_sums = vectors(n, 2, e)
     keep = torch.tensor([0.0, 2.0], device=device)
     return {
         "pointwise_bn": [
@@ -76,14 +77,15 @@ def arguments(device, dtype=torch.float32):
             (image(e), image(e), norm(e), None, "silu", False),
         ],
         "bn_act_bwd": [
-            (image(e), image(e), norm(e), vectors(3, e), None, "silu"),
-            (image(e), image(e), norm(e), vectors(3, e), keep, "relu"),
+            (image(e), image(e), norm(e), vectors(4, e), None, "silu"),
+            (image(e), image(e), norm(e), vectors(4, e), keep, "relu"),
         ],
         "image_norm": [(image(e), *batch_norm(e, True)), (image(e), *batch_norm(e, False))],
         "project_bwd": [
-            (image(o), image(o), vectors(3, o), keep, project, image(e), norm(e), gate, pooled, reduced, excite[0],
-             excite[2], "silu", "silu", True),
-            (image(o), image(o), vectors(3, o), None, project, image(e), norm(e), *(None,) * 5, "silu", "none", False),
+            (image(o), image(o), vectors(4, o), keep, project, image(e), norm(e), gate, act_sums, pooled, reduced,
+             excite[0], excite[2], "silu", "silu", True, True),
+            (image(o), image(o), vectors(4, o), None, project, image(e), norm(e), *(None,) * 6, "silu", "none", False,
+             False),
         ],
         "depthwise_bwd": [
             (image(e), image(e), None, taps, norm(e), None, "silu", 1, 1, 1, True),
@@ -91,8 +93,8 @@ def arguments(device, dtype=torch.float32):
             (image(e), image(c), expand, taps, norm(e), None, "silu", 1, 1, 1, True),
         ],
         "expand_bwd": [
-            (image(e), image(c), expand, vectors(3, e), image(c), True),
-            (image(e), image(c), expand, vectors(3, e), None, False),
+            (image(e), image(e), image(c), expand, vectors(4, e), image(c), True),
+            (image(e), None, image(c), expand, vectors(4, e), None, False),
         ],
         "squeeze_excite_bwd": [
             (image(e), image(e), pooled, reduced, gate, excite[0], excite[2], "silu"),

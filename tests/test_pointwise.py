@@ -18,7 +18,7 @@ from blocks import (  # noqa: F401
 from parity import assert_parity
 
 from fastmbconv import ops, reference
-from fastmbconv.kernels import pointwise
+from fastmbconv.kernels import pointwise, project_backward, squeeze_excite
 
 SMALL = dict(BM=16, BK=16, BO=16)
 
@@ -141,14 +141,20 @@ def test_grids_of_the_largest_images_are_launchable(monkeypatch):
             grids.append(grid)
             return lambda **kwargs: None
 
-    for name in ("_pointwise_fwd_kernel", "_pointwise_dgrad_kernel"):
-        monkeypatch.setattr(pointwise, name, Kernel())
+    for module, name in (
+        (pointwise, "_pointwise_fwd_kernel"),
+        (squeeze_excite, "_pool_kernel"),
+        *((project_backward, f"_project_bwd_{part}_kernel") for part in ("sums", "data")),
+    ):
+        monkeypatch.setattr(module, name, Kernel())
     monkeypatch.setattr(pointwise, "matmul_tiles", lambda rows, reduce, out: dict(BM=64, BK=32, BO=32))
     small, large = (torch.empty(256, 300, 300, c, dtype=torch.bfloat16, device="meta") for c in (32, 192))
     weight = torch.empty(32, 192, 1, 1, device="meta")
     pointwise.pointwise_fwd(large, weight, None, None, "none", False)
     pointwise.pointwise_fwd(large, weight, None, None, "none", True)
-    vectors = torch.empty(4, 32, device="meta")
-    pointwise.pointwise_dgrad(small, small, vectors, None, weight, large, vectors, None, None, vectors, "silu")
-    assert len(grids) == 3
+    norm, gate = torch.empty(4, 192, device="meta"), torch.empty(256, 192, device="meta")
+    squeeze_excite.pool(large, norm, None, "silu")
+    project_backward.project_bwd_sums(None, small, weight, large, norm, gate, "silu")
+    project_backward.project_bwd_data(None, small, weight, large, norm, norm, gate, gate, "silu", True)
+    assert len(grids) == 5
     assert all(size <= 65535 for grid in grids for size in grid[1:])

@@ -83,8 +83,13 @@ def test_pool_normalises_and_activates_first(activation, device, monkeypatch):
     u = normal(3, 20, 3, 3, dtype=PRECISE, device=device)
     norm = norm_vectors(20, PRECISE, device)
     weights = excite(20, 3, PRECISE, device)
-    pooled, r, gate = ops.pool_excite(nhwc(u), norm, *weights, activation, "silu")
-    truth = reference.ACTIVATIONS[activation](u * norm[2, :, None, None] + norm[3, :, None, None]).mean((2, 3))
+    pooled, act_sums, r, gate = ops.pool_excite(nhwc(u), norm, *weights, activation, "silu")
+    v = (u * norm[2, :, None, None] + norm[3, :, None, None]).requires_grad_()
+    a = reference.ACTIVATIONS[activation](v)
+    slope = torch.autograd.grad(a.sum(), v)[0]
+    xhat = (u - norm[0, :, None, None]) * norm[1, :, None, None]
+    torch.testing.assert_close(act_sums, torch.stack([t.sum((2, 3)) for t in (slope, slope * xhat)], 1))
+    truth = a.detach().mean((2, 3))
     torch.testing.assert_close(pooled, truth)
     reduced = truth @ weights[0][..., 0, 0].T + weights[1]
     torch.testing.assert_close(r, reduced)

@@ -154,18 +154,12 @@ def test_tiles_shrink_where_the_compiler_would_spill_them():
     def asked(kernel, tiles, capability, **sizes):
         return tuning.relieved(kernel, tiles, sizes, capability)
 
-    wide = dict(BM=64, BK=32, BO=64, num_warps=4)
-    assert asked("pointwise_dgrad", wide, 80, reduce=24)["BM"] == 32
-    assert asked("pointwise_dgrad", wide, 80, reduce=40) == asked("pointwise_dgrad", wide, 90, reduce=24) == wide
-    parts = dict(BM=32, BO=64, BC=64, num_warps=8)
-    assert asked("project_sweep", parts, 86) == parts | dict(BO=32, num_warps=4)
-    assert asked("project_sweep", parts, 100) == parts
     walk, kind = dict(NB=16, BC=32, R=4, num_warps=4), dict(kernel_size=5, stride=2)
     assert asked("depthwise_fwd", walk, 80, expand=24, moments=False)["R"] == 3
     assert asked("depthwise_fwd", walk, 80, expand=24, moments=True, dtype=torch.bfloat16, **kind) == walk
     assert asked("depthwise_fwd", walk, 80, expand=0, dtype=torch.float32, **kind)["R"] == 1
-    gram = dict(BM=64, BE=64, BI=16, num_stages=2)
-    assert asked("expand_bwd", gram, 80)["num_stages"] == 3
+    stages = [asked("expand_pass", dict(BM=64, STAGES=3), chip)["STAGES"] for chip in (80, 86, 89, 90, 100, 120)]
+    assert stages == [3, 2, 2, 3, 3, 2]
 
 
 @pytest.mark.usefixtures("triton_backend")

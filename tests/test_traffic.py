@@ -23,8 +23,11 @@ def passes(block, shape):
 
 
 def test_a_block_with_residual_and_squeeze_excite():
-    found = passes(MBConv(24, 24, 3), (2, 24, 8, 8))
-    assert found == pytest.approx([16 + 1 / 6, 11 + 5 / 6, 54 + 1 / 3, 4.5, 14 + 1 / 3])
+    found = passes(MBConv(24, 24, 3), (2, 24, 24, 24))
+    assert found == pytest.approx([16 + 1 / 6, 11 + 5 / 6, 54 + 1 / 3, 4.5, 14.5])
+    assert passes(MBConv(24, 24, 3), (2, 24, 8, 8))[4] == pytest.approx(19.5)  # products by the library
+    assert passes(MBConv(40, 40, 3), (2, 40, 24, 24))[4] == pytest.approx(15)  # the expansion in two slices
+    assert passes(MBConv(80, 80, 3), (2, 80, 24, 24))[4] == pytest.approx(23 + 5 / 6)
     assert passes(MBConv(24, 24, 3), (16, 24, 8, 8))[3] == pytest.approx(2.5)  # expansion inside the walk
 
 

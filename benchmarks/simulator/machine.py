@@ -48,7 +48,7 @@ from benchmarks.simulator.warp import find_paths, find_tensors
 WARM = 4 << 20  # tensors up to so many bytes are taken to be in L2
 IN_L1 = 32 << 10  # and these in L1 from a multiprocessor's second turn of programs on
 REPLICATED = 1 << 20  # vectors and gates: lanes read the same places, so a third of the bytes is asked of L2
-NOT_REPLICATED = ("w_ptr", "we_ptr", "wr_ptr", "wx_ptr", "mixed_ptr", "sums_ptr", "partials_ptr", "parts_ptr")
+NOT_REPLICATED = ("w_ptr", "we_ptr", "wr_ptr", "wx_ptr", "act_sums_ptr", "sums_ptr", "partials_ptr", "parts_ptr")
 L1, SPILLS_IN_L1 = 256 << 10, 0.4
 MOST_RATE = 56.0  # bytes a cycle that one multiprocessor gets, however few of them work
 LSU_RATE = 128.0  # bytes a cycle
@@ -186,15 +186,12 @@ def find_routes(work: Work) -> tuple[Route, ...]:
 
 
 def find_roles(work: Work, count: int, routes: tuple[Route, ...]) -> list[int]:
-    """The route of each of `count` programs, evenly chosen among the launch's, in the order in which they start."""
+    """The route of each of `count` programs in the order in which they start, by the routes' shares, evenly mixed."""
     if len(routes) == 1:
         return [0] * count
-    programs, found = prod(work.grid), []
-    role, owed = issue.ROLES.get(work.name), [0.0] * len(routes)
-    for i in range(count):
-        if role is not None:  # one further each time: a step that a row of the grid is a multiple of sees all of it
-            found.append(role(work.arguments, min(programs - 1, int((i + 0.5) * programs / count)) + i))
-            continue
+    found: list[int] = []
+    owed = [0.0] * len(routes)
+    for _ in range(count):
         owed = [o + route.share for o, route in zip(owed, routes, strict=True)]
         found.append(max(range(len(routes)), key=owed.__getitem__))
         owed[found[-1]] -= 1

@@ -1,16 +1,15 @@
-"""The backward sweep: per-image sums and the project weight's gradient, against plain products and against autograd."""
+"""Backward behind the project convolution, in both forms: against plain products and against autograd."""
 
-from importlib import import_module
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from blocks import HALVES, PRECISE, nhwc, norm_vectors, normal, shrink
+from blocks import HALVES, PRECISE, nchw, nhwc, norm_vectors, normal, shrink
 from parity import assert_parity
 
 from fastmbconv import ops, reference
-from fastmbconv.kernels.project_sweep import project_sweep
+from fastmbconv.kernels import batch_norm, project_backward
 
 
 class Row(NamedTuple):
@@ -19,29 +18,24 @@ class Row(NamedTuple):
     activation: str = "silu"
     gate: bool = True
     keep: bool = False
+    resident: bool = True  # the weight in shared memory; else products by the library
     small: bool = False  # tiles of 16
-    images: int | None = None  # per program
-    wide: int | None = None  # the form for many outputs, in tiles of 16 and so many of them a program
 
 
 ROWS = {
     "plain": Row((2, 8, 3, 5), 5),
     "one-of-everything": Row((1, 1, 1, 1), 1),
     "no-gate": Row((3, 7, 2, 3), 4, "relu6", gate=False, keep=True),
-    "keep": Row((3, 7, 2, 3), 4, "relu", keep=True),
+    "relu": Row((3, 7, 2, 3), 4, "relu", keep=True),
     "tiled": Row((2, 40, 5, 5), 24, small=True),
     "tiled-exactly": Row((2, 16, 4, 4), 32, keep=True, small=True),
     "tiled-no-gate": Row((2, 20, 3, 6), 17, gate=False, small=True),
-    "images-per-program": Row((3, 20, 2, 3), 17, keep=True, small=True, images=2),
-    "images-per-program-no-gate": Row((5, 4, 2, 3), 3, gate=False, images=2),
-    "wide": Row((2, 8, 5, 7), 70, keep=True),
-    "wide-one-part": Row((3, 20, 4, 5), 40, keep=True, wide=3),
-    "wide-parts": Row((3, 20, 3, 7), 40, "relu6", wide=1),
-    "wide-no-gate": Row((2, 16, 4, 4), 32, gate=False, keep=True, wide=2),
-    "wide-more-images-than-columns": Row((18, 3, 4, 4), 5, wide=1),
-    "wide-images-per-program": Row((5, 7, 3, 7), 17, "relu", keep=True, wide=2, images=2),
+    "products": Row((2, 8, 3, 5), 5, resident=False),
+    "products-one-of-everything": Row((1, 1, 1, 1), 1, resident=False),
+    "products-no-gate": Row((3, 7, 2, 3), 4, "relu6", gate=False, keep=True, resident=False),
+    "products-tiled": Row((3, 40, 5, 5), 70, keep=True, resident=False, small=True),
 }
-KERNELS = {"keep", "tiled-no-gate", "images-per-program", "wide-images-per-program"}
+KERNELS = {"relu", "tiled", "tiled-no-gate", "products-tiled"}
 
 
 def rows(names=None):
@@ -52,20 +46,9 @@ def rows(names=None):
 
 
 def shrunk(monkeypatch, row):
-    if row.wide is not None:
-        sweep, wide = (import_module(f"fastmbconv.kernels.project_{name}") for name in ("sweep", "wide"))
-        sizes = dict(BM=16, BO=16, BC=16, TILES=row.wide)
-        monkeypatch.setattr(sweep, "takes", lambda *args: True)
-        monkeypatch.setattr(sweep, "wide_tiles", lambda pixels, out, channels, dtype: sizes)
-        monkeypatch.setattr(wide, "group_of", lambda *args: row.images or 16)
+    monkeypatch.setattr(project_backward, "form_tiles", lambda *shape: dict(RESIDENT=int(row.resident)))
     if row.small:
-        shrink(monkeypatch, BM=16, BK=16, BO=16, BC=16)
-        module = import_module("fastmbconv.kernels.project_sweep")
-        if hasattr(module, "pow2"):
-            monkeypatch.setattr(module, "pow2", lambda size, low, high: low)
-    if row.images is not None:
-        module = import_module("fastmbconv.kernels.project_sweep")
-        monkeypatch.setattr(module, "groups", lambda *args, **kwargs: row.images)
+        shrink(monkeypatch, BM=16, BO=16, BC=16)
 
 
 def arguments(row, dtype, device):
@@ -74,7 +57,7 @@ def arguments(row, dtype, device):
     return dict(
         dy=normal(n, row.out, h, w, dtype=dtype, device=device),
         u3=normal(n, row.out, h, w, dtype=dtype, device=device),
-        coef=normal(3, row.out, dtype=wide, device=device),
+        coef=normal(4, row.out, dtype=wide, device=device),
         keep=(torch.arange(n, device=device) % 2 * 2).to(wide) if row.keep else None,
         weight=normal(row.out, c, 1, 1, dtype=dtype, device=device),
         u2=normal(*row.image, dtype=dtype, device=device),
@@ -87,9 +70,9 @@ def plain(given, activation):
     """The definition, one product after the other."""
     dy, u3, coef, keep, weight, u2, norm, gate = given.values()
     kind, wide = u2.dtype, norm.dtype
-    p, q, r = coef[..., None, None]
+    p, q, r, mean = coef[..., None, None]
     kept = dy.to(wide) if keep is None else dy.to(wide) * keep[:, None, None, None]
-    du3 = (p * kept + q * u3.to(wide) + r).to(kind)
+    du3 = (p * kept + q * (u3.to(wide) - mean) + r).to(kind)
     v = (u2.to(wide) * norm[2, :, None, None] + norm[3, :, None, None]).requires_grad_()
     a = reference.ACTIVATIONS[activation](v)
     xhat = (u2.to(wide) - norm[0, :, None, None]) * norm[1, :, None, None]
@@ -99,40 +82,71 @@ def plain(given, activation):
     da = F.conv_transpose2d(du3, weight).to(wide)
     sums = [da * slope, da * slope_xhat]
     if gate is not None:
-        sums += [da * a, slope.to(wide), slope_xhat.to(wide)]
+        sums.append(da * a)
     sums = torch.stack([s.sum((2, 3)) for s in sums], 1)
-    return {"sums": sums, "dw": torch.nn.grad.conv2d_weight(gated, weight.shape, du3)}
+    return {"sums": sums, "da": da.to(kind), "dw": torch.nn.grad.conv2d_weight(gated, weight.shape, du3)}
 
 
 def assert_row(row, dtype, device):
     given = arguments(row, dtype, device)
-    images = {"dy", "u3", "u2"}
-    sums, dw = project_sweep(**{k: nhwc(v) if k in images else v for k, v in given.items()}, activation=row.activation)
     theirs = plain(given, row.activation)
     truth = plain({k: None if v is None else v.double() for k, v in given.items()}, row.activation)
-    whole = torch.cat((sums[:, :, :3].sum(0), sums[0, :, 3:]), 1)  # rows 3 and 4 don't depend on the outputs
-    for i in range(whole.shape[1]):
-        assert_parity(f"sum {i}", whole[:, i], theirs["sums"][:, i], truth["sums"][:, i])
+    dy, u3, u2 = (nhwc(given[k]) for k in ("dy", "u3", "u2"))
+    weight, norm, gate = given["weight"], given["norm"], given["gate"]
+    du3 = batch_norm.bn_act_bwd(dy, u3, None, given["coef"], given["keep"], "none")
+    assert project_backward.is_resident(u2, weight) == row.resident
+    da3 = None if row.resident else project_backward.multiply_weight(du3, weight)
+    sums = project_backward.project_bwd_sums(da3, du3, weight, u2, norm, gate, row.activation).sum(0)
+    for i in range(sums.shape[1]):
+        assert_parity(f"sum {i}", sums[:, i], theirs["sums"][:, i], truth["sums"][:, i])
+    coef2, offset = normal(4, u2.shape[3], dtype=norm.dtype, device=device), None
+    if row.gate:
+        offset = normal(*gate.shape, dtype=norm.dtype, device=device)
+    rest = (weight, u2, norm, coef2, gate, offset, row.activation)
+    none, nothing = project_backward.project_bwd_data(None if da3 is None else da3.clone(), du3, *rest, False)
+    du2, dw = project_backward.project_bwd_data(da3, du3, *rest, True)
+    assert nothing is None and torch.equal(none, du2)
     assert_parity("dw", dw, theirs["dw"], truth["dw"])
+    wide = [None if t is None else t.double() for t in (coef2, gate, offset)]
+    assert_parity("du2", nchw(du2), *(data(given, made["da"], *wide, row.activation) for made in (theirs, truth)))
+
+
+def data(given, da, coef, gate, offset, activation):
+    """du2 by its definition, from da3 [N, C, H, W] as it was stored."""
+    u2, norm = given["u2"].double(), given["norm"].double()
+    v = (u2 * norm[2, :, None, None] + norm[3, :, None, None]).requires_grad_()
+    slope = torch.autograd.grad(reference.ACTIVATIONS[activation](v).sum(), v)[0]
+    p, q, r, mean = coef[..., None, None]
+    da = da.double() if gate is None else da.double() * gate[..., None, None] + offset[..., None, None]
+    return (p * da * slope + q * (u2 - mean) + r).to(da.dtype)
 
 
 @pytest.mark.parametrize("row", rows())
-def test_sums_and_weight_gradient(row, device, monkeypatch):
+def test_sums_and_gradients(row, device, monkeypatch):
     shrunk(monkeypatch, row)
     assert_row(row, PRECISE, device)
 
 
-@pytest.mark.parametrize("name", ["tiled", "wide-one-part"])
+@pytest.mark.parametrize("name", ["tiled", "products-tiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_narrow_types(dtype, name, device, monkeypatch):
     shrunk(monkeypatch, ROWS[name])
     assert_row(ROWS[name], dtype, device)
 
 
+def test_large_images_of_few_outputs_keep_the_weight(device):
+    def resident(size, out, dtype=torch.bfloat16):
+        u2 = torch.empty(1, size, size, 8, dtype=dtype, device=device)
+        return project_backward.is_resident(u2, torch.empty(out, 8, 1, 1, device=device))
+
+    assert resident(23, 64) and not resident(22, 64) and not resident(23, 65)
+
+
 PROJECT = {
     "gate": Row((2, 7, 2, 3), 4),
     "no-gate": Row((2, 7, 2, 3), 4, gate=False),
-    "tiled": Row((3, 20, 3, 3), 17, keep=True, small=True),
+    "tiled": Row((3, 20, 3, 6), 17, keep=True, small=True),
+    "products": Row((3, 20, 3, 6), 17, keep=True, small=True, resident=False),
 }
 
 
@@ -159,17 +173,22 @@ def test_backward_to_the_depthwise_output(row, batch, device, monkeypatch):
     r = F.conv2d(pooled, excite[0], excite[1])
     gate = torch.sigmoid(F.conv2d(F.silu(r), excite[2], excite[3]))
     gated = a * gate if row.gate else a
-    p, q, o = given["coef"].double()[..., None, None]
+    p, q, o, centre = given["coef"].double()[..., None, None]
     kept = given["dy"].double() * (1 if row.keep is False else given["keep"].double()[:, None, None, None])
-    F.conv2d(gated, weight).backward(p * kept + q * given["u3"].double() + o)
+    F.conv2d(gated, weight).backward(p * kept + q * (given["u3"].double() - centre) + o)
 
     rstd = (var + 1e-3).rsqrt()
     norm = torch.stack((mean, rstd, slope * rstd, bias - mean * slope * rstd)).to(wide)
+    v = (x.detach() * norm[2, :, None, None] + norm[3, :, None, None]).requires_grad_()
+    act_slope = torch.autograd.grad(F.silu(v).sum(), v)[0]
+    xhat = (x.detach() - mean[:, None, None]) * rstd[:, None, None]
+    act_sums = torch.stack([t.sum((2, 3)) for t in (act_slope, act_slope * xhat)], 1)
     se = [t.detach().to(wide).flatten(1) for t in (gate, pooled, r)] if row.gate else [None] * 3
+    se.insert(1, act_sums.to(wide) if row.gate else None)
     halves = [reduce_w.to(PRECISE), expand_w.to(PRECISE)] if row.gate else [None] * 2
     du2, dw, grads, *d_excite = ops.project_bwd(
         nhwc(given["dy"]), nhwc(given["u3"]), given["coef"], given["keep"], given["weight"], nhwc(given["u2"]), norm,
-        *se, *halves, "silu", "silu", batch,
+        *se, *halves, "silu", "silu", batch, True,
     )  # fmt: skip
     ours = [du2.permute(0, 3, 1, 2), dw, grads[0], grads[1]] + (d_excite if row.gate else [])
     names = ("du2", "dw", "dslope", "dbias", "reduce_weight", "reduce_bias", "expand_weight", "expand_bias")
