@@ -3,14 +3,14 @@
 MODELS is the one table of loops, for `benchmarks.static` and `benchmarks.simulate`. A kernel has a function there, from
 the launch's arguments by name, its constexprs and "grid" among them, to its elements (0 for a kernel of vectors) and to
 its loops in the source's order, with their trips: `_one(Loop(trips, inner))`, or a Path with its share of the programs
-for each side of a branch on the program's number. `fixed` is a loop over
-constexprs alone, which the compiler may unroll; `guarded` the share of a loop's rounds that run an `if` in it. Loops of
-tl.static_range are none. Where a figure is missing, or the simulator says `fits: no`, loops and code did not match.
+for each side of a branch on the program's number. `fixed` is a loop over constexprs alone, which the compiler may
+unroll; `guarded` the share of a loop's rounds that run an `if` in it. Loops of tl.static_range are none. Where a figure
+is missing, or the simulator says `fits: no`, loops and code did not match.
 
 `per_element` is what all threads of a launch issue, idle lanes and rows, prologue and epilogue included, over the
 elements of the launch's own work: outputs of a forward convolution, inputs of a depthwise backward, elements of u2 for
-the projection's backward, of dv1 for the expansion's, and elements read for pool, Gram matrix
-and BatchNorm's passes. `in_loop` leaves all but the walk's loop out: what the image's size can't change.
+the projection's backward, of dv1 for the expansion's, and elements read for pool, Gram matrix and BatchNorm's passes.
+`in_loop` leaves all but the walk's loop out: what the image's size can't change.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def _pointwise_pool(a: Arguments) -> tuple[int, tuple[Path, ...]]:
 
 
 def _expand_pass(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    slice_ = min(a["BLOCKS"] * a["BE"], a["CE"] - a["FIRST"])
-    return a["M"] * slice_, _one(Loop(a["TILES"]))
+    channels = min(a["BLOCKS"] * a["BE"], a["CE"] - a["FIRST"])  # of this launch's slice
+    return a["M"] * channels, _one(Loop(a["TILES"]))
 
 
 def _gram(a: Arguments) -> tuple[int, tuple[Path, ...]]:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass
-from math import prod, sqrt
+from math import prod
 from pathlib import Path
 
 if __name__ == "__main__":  # as in benchmarks/traffic.py
     os.environ.pop("TRITON_INTERPRET", None)
 
 from benchmarks.registry import BATCHES
+from benchmarks.simulator.assumed import count_flops
 from benchmarks.traffic import DTYPE, Row, moved, rows_of
 from fastmbconv.kernels.traffic import Launch
 
@@ -93,7 +94,7 @@ def work(launch: Launch) -> Work:
     if launch.kernel == "bn_act_bwd":
         return Work(size, 0, first * AFFINE)
     if launch.kernel == "mm":
-        return Work(size, 2 * prod(out) * sqrt(first * prod(shapes[1]) / prod(out)))
+        return Work(size, count_flops(launch))
     if launch.kernel == "expand_pass":
         expanded = launch.reads[0].size / (prod(shapes[0][:3]) * launch.reads[0].dtype.itemsize)  # of a slice
         pixels = prod(out[:3])
@@ -173,8 +174,8 @@ counts: `benchmarks/roofline.py`.
 Microseconds of one block, forward and backward, bf16. *eager*: the bytes of its activations; *bytes*, *issue*,
 *tensor*: what each ceiling alone asks of the fused block; *floor*: every launch at the slowest of its three; *gain*:
 eager's floor over fused's. It is the floor of these kernels at these tile sizes, not of every design: where *issue* is
-the largest, fewer instructions help and fewer bytes don't. Instructions per element are static counts for sm_90 (of the
-expand backward an estimate), used for sm_80 as well. Those of the matrix products grow with their tiles of 64 columns.
+the largest, fewer instructions help and fewer bytes don't. Instructions per element are static counts for sm_90, used
+for sm_80 as well. Those of the matrix products grow with their tiles of 64 columns.
 """
 
 

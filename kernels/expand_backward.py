@@ -26,7 +26,7 @@ from .math import INTERPRETED, dot, stored
 from .tables import processors
 from .tables import tiles as chosen
 from .traffic import state, summed
-from .tuning import MIN_DOT, cdiv, numeric, pow2
+from .tuning import MIN_DOT, cdiv, multiplies_fast, numeric, pow2
 
 FEW_CHANNELS = 64  # inputs: with more, We and dWe do not fit beside the pixels
 ACCUMULATORS = 128 * 64  # of dWe, in registers of one program
@@ -104,8 +104,7 @@ def _expand_pass_kernel(
 
 def form_tiles(rows: int, channels: int, expanded: int, dtype: torch.dtype) -> dict[str, int]:
     """RESIDENT 1: We in shared memory; 0: products by the library, as for float32, which has no fast one of ours."""
-    narrow = INTERPRETED or dtype in (torch.float16, torch.bfloat16)
-    return dict(RESIDENT=int(bool(narrow) and channels <= FEW_CHANNELS))
+    return dict(RESIDENT=int(multiplies_fast(dtype) and channels <= FEW_CHANNELS))
 
 
 def pass_tiles(rows: int, channels: int, expanded: int) -> dict[str, int]:

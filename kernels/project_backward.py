@@ -27,7 +27,7 @@ from .running import load_norm
 from .tables import parts_of_image
 from .tables import tiles as chosen
 from .traffic import state, summed
-from .tuning import MIN_DOT, cdiv, numeric, pow2
+from .tuning import MIN_DOT, cdiv, multiplies_fast, numeric, pow2
 
 LARGE_IMAGE = 512  # pixels: below it the parts of dWp, one an image, weigh more than the passes that they save
 FEW_OUTPUTS = 64  # more do not fit the registers beside the rest
@@ -213,8 +213,7 @@ def _project_bwd_data_kernel(
 
 def form_tiles(pixels: int, out: int, channels: int, dtype: torch.dtype) -> dict[str, int]:
     """RESIDENT 1: Wp in shared memory; 0: products by the library, as for float32, which has no fast one of ours."""
-    narrow = INTERPRETED or dtype in (torch.float16, torch.bfloat16)
-    return dict(RESIDENT=int(bool(narrow) and pixels >= LARGE_IMAGE and out <= FEW_OUTPUTS))
+    return dict(RESIDENT=int(multiplies_fast(dtype) and pixels >= LARGE_IMAGE and out <= FEW_OUTPUTS))
 
 
 def project_tiles(pixels: int, out: int, channels: int, resident: int) -> dict[str, int]:

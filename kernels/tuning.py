@@ -141,6 +141,11 @@ def channel_block(channels: int) -> int:
     return pow2(channels, MIN_DOT, 64 if wide * 7 <= channels * 8 else 32)
 
 
+def multiplies_fast(dtype: torch.dtype) -> bool:
+    """Whether products of ours run on tensor cores and give up no digits; interpreted, it makes no difference."""
+    return bool(INTERPRETED) or dtype in (torch.float16, torch.bfloat16)
+
+
 def walks_expansion(kernel_size: int, channels: int, dtype: torch.dtype) -> bool:
     """Whether the walk computes the expansion of so many input channels itself without running out of registers."""
     return kernel_size == 3 and (bool(INTERPRETED) or (channels <= 64 and dtype in (torch.float16, torch.bfloat16)))
