@@ -9,7 +9,7 @@ is missing, or the simulator says `fits: no`, loops and code did not match.
 
 `per_element` is what all threads of a launch issue, idle lanes and rows, prologue and epilogue included, over the
 elements of the launch's own work: outputs of a forward convolution, inputs of a depthwise backward, elements of u2 for
-the projection's backward, of dv1 for the expansion's, and elements read for pool, Gram matrix and BatchNorm's passes.
+the projection's backward, of dv1 for the expansion's, and elements read for pool and BatchNorm's passes.
 `in_loop` leaves all but the walk's loop out: what the image's size can't change.
 """
 
@@ -71,13 +71,7 @@ def _pointwise_pool(a: Arguments) -> tuple[int, tuple[Path, ...]]:
 
 
 def _expand_pass(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    channels = min(a["BLOCKS"] * a["BE"], a["CE"] - a["FIRST"])  # of this launch's slice
-    return a["M"] * channels, _one(Loop(a["TILES"]))
-
-
-def _gram(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    samples = Loop(ceil(a["SAMPLES"] / a["BS"]), fixed=True)
-    return a["M"] * a["C"], _one(samples, Loop(samples.trips, fixed=True), Loop(a["TILES"]))
+    return a["M"] * a["CE"], _one(*[Loop(a["TILES"])] * ceil(a["CE"] / a["SLICE"]))
 
 
 def _pool(a: Arguments) -> tuple[int, tuple[Path, ...]]:
@@ -115,10 +109,6 @@ def _excite_wgrad(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     return 0, _one(_over(a, "N", "BN"))
 
 
-def _gram_moments(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    return 0, _one(replace(_over(a, "CI", "BC", fixed=True), inner=(_over(a, "CI", "BC", fixed=True),)))
-
-
 def _straight(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     return 0, _one()
 
@@ -141,7 +131,6 @@ MODELS: dict[str, Model] = {
     "_project_bwd_data_kernel": _project_bwd,
     "_pointwise_pool_kernel": _pointwise_pool,
     "_expand_pass_kernel": _expand_pass,
-    "_gram_kernel": _gram,
     "_pool_kernel": _pool,
     "_moments_kernel": _rows,
     "_bn_act_fwd_kernel": _rows,
@@ -154,7 +143,6 @@ MODELS: dict[str, Model] = {
     "_excite_fwd_kernel": _excite_fwd,
     "_excite_bwd_kernel": _excite_bwd,
     "_excite_wgrad_kernel": _excite_wgrad,
-    "_gram_moments_kernel": _gram_moments,
 }
 
 # A stride-1 walk in bf16 on sm_90 with BatchNorm, SiLU and sums issues no more in its loop, per element that a round

@@ -82,10 +82,13 @@ def work(launch: Launch) -> Work:
         return Work(size, 0, prod(out) * WALK_BACKWARD[_walk(shapes[2], out, shapes[0])])
     if launch.kernel in ("pool", "bn_act_fwd", "bn_act_bwd_reduce"):
         return Work(size, 0, first * {"pool": POOL, "bn_act_fwd": OUTPUT}.get(launch.kernel, REDUCE))
-    if launch.kernel == "pointwise_fwd":
+    if launch.kernel in ("pointwise_fwd", "pointwise_moments"):
         load = LOAD_ACTIVATED if (4, shapes[0][3]) in shapes else LOAD_PLAIN
-        store = STORE_MOMENTS if len(launch.writes) == 2 else STORE_PLAIN
-        return Work(size, 2 * first * out[3], first * load * _tiles(out[3]) + prod(out) * store)
+        channels = shapes[1][0]
+        outputs = first // shapes[0][3] * channels
+        moments = launch.kernel == "pointwise_moments" or len(launch.writes) == 2
+        store = STORE_MOMENTS if moments else STORE_PLAIN
+        return Work(size, 2 * first * channels, first * load * _tiles(channels) + outputs * store)
     if launch.kernel in ("project_bwd_sums", "project_bwd_data"):
         inputs, data = max(shapes, key=prod), launch.kernel == "project_bwd_data"  # u2
         resident = len(shapes[1]) == 4 and shapes[1][2:] == (1, 1)  # du3 and the weight in place of da3
@@ -96,9 +99,7 @@ def work(launch: Launch) -> Work:
     if launch.kernel == "mm":
         return Work(size, count_flops(launch))
     if launch.kernel == "expand_pass":
-        expanded = launch.reads[0].size / (prod(shapes[0][:3]) * launch.reads[0].dtype.itemsize)  # of a slice
-        pixels = prod(out[:3])
-        return Work(size, 3 * 2 * pixels * expanded * out[3], pixels * expanded * EXPAND)
+        return Work(size, 3 * 2 * first * out[3], first * EXPAND)
     return Work(size)
 
 

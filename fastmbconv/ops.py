@@ -22,7 +22,6 @@ from fastmbconv.kernels import (
     batch_norm,
     depthwise,
     expand_backward,
-    expand_statistics,
     moments,
     project_backward,
     squeeze_excite,
@@ -168,10 +167,10 @@ def expand_norm(
     update: bool,
     group: str | None = None,
 ) -> Tensor:
-    """norm: the BatchNorm of the 1x1 convolution of x, whose output is not computed."""
-    moments = expand_statistics.expand_statistics(x, weight) if batch_statistics else None
+    """norm: the BatchNorm of the 1x1 convolution of x, whose output is not kept."""
+    partials = pointwise_kernels.pointwise_moments(x, weight) if batch_statistics else None
     return _bn_norm(
-        moments, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, eps, momentum, update, group,
+        partials, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, eps, momentum, update, group,
         x.dtype, weight.shape[0],
     )  # fmt: skip
 

@@ -50,7 +50,6 @@ class Sizes:
             for size in (h, w)
         )
         hidden, out = block.depthwise_weight.shape[0], block.project_weight.shape[0]
-        blocks = -(-hidden // 64)
         return cls(
             x=n * c * h * w,
             u1=n * hidden * h * w,
@@ -64,7 +63,7 @@ class Sizes:
             and c <= (128 if block.stride == 1 else 64)
             and n >= 16,
             project_resident=keeps_project_weight(out_h * out_w, out),
-            expand_slices=0 if c > 64 else 1 if c <= 16 else -(-blocks * (32 if c <= 32 else 64) // 128),
+            expand_slices=0 if c > 64 else -(-hidden // (512 if c <= 16 else 256 if c <= 32 else 128)),
         )
 
 

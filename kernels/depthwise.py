@@ -235,6 +235,8 @@ def _depthwise_bwd_kernel(
     for s in tl.static_range(S):
         x_ahead = x_ahead + load_column(p_x, s, h0, m_x, H, W, CX, R)
     for t0 in range(0, (W + S - 1) // S, COLUMNS):
+        b_db_round = tl.zeros((NB, BC), ACC)  # a row's sum in one go loses digits
+        b_dg_round = tl.zeros((NB, BC), ACC)
         for step in tl.static_range(COLUMNS):
             t = t0 + step
             wo = t + LEFT + COLUMNS - 1
@@ -275,12 +277,14 @@ def _depthwise_bwd_kernel(
                         b_dw = taps
                         if HAS_NORM:
                             b_da = b_da * b_g
-                            b_db += b_da
-                            b_dg += b_da * (b_u * b_rstd[None, :] + b_nmr[None, :])
+                            b_db_round += b_da
+                            b_dg_round += b_da * (b_u * b_rstd[None, :] + b_nmr[None, :])
                         o = o_u + ((h0 + r) * W + wi) * C
                         if HAS_RESIDUAL:
                             b_da += tl.load(residual_ptr + o, mask=m, other=0.0).to(ACC)
                         tl.store(dx_ptr + o, stored(b_da, dx_ptr.dtype.element_ty), mask=m)
+        b_db += b_db_round
+        b_dg += b_dg_round
     p_dw = dw_ptr + tl.program_id(1).to(tl.int64) * C * (K * K) + o_c * (K * K)
     for i in tl.static_range(K * K):
         tl.store(p_dw + i, tl.sum(b_dw[i], 0), mask=m_c)

@@ -80,11 +80,13 @@ def _pointwise_fwd_kernel(
             b_w = tl.load(w_ptr + o_o[None, :] * CI + o_k[:, None], mask=m_w, other=0.0)  # [BK, BO]
             acc = dot(b_x, b_w, acc, DTYPE, PRECISION)
         m = m_m[:, None] & m_o[None, :]
-        b_u = stored(acc, DTYPE)
-        tl.store(u_ptr + o_m[:, None].to(tl.int64) * CO + o_o[None, :], b_u, mask=m)
+        b_u = acc
+        if u_ptr is not None:
+            b_stored = stored(acc, DTYPE)
+            tl.store(u_ptr + o_m[:, None].to(tl.int64) * CO + o_o[None, :], b_stored, mask=m)
+            b_u = b_stored.to(ACC)  # what is normalised later, rounded as stored
         if HAS_MOMENTS:
-            # Sums about the first tile's mean stay in their lanes to the end; of what is normalised, rounded as stored.
-            b_u = b_u.to(ACC)
+            # Sums about the first tile's mean stay in their lanes to the end.
             if tile == 0:
                 b_rows = tl.sum(tl.where(m_m, 1.0, 0.0).to(ACC), 0)
                 pivot = (tl.sum(tl.where(m, b_u, 0.0), 0) / b_rows)[None, :]
@@ -98,15 +100,20 @@ def _pointwise_fwd_kernel(
         store_moments(partials_ptr, group, count, tl.sum(pivot, 0) + delta, m2, o_o, m_o, CO)
 
 
-def pointwise_fwd(
-    x: Tensor, weight: Tensor, norm: Tensor | None, gate: Tensor | None, activation: str, moments: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(u [N, H, W, O], partial moments [P, 3, O] if asked) of x [N, H, W, I] and weight [O, I, 1, 1]."""
+def _launch(
+    launcher: str,
+    x: Tensor,
+    weight: Tensor,
+    norm: Tensor | None,
+    gate: Tensor | None,
+    u: Tensor | None,
+    activation: str,
+    moments: bool,
+) -> Tensor | None:
     n, h, w, channels = x.shape
     out, rows = weight.shape[0], n * h * w
-    u = torch.empty(n, h, w, out, dtype=x.dtype, device=x.device)
     traits = dict(activation=activation, norm=norm is not None, gate=gate is not None, moments=moments)
-    tiles = chosen("pointwise_fwd", x, matmul_tiles, (rows, channels, out), **traits)
+    tiles = chosen(launcher, x, matmul_tiles, (rows, channels, out), **traits)
     columns = cdiv(out, tiles["BO"])
     per_program = groups(cdiv(rows, tiles["BM"]), columns) if moments else 1
     programs = cdiv(rows, tiles["BM"] * per_program)
@@ -131,5 +138,20 @@ def pointwise_fwd(
         **numeric(x.dtype),
         **tiles,
     )
-    state("pointwise_fwd", (x, weight, norm, gate), (u, partials))
-    return u, partials
+    state(launcher, (x, weight, norm, gate), (u, partials))
+    return partials
+
+
+def pointwise_fwd(
+    x: Tensor, weight: Tensor, norm: Tensor | None, gate: Tensor | None, activation: str, moments: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(u [N, H, W, O], partial moments [P, 3, O] if asked) of x [N, H, W, I] and weight [O, I, 1, 1]."""
+    u = torch.empty(*x.shape[:3], weight.shape[0], dtype=x.dtype, device=x.device)
+    return u, _launch("pointwise_fwd", x, weight, norm, gate, u, activation, moments)
+
+
+def pointwise_moments(x: Tensor, weight: Tensor) -> Tensor:
+    """Partial moments [P, 3, O] of an output that is not kept: before rounding, as a walk computes it again."""
+    partials = _launch("pointwise_moments", x, weight, norm=None, gate=None, u=None, activation="none", moments=True)
+    assert partials is not None
+    return partials

@@ -75,10 +75,11 @@ SPACE: dict[str, dict[str, Choice]] = {
     "expand_pass": dict(
         BM=Choice((16, 32, 64, 128), "rows"),
         BE=Choice((16, 32, 64), "expanded"),
-        BLOCKS=Choice((1, 2, 3, 4, 6)),
+        SLICE=Choice((64, 128, 256, 512), "expanded"),
         STAGES=_STAGES,
         num_warps=_WARPS,
     ),
+    "pointwise_moments": _POINTWISE,
     "depthwise_inference": _WALK,
     "pointwise_inference": _POINTWISE,
     "pointwise_pool": _POINTWISE,

@@ -139,7 +139,7 @@ class Drop(nn.Module):
 
 
 def shrink(monkeypatch, group=None, **tiles):
-    """Force tile sizes (NB, BC, R, SPAN, BM, BK, BO, BE) and row tiles per program: many programs for a tiny image."""
+    """Force tile sizes (NB, BC, R, SPAN, BM, BK, BO, BE, SLICE) and row tiles a program: many, for a tiny image."""
 
     def smaller(function):
         def wrapped(*args, **kwargs):

@@ -22,7 +22,7 @@ class Row(NamedTuple):
     residual: bool = False
     resident: bool = True  # the weight in shared memory; else products by the library
     small: bool = False  # tiles of 16
-    blocks: int = 3  # of expanded channels a slice
+    slice: int = 1024  # expanded channels
     kept: bool = True  # u1 is there
     values: str = "normal"  # how x is drawn
 
@@ -35,8 +35,9 @@ ROWS = {
     "tiled": Row((3, 20, 3, 5), 40, residual=True, small=True),
     "tiled-exactly": Row((2, 16, 4, 4), 32, small=True),
     "tiled-frozen": Row((3, 20, 3, 5), 17, batch=False, small=True),
-    "slices": Row((3, 20, 3, 5), 40, residual=True, small=True, blocks=1),
-    "slices-frozen": Row((3, 20, 3, 5), 56, batch=False, small=True, blocks=2),
+    "slices": Row((3, 20, 3, 5), 40, residual=True, small=True, slice=16),
+    "slices-of-blocks": Row((3, 20, 3, 5), 104, residual=True, slice=64),
+    "slices-frozen": Row((3, 20, 3, 5), 56, batch=False, small=True, slice=32),
     "products": Row((3, 20, 3, 5), 40, residual=True, resident=False, small=True),
     "products-frozen": Row((2, 4, 3, 5), 24, batch=False, resident=False),
     "products-lean": Row((2, 4, 3, 5), 24, resident=False, kept=False),
@@ -59,8 +60,7 @@ def rows(names=None):
 
 def shrunk(monkeypatch, row):
     monkeypatch.setattr(expand_backward, "form_tiles", lambda *shape: dict(RESIDENT=int(row.resident)))
-    if row.small:
-        shrink(monkeypatch, BM=16, BE=16, BC=16, BLOCKS=row.blocks)
+    shrink(monkeypatch, SLICE=row.slice, **(dict(BM=16, BE=16, BC=16) if row.small else {}))
 
 
 def drawn(row, dtype, device):
@@ -133,6 +133,16 @@ def test_narrow_types(row, dtype, device, monkeypatch):
 def test_values_far_from_each_other(row, device, monkeypatch):
     shrunk(monkeypatch, row)
     assert_row(row, torch.float32, device)
+
+
+def test_what_lies_behind_the_last_pixel_adds_nothing(device):
+    """There u1 is 0 and its distance from a mean of 100 large: 1e5 is infinite in fp16."""
+    x = torch.full((1, 1, 3, 16), 100.0, dtype=torch.float16, device=device)  # of a tile of 16 pixels
+    weight = torch.eye(16, dtype=torch.float16, device=device)[..., None, None]
+    p, q, r, mean = torch.zeros(4, 16, device=device)
+    coef = torch.stack((p, q + 1e3, r, mean + 100))
+    dx, dw = ops.expand_bwd(torch.zeros_like(x), x, x, weight, coef, None, True)
+    assert not dx.any() and not dw.any()
 
 
 def fixed(images):

@@ -160,14 +160,19 @@ FAR = {
 }
 
 
-@pytest.mark.parametrize("resident", [False, True], ids=["products", "resident"])
+@pytest.mark.parametrize(
+    "kernel_size, resident, memory",
+    [(3, False, "fast"), (3, True, "fast"), (3, False, "lean"), (5, True, "lean")],
+    ids=["products", "resident", "lean-k3", "lean-k5"],
+)
 @pytest.mark.parametrize("move", FAR.values(), ids=FAR)
-def test_values_far_from_the_others_keep_their_digits(move, resident, device, monkeypatch):
+def test_values_far_from_the_others_keep_their_digits(move, kernel_size, resident, memory, device, monkeypatch):
     """Of every gradient and statistic: sums about one pivot lost them."""
     torch.manual_seed(1)
-    row = Row(block(8, expand_ratio=4), (4, 8, 6, 6), resident=resident)
+    row = Row(block(8, kernel_size, expand_ratio=4), (4, 8, 6, 6), resident=resident)
     forced(monkeypatch, row)
     module, x, dy = build(row, torch.float32, device)
+    module.memory = memory
     move(x)
     assert_module_parity(module, x, dy)
 
@@ -186,7 +191,7 @@ LEAN = ["residual", "no-expansion", "k3-strided", "k5-same-even", "lite", "one-i
 
 @pytest.mark.parametrize("row", [pytest.param(ROWS[name], id=name) for name in LEAN])
 def test_lean_parity(row, device, monkeypatch):
-    """k3: the expanded tensor computed inside the depthwise kernels, statistics from x's Gram matrix; k5: once more."""
+    """k3: the expanded tensor computed inside the depthwise kernels, and once for its statistics; k5: once more."""
     forced(monkeypatch, row)
     module, x, dy = build(row, PRECISE, device)
     module.memory = "lean"

@@ -21,6 +21,7 @@ from fastmbconv import ops, reference
 from fastmbconv.kernels import pointwise, project_backward, squeeze_excite
 
 SMALL = dict(BM=16, BK=16, BO=16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 class Row(NamedTuple):
@@ -103,6 +104,20 @@ def test_forward_and_moments(row, device, monkeypatch):
 def test_narrow_types(dtype, device, monkeypatch):
     shrink(monkeypatch, 2, **SMALL)
     assert_forward(ROWS["tiled"], dtype, device)
+
+
+@pytest.mark.parametrize("dtype", [PRECISE, *HALVES])
+@pytest.mark.parametrize("row", rows(["plain", "one-pixel", "tiled-exactly", "more-tiles-per-program-than-tiles"]))
+def test_statistics_of_an_output_that_is_not_kept(row, dtype, device, monkeypatch):
+    """They are those of the walk that computes it again, before rounding: of half precision to fp32's digits."""
+    shrink(monkeypatch, row.group, **row.tiles)
+    given = arguments(row, dtype, device)
+    x, weight = given["x"], given["weight"]
+    wide = torch.float32 if dtype in HALF else dtype
+    theirs, truth = (eager_forward(x.to(to), weight.to(to), None, None, "none") for to in (wide, torch.float64))
+    norm = ops.expand_norm(nhwc(x), weight, None, None, None, None, None, 1e-3, 0.1, True, False)
+    for name, value in {"mean": norm[0], "rstd": norm[1]}.items():
+        assert_parity(name, value, theirs[name], truth[name])
 
 
 def test_statistics_of_a_large_mean_do_not_cancel(device, monkeypatch):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
@@ -39,8 +40,8 @@ REGISTERS, WARPS, PROGRAMS, SHARED, SHARED_RESERVED = 65536, 64, 32, 233472, 102
 class Work:
     """One launch of a block, `count` of which the model has.
 
-    `special`: what to compile, None for a launch of torch's. `tensors`: bytes by argument. `stated`: what the launcher
-    says that it moves.
+    `special`: what to compile, None for a launch of torch's. `tensors`: bytes by argument, as often as the launcher
+    says that they come from memory. `stated`: what it says that it moves.
     """
 
     shape: str
@@ -100,13 +101,15 @@ def collect(shape: Shape, phases: tuple[str, ...], memory: Memory = "fast") -> l
     def run(phase: str, step: Callable[[], Any]) -> Any:
         """What `step` launches, each launch with what its launcher states of it right after."""
         mine: list[tuple[int, Work]] = []
+        given: dict[int, dict[str, torch.Tensor]] = {}
 
         def keep(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             special = Specialised.of(shape.name, kernel, args, dict(kwargs), ARCH)
-            given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-            tensors = {k: v.nbytes for k, v in given.items() if isinstance(v, torch.Tensor)}
+            arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+            tensors = {k: v.nbytes for k, v in arguments.items() if isinstance(v, torch.Tensor)}
             rest = (tuple(kwargs["grid"]), special.arguments, tensors)
             one = Work(shape.name, shape.count, phase, kernel.__name__, 0, None, special, *rest)
+            given[len(stated)] = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor)}
             mine.append((len(stated), one))
 
         with caught(keep), recorded() as stated:
@@ -115,6 +118,7 @@ def collect(shape: Shape, phases: tuple[str, ...], memory: Memory = "fast") -> l
         for index, launch in enumerate(stated):
             work = of_ours.pop(index, None) or Work(shape.name, shape.count, phase, f"torch_{launch.kernel}", 0)
             work.launch, work.stated = launch, moved(launch)
+            _repeat(work.tensors, launch, given.get(index, {}))
             if phase in phases:
                 found.append(work)
         # A launcher may start two kernels and state once: the first of them has no bytes of its own.
@@ -134,6 +138,15 @@ def collect(shape: Shape, phases: tuple[str, ...], memory: Memory = "fast") -> l
         with torch.no_grad():
             run("inference", forward)
     return found
+
+
+def _repeat(tensors: dict[str, int], launch: Launch, given: dict[str, torch.Tensor]) -> None:
+    """Count tensors as often as the launcher states them; those of one shape, which it does not tell apart, alike."""
+    often = Counter((m.shape, m.dtype) for m in (*launch.reads, *launch.writes))
+    alike = Counter((tuple(v.shape), v.dtype) for v in given.values())
+    for name, tensor in given.items():
+        kind = (tuple(tensor.shape), tensor.dtype)
+        tensors[name] = int(tensor.nbytes * max(1.0, often[kind] / alike[kind]))
 
 
 def compile_special(special: Specialised) -> Compiled:
