@@ -53,7 +53,7 @@ LOAD_PLAIN, LOAD_ACTIVATED, STORE_PLAIN, STORE_MOMENTS = 6, 17, 8, 20  # 1x1 con
 # Behind the projection, per element of u2, by (data gradient or sums, weight resident or da3 read).
 PROJECT = {(False, True): 22, (True, True): 32, (False, False): 27, (True, False): 27}
 AFFINE = 13  # per element of du
-EXPAND = 20  # per element of dv1
+EXPAND = {False: 13, True: 19}  # per element of dv1, by whether in slices
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def work(launch: Launch) -> Work:
     if launch.kernel == "mm":
         return Work(size, count_flops(launch))
     if launch.kernel == "expand_pass":
-        return Work(size, 3 * 2 * first * out[3], first * EXPAND)
+        return Work(size, 3 * 2 * first * out[3], first * EXPAND[out[3] > 32])
     return Work(size)
 
 

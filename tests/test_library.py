@@ -3,6 +3,7 @@
 import pytest
 import torch
 from blocks import FLOATS, normal
+from conftest import GPU
 from parity import assert_parity
 
 from fastmbconv.kernels import library
@@ -52,6 +53,37 @@ def test_a_product_is_the_same_on_every_run(device):
     a, b = (normal(8, 28, 28, c, dtype=torch.float32, device=device).bfloat16() for c in (40, 96))
     first = library.multiply_pixels(a, b)
     assert all(torch.equal(first, library.multiply_pixels(a, b)) for _ in range(3))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA GPU")
+def test_products_of_two_streams_and_of_a_graph_are_the_same_on_every_run(device):
+    """B0's last stages: where the library splits a sum, its workspace must be the stream's own."""
+    a, b = (normal(128, 7, 7, c, dtype=torch.bfloat16, device=device) for c in (192, 1152))
+    matrix = normal(1152, 192, dtype=torch.bfloat16, device=device)
+
+    def products():
+        return library.multiply_pixels(b, a), library.multiply(b, matrix)
+
+    expected = products()
+    streams = [torch.cuda.Stream(device) for _ in range(2)]
+    found = []
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream(device))
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(products())
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = products()
+    for _ in range(3):
+        graph.replay()
+        found.append(tuple(product.clone() for product in captured))
+    torch.cuda.synchronize(device)
+    for pair in found:
+        assert all(torch.equal(ours, first) for ours, first in zip(pair, expected, strict=True))
 
 
 def test_launches_that_are_written_down_compute_nothing(device, monkeypatch):
