@@ -32,6 +32,7 @@ from fastmbconv.kernels.traffic import Launch, recorded
 
 ARCH = 90
 PHASES = {"training": ("forward", "backward"), "inference": ("inference",)}
+Kind = tuple[tuple[int, ...], torch.dtype]
 # Of one multiprocessor of sm_90.
 REGISTERS, WARPS, PROGRAMS, SHARED, SHARED_RESERVED = 65536, 64, 32, 233472, 1024
 
@@ -101,7 +102,7 @@ def collect(shape: Shape, phases: tuple[str, ...], memory: Memory = "fast") -> l
     def run(phase: str, step: Callable[[], Any]) -> Any:
         """What `step` launches, each launch with what its launcher states of it right after."""
         mine: list[tuple[int, Work]] = []
-        given: dict[int, dict[str, torch.Tensor]] = {}
+        kinds: dict[int, dict[str, Kind]] = {}
 
         def keep(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             special = Specialised.of(shape.name, kernel, args, dict(kwargs), ARCH)
@@ -109,7 +110,7 @@ def collect(shape: Shape, phases: tuple[str, ...], memory: Memory = "fast") -> l
             tensors = {k: v.nbytes for k, v in arguments.items() if isinstance(v, torch.Tensor)}
             rest = (tuple(kwargs["grid"]), special.arguments, tensors)
             one = Work(shape.name, shape.count, phase, kernel.__name__, 0, None, special, *rest)
-            given[len(stated)] = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor)}
+            kinds[len(stated)] = {k: (tuple(arguments[k].shape), arguments[k].dtype) for k in tensors}
             mine.append((len(stated), one))
 
         with caught(keep), recorded() as stated:
@@ -118,7 +119,7 @@ def collect(shape: Shape, phases: tuple[str, ...], memory: Memory = "fast") -> l
         for index, launch in enumerate(stated):
             work = of_ours.pop(index, None) or Work(shape.name, shape.count, phase, f"torch_{launch.kernel}", 0)
             work.launch, work.stated = launch, moved(launch)
-            _repeat(work.tensors, launch, given.get(index, {}))
+            _repeat(work.tensors, launch, kinds.get(index, {}))
             if phase in phases:
                 found.append(work)
         # A launcher may start two kernels and state once: the first of them has no bytes of its own.
@@ -140,13 +141,12 @@ def collect(shape: Shape, phases: tuple[str, ...], memory: Memory = "fast") -> l
     return found
 
 
-def _repeat(tensors: dict[str, int], launch: Launch, given: dict[str, torch.Tensor]) -> None:
-    """Count tensors as often as the launcher states them; those of one shape, which it does not tell apart, alike."""
+def _repeat(tensors: dict[str, int], launch: Launch, kinds: dict[str, Kind]) -> None:
+    """Count tensors as often as the launcher states them; those of one kind, which it does not tell apart, alike."""
     often = Counter((m.shape, m.dtype) for m in (*launch.reads, *launch.writes))
-    alike = Counter((tuple(v.shape), v.dtype) for v in given.values())
-    for name, tensor in given.items():
-        kind = (tuple(tensor.shape), tensor.dtype)
-        tensors[name] = int(tensor.nbytes * max(1.0, often[kind] / alike[kind]))
+    alike = Counter(kinds.values())
+    for name, kind in kinds.items():
+        tensors[name] = int(tensors[name] * max(1.0, often[kind] / alike[kind]))
 
 
 def compile_special(special: Specialised) -> Compiled:
