@@ -191,8 +191,15 @@ def walk_tiles(
 
 def relieved(kernel: str, tiles: dict[str, int], sizes: dict[str, Any], capability: int) -> dict[str, int]:
     """The formula's tiles, smaller where they do not fit or, as `python -m benchmarks.static` says, spill."""
-    if kernel == "expand_pass" and capability in SMALL_SHARED:
-        return tiles | dict(STAGES=min(tiles["STAGES"], 2))
+    if kernel == "expand_pass":
+        channels = sizes["channels"]
+        if capability in SMALL_SHARED:
+            tiles = tiles | dict(STAGES=min(tiles["STAGES"], 2))
+        if capability != 90 and channels > (32 if capability < 90 else MIN_DOT):
+            tiles = tiles | dict(BM=min(tiles["BM"], 32))
+        if capability // 10 not in (9, 10) and channels > 32:
+            tiles = tiles | dict(BE=min(tiles["BE"], 32))
+        return tiles
     if capability < 90:
         if kernel == "depthwise_fwd" and sizes["expand"] and not sizes["moments"]:
             return tiles | dict(R=min(tiles["R"], 3))

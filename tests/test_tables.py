@@ -158,8 +158,13 @@ def test_tiles_shrink_where_the_compiler_would_spill_them():
     assert asked("depthwise_fwd", walk, 80, expand=24, moments=False)["R"] == 3
     assert asked("depthwise_fwd", walk, 80, expand=24, moments=True, dtype=torch.bfloat16, **kind) == walk
     assert asked("depthwise_fwd", walk, 80, expand=0, dtype=torch.float32, **kind)["R"] == 1
-    stages = [asked("expand_pass", dict(BM=64, STAGES=3), chip)["STAGES"] for chip in (80, 86, 89, 90, 100, 120)]
-    assert stages == [3, 2, 2, 3, 3, 2]
+    full = dict(BM=64, BE=64, STAGES=3)
+    chips = (80, 86, 89, 90, 100, 120)
+    few, some, many = ([asked("expand_pass", full, chip, channels=c) for chip in chips] for c in (16, 24, 40))
+    assert [tiles["STAGES"] for tiles in few] == [3, 2, 2, 3, 3, 2]
+    assert [tiles["BM"] for tiles in few] == [64] * 6 and [tiles["BE"] for tiles in some] == [64] * 6
+    assert [tiles["BM"] for tiles in some] == [64, 64, 64, 64, 32, 32]
+    assert [(tiles["BM"], tiles["BE"]) for tiles in many] == [(32, 32)] * 3 + [(64, 64), (32, 64), (32, 32)]
 
 
 @pytest.mark.usefixtures("triton_backend")
