@@ -13,7 +13,7 @@ import torch
 from benchmarks import issue
 from benchmarks.sass import Loop
 from benchmarks.sass import Path as Route
-from benchmarks.simulator.assumed import assume_seconds, count_flops
+from benchmarks.simulator.assumed import assume_seconds, count_flops, count_repeats
 from benchmarks.simulator.decode import LDG, Listing
 from benchmarks.simulator.warp import Endless, find_paths, find_tensors
 from fastmbconv.kernels.traffic import recorded, state
@@ -194,6 +194,18 @@ def test_pointers_keep_their_names_on_the_stack():
         "STG.E [R4.64], R2",
     )
     assert find_tensors(Listing(listing), [0], {"x_ptr": "*fp32", "y_ptr": "*fp32"}) == {4: "y_ptr"}
+
+
+def test_what_a_launcher_states_twice_comes_from_memory_twice():
+    """Tensors of one shape are not told apart: x, a residual and dx, of which two are stated twice, get 5/3 each."""
+    alike = [torch.empty(4, 6) for _ in range(3)]
+    weight, parts = torch.empty(6), torch.empty(2, 6)
+    names = dict(zip(("x_ptr", "residual_ptr", "dx_ptr", "w_ptr", "parts_ptr"), (*alike, weight, parts), strict=True))
+    tensors = {name: tensor.nbytes for name, tensor in names.items()}
+    with recorded() as stated:
+        state("expand_pass", (alike[0], alike[1], alike[0], weight), (alike[2], alike[2]))  # parts are not stated
+    count_repeats(tensors, stated[0], {name: (tuple(t.shape), t.dtype) for name, t in names.items()})
+    assert tensors == dict(x_ptr=160, residual_ptr=160, dx_ptr=160, w_ptr=24, parts_ptr=48)
 
 
 def test_products_are_assumed_from_bytes_and_flops():

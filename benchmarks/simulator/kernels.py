@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
@@ -24,6 +23,7 @@ import fastmbconv
 from benchmarks.launches import caught
 from benchmarks.registry import Shape
 from benchmarks.sass import dump
+from benchmarks.simulator.assumed import Kind, count_repeats
 from benchmarks.simulator.decode import Listing
 from benchmarks.static import Specialised
 from benchmarks.traffic import DTYPE, make_input, moved
@@ -32,7 +32,6 @@ from fastmbconv.kernels.traffic import Launch, recorded
 
 ARCH = 90
 PHASES = {"training": ("forward", "backward"), "inference": ("inference",)}
-Kind = tuple[tuple[int, ...], torch.dtype]
 # Of one multiprocessor of sm_90.
 REGISTERS, WARPS, PROGRAMS, SHARED, SHARED_RESERVED = 65536, 64, 32, 233472, 1024
 
@@ -119,7 +118,7 @@ def collect(shape: Shape, phases: tuple[str, ...], memory: Memory = "fast") -> l
         for index, launch in enumerate(stated):
             work = of_ours.pop(index, None) or Work(shape.name, shape.count, phase, f"torch_{launch.kernel}", 0)
             work.launch, work.stated = launch, moved(launch)
-            _repeat(work.tensors, launch, kinds.get(index, {}))
+            count_repeats(work.tensors, launch, kinds.get(index, {}))
             if phase in phases:
                 found.append(work)
         # A launcher may start two kernels and state once: the first of them has no bytes of its own.
@@ -139,14 +138,6 @@ def collect(shape: Shape, phases: tuple[str, ...], memory: Memory = "fast") -> l
         with torch.no_grad():
             run("inference", forward)
     return found
-
-
-def _repeat(tensors: dict[str, int], launch: Launch, kinds: dict[str, Kind]) -> None:
-    """Count tensors as often as the launcher states them; those of one kind, which it does not tell apart, alike."""
-    often = Counter((m.shape, m.dtype) for m in (*launch.reads, *launch.writes))
-    alike = Counter(kinds.values())
-    for name, kind in kinds.items():
-        tensors[name] = int(tensors[name] * max(1.0, often[kind] / alike[kind]))
 
 
 def compile_special(special: Specialised) -> Compiled:
