@@ -34,9 +34,9 @@ ACCUMULATORS = 128 * 64  # of dWe, in registers of one program
 
 
 @triton.constexpr_function
-def cut_slice(number, expanded, slice, block):
+def cut_slice(number, expanded, size, block):
     """(first channel, width) of a slice's blocks: full ones, then powers of two, so that few lanes are idle."""
-    first, end = number * slice, min((number + 1) * slice, expanded)
+    first, end = number * size, min((number + 1) * size, expanded)
     blocks = []
     while first < end:
         width = min(block, max(MIN_DOT, 1 << ((end - first).bit_length() - 1)))
@@ -46,23 +46,18 @@ def cut_slice(number, expanded, slice, block):
 
 
 @triton.constexpr_function
-def count_slices(expanded, slice):
-    return -(-expanded // slice)
+def count_blocks(number, expanded, size, block):
+    return len(cut_slice(number, expanded, size, block))
 
 
 @triton.constexpr_function
-def count_blocks(number, expanded, slice, block):
-    return len(cut_slice(number, expanded, slice, block))
+def first_channel(number, j, expanded, size, block):
+    return cut_slice(number, expanded, size, block)[j][0]
 
 
 @triton.constexpr_function
-def first_channel(number, j, expanded, slice, block):
-    return cut_slice(number, expanded, slice, block)[j][0]
-
-
-@triton.constexpr_function
-def block_width(number, j, expanded, slice, block):
-    return cut_slice(number, expanded, slice, block)[j][1]
+def block_width(number, j, expanded, size, block):
+    return cut_slice(number, expanded, size, block)[j][1]
 
 
 @triton.jit
@@ -100,7 +95,7 @@ def _expand_pass_kernel(
     m_i = o_i < CI
     o_x = o_m[:, None] * CI + o_i[None, :]  # [BM, BI]
     p_part = parts_ptr + program.to(tl.int64) * (CE * CI)
-    for number in tl.static_range(count_slices(CE, SLICE)):
+    for number in tl.static_range((CE + SLICE - 1) // SLICE):
         w, dw = (), ()
         for j in tl.static_range(count_blocks(number, CE, SLICE, BE)):
             o_e = block_channels(number, j, CE, SLICE, BE)
@@ -109,6 +104,7 @@ def _expand_pass_kernel(
             dw = dw + (tl.zeros(w[j].shape, ACC),)
         if number > 0:
             tl.debug_barrier()  # other threads wrote the dx that is read next
+        # Coefficients come from L1 for each tile (disable_licm): kept through the loop, they would make it spill.
         for tile in tl.range(0, TILES, num_stages=STAGES, disable_licm=True):
             first = (program * TILES + (TILES - 1 - tile if number % 2 else tile)) * BM
             m_m = o_m < M - first

@@ -195,6 +195,7 @@ def relieved(kernel: str, tiles: dict[str, int], sizes: dict[str, Any], capabili
         channels = sizes["channels"]
         if capability in SMALL_SHARED:
             tiles = tiles | dict(STAGES=min(tiles["STAGES"], 2))
+        # wgmma takes a product's operands from shared memory; tcgen05 and mma.sync need more registers beside dWe.
         if capability != 90 and channels > (32 if capability < 90 else MIN_DOT):
             tiles = tiles | dict(BM=min(tiles["BM"], 32))
         if capability // 10 not in (9, 10) and channels > 32:
