@@ -29,26 +29,24 @@ Model = Callable[[Arguments], tuple[int, tuple[Path, ...]]]
 def _depthwise_fwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     columns = -(-a["K"] // a["S"])
     first = min(a["PL"] // a["S"], columns - 1)
-    rounds = ceil((max((a["W"] - 1 + a["PL"]) // a["S"] + 1, a["WO"]) - first) / columns)
-    walked = min(first + rounds * columns - (columns - 1), a["WO"])
-    inside = walked * a["HO"] / (rounds * columns * ceil(a["HO"] / a["R"]) * a["R"])
-    return a["N"] * a["HO"] * a["WO"] * a["C"], _one(Loop(rounds, guarded=inside, fixed=True))
+    rounds = a["WO"] + columns - 1 - first
+    inside = a["WO"] * a["HO"] / (rounds * ceil(a["HO"] / a["R"]) * a["R"])
+    return a["N"] * a["HO"] * a["WO"] * a["C"], _one(Loop(rounds, guarded=inside))
 
 
 def _depthwise_bwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    rounds = ceil(ceil(a["W"] / a["S"]) / a["COLUMNS"])
+    rounds = ceil(a["W"] / a["S"])
     strips = ceil(a["H"] / a["R"])
-    inside = a["W"] * a["H"] / (rounds * a["COLUMNS"] * a["S"] * strips * a["R"])
-    return a["N"] * a["H"] * a["W"] * a["C"], _one(Loop(rounds, guarded=inside, fixed=True))
+    inside = a["W"] * a["H"] / (rounds * a["S"] * strips * a["R"])
+    return a["N"] * a["H"] * a["W"] * a["C"], _one(Loop(rounds, guarded=inside))
 
 
 def _depthwise_inference(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     if a["SPANS"] == 1:
         return _depthwise_fwd(a)
-    columns = -(-a["K"] // a["S"])
-    rounds = ceil((a["SPAN"] + columns - 1) / columns)
-    inside = a["WO"] * a["HO"] / (rounds * columns * a["SPANS"] * ceil(a["HO"] / a["R"]) * a["R"])
-    return a["N"] * a["HO"] * a["WO"] * a["C"], _one(Loop(rounds, guarded=inside, fixed=True))
+    rounds = a["SPAN"] - 1 + -(-a["K"] // a["S"])
+    inside = a["WO"] * a["HO"] / (rounds * a["SPANS"] * ceil(a["HO"] / a["R"]) * a["R"])
+    return a["N"] * a["HO"] * a["WO"] * a["C"], _one(Loop(rounds, guarded=inside))
 
 
 def _pointwise_fwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:

@@ -2,9 +2,16 @@
 
 Triton tensors can't be shifted, so the tile is [NB images, BC channels] and (row, column) are scalars of a loop: a tap
 is another register tile and the sums of the next BatchNorm stay in their lanes to the end. A step takes STRIDE input
-columns and finishes one output column; R rows share their loads. Loads go one step ahead, at clamped places, so that
-none waits in a branch; what lies outside becomes zero after the activation. The loop is unrolled over the columns in
-flight: a tile keeps its registers while its column moves.
+columns and finishes one output column; R rows share their loads, which come STAGES - 1 steps ahead through shared
+memory, from clamped places, so that none waits in a branch; what lies outside becomes zero after the activation.
+
+    forward, k3, stride 1: three columns of sums in flight     backward: dy's last columns in a window
+      step t takes x's column t            t                     step t takes dy's column t + 1   t-1  t  t+1
+      sums of outputs          t-1    t   t+1                    and x's column t                       t
+      gain taps                 2     1    0                     dx's column t is finished: dw gains it times each
+      t-1 is finished, and the others move up one place          the window moves up one place
+
+The loop is not unrolled: moving up costs nothing where a fused multiply-add may write to the next place.
 """
 
 import torch
@@ -23,19 +30,31 @@ from .walk import (
     accumulated,
     expanded,
     first_step,
-    last_step,
     load_column,
     load_expand,
     load_taps,
-    restarted,
+    shifted,
     tile_mask,
 )
 
 
+@triton.jit
+def store_tap_sums(p_dw, b_dw, m_c, K: tl.constexpr):
+    """Store each tap's sum over images, four at a time: what joins four tiles moves nothing, and one sum serves them."""
+    FOURS: tl.constexpr = K * K // 4 * 4
+    for i in tl.static_range(0, FOURS, 4):
+        b_even, b_odd = tl.join(b_dw[i], b_dw[i + 2]), tl.join(b_dw[i + 1], b_dw[i + 3])
+        b_sums = tl.sum(tl.join(b_even, b_odd), 0)  # [BC, 2, 2]: of taps i, i + 1; i + 2, i + 3
+        o = (i + 2 * tl.arange(0, 2))[None, :, None] + tl.arange(0, 2)[None, None, :]
+        tl.store(p_dw[:, None, None] + o, b_sums, mask=m_c[:, None, None] & (o >= 0))
+    for i in tl.static_range(FOURS, K * K):
+        tl.store(p_dw + i, tl.sum(b_dw[i], 0), mask=m_c)
+
+
 @triton.constexpr_function
-def tap_slot(row, column, step, stride, top, left, columns):
+def tap_slot(row, column, stride, top, left, columns):
     """The window's slot of the output (row, column) input pixels, divisible by the stride, from a step's own."""
-    return (row // stride - top) * columns + (column // stride - left + step) % columns
+    return (row // stride - top) * columns + column // stride - left
 
 
 @triton.jit
@@ -76,16 +95,18 @@ def _depthwise_fwd_kernel(
     EXPAND: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
     ACC: tl.constexpr,
     FAST: tl.constexpr,
     NB: tl.constexpr,
     BX: tl.constexpr,
     BC: tl.constexpr,
     R: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     J: tl.constexpr = (K + S - 1) // S  # output columns in flight
     FIRST: tl.constexpr = first_step(PL, S, J)
-    LAST: tl.constexpr = last_step(W, WO, PL, S, J)
+    LAST: tl.constexpr = WO + J - 1
     ROWS: tl.constexpr = (R - 1) * S + K
     h0 = (tl.program_id(1) % STRIPS) * R
     n0 = (tl.program_id(1) // STRIPS) * NB
@@ -119,38 +140,27 @@ def _depthwise_fwd_kernel(
         pivot = (tl.sum(tl.where(m, b_v, 0.0), 0) / tl.minimum(N - n0, NB))[None, :] * total
     s1 = tl.zeros((NB, BC), ACC)
     s2 = tl.zeros((NB, BC), ACC)
-    ahead = ()
-    for s in tl.static_range(S):
-        ahead = ahead + load_column(p_x, FIRST * S + s - PL, h0 * S - PT, m_x, H, W, CX, ROWS)
-    for t0 in range(FIRST, LAST, J):
-        for step in tl.static_range(J):
-            t = t0 + step
-            b_x = ahead
-            ahead = ()
-            for s in tl.static_range(S):
-                ahead = ahead + load_column(p_x, (t + 1) * S + s - PL, h0 * S - PT, m_x, H, W, CX, ROWS)
-            for s in tl.static_range(S):
-                wi = t * S + s - PL
-                for i in tl.static_range(ROWS):
-                    hi = h0 * S + i - PT
-                    b_v = expanded(b_x[s * ROWS + i], b_we, NB, BC, EXPAND, PRECISION, ACC)
-                    if HAS_NORM:
-                        b_v = activate_halved(b_v * b_scale + b_shift, ACT, FAST)
-                    # The padding comes after BN and activation.
-                    b_v = tl.where(((hi >= 0) & (hi < H)) & ((wi >= 0) & (wi < W)), b_v, 0.0)
-                    acc = accumulated(acc, b_v, b_w, i, s, step, K, S, J, R)
-            wo = t - (J - 1)
+    for t in tl.range(FIRST, LAST, num_stages=STAGES):
+        b_x = ()
+        for s in tl.static_range(S):
+            b_x = b_x + load_column(p_x, t * S + s - PL, h0 * S - PT, m_x, H, W, CX, ROWS)
+        for s in tl.static_range(S):
+            wi = t * S + s - PL
+            for i in tl.static_range(ROWS):
+                hi = h0 * S + i - PT
+                b_v = expanded(b_x[s * ROWS + i], b_we, NB, BC, EXPAND, PRECISION, ACC)
+                if HAS_NORM:
+                    b_v = activate_halved(b_v * b_scale + b_shift, ACT, FAST)
+                # The padding comes after BN and activation.
+                b_v = tl.where(((hi >= 0) & (hi < H)) & ((wi >= 0) & (wi < W)), b_v, 0.0)
+                acc = accumulated(acc, b_v, b_w, i, s, K, S, J, R)
+        wo = t - (J - 1)
+        if wo >= 0:
             for r in tl.static_range(R):
-                if (wo >= 0) & (wo < WO) & (h0 + r < HO):
+                if EVEN_ROWS | (h0 + r < HO):
                     p_out = p_y + ((h0 + r) * WO + wo) * C
-                    s1, s2 = store_output(p_out, acc[r * J + (step + 1) % J], pivot, s1, s2, m, HAS_MOMENTS)
-            acc = restarted(acc, tl.zeros((NB, BC), ACC), (step + 1) % J, J, R)
-    for step in tl.static_range(J - 1):
-        if LAST + step >= J - 1 and LAST + step - (J - 1) < WO:
-            for r in tl.static_range(R):
-                if h0 + r < HO:
-                    p_out = p_y + ((h0 + r) * WO + LAST + step - (J - 1)) * C
-                    s1, s2 = store_output(p_out, acc[r * J + (step + 1) % J], pivot, s1, s2, m, HAS_MOMENTS)
+                    s1, s2 = store_output(p_out, acc[r * J], pivot, s1, s2, m, HAS_MOMENTS)
+        acc = shifted(acc, tl.zeros((NB, BC), ACC), J, R)
     if HAS_MOMENTS:
         count = tl.zeros((BC,), ACC) + (tl.minimum(N - n0, NB) * tl.minimum(HO - h0, R) * WO)
         delta = tl.sum(tl.where(m, s1, 0.0), 0) / count
@@ -192,12 +202,14 @@ def _depthwise_bwd_kernel(
     EXPAND: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
     ACC: tl.constexpr,
     FAST: tl.constexpr,
     NB: tl.constexpr,
     BX: tl.constexpr,
     BC: tl.constexpr,
     R: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     h0 = (tl.program_id(1) % STRIPS) * R
     top = h0 // S + TOP
@@ -222,72 +234,64 @@ def _depthwise_bwd_kernel(
     p_x = x_ptr + o_n[:, None].to(tl.int64) * H * (W * CX) + o_x[None, :]  # [NB, BX]
     p_y = dy_ptr + o_n[:, None].to(tl.int64) * HO * (WO * C) + o_c[None, :]
     # Window of dy: slot i * COLUMNS + (t + j) % COLUMNS is row top + i, column t + LEFT + j at step t.
-    window = ()
+    older = ()
     for i in tl.static_range(ROWS):
-        for j in tl.static_range(COLUMNS):
-            b_d = tl.zeros((NB, BC), ACC)
-            if j < COLUMNS - 1:
-                inside = ((top + i >= 0) & (top + i < HO)) & ((LEFT + j >= 0) & (LEFT + j < WO))
-                b_d = tl.where(inside, load_column(p_y, LEFT + j, top + i, m, HO, WO, C, 1)[0].to(ACC), 0.0)
-            window = window + (b_d,)
-    d_ahead = load_column(p_y, LEFT + COLUMNS - 1, top, m, HO, WO, C, ROWS)
-    x_ahead = ()
-    for s in tl.static_range(S):
-        x_ahead = x_ahead + load_column(p_x, s, h0, m_x, H, W, CX, R)
-    for t0 in range(0, (W + S - 1) // S, COLUMNS):
-        b_db_round = tl.zeros((NB, BC), ACC)  # a row's sum in one go loses digits
-        b_dg_round = tl.zeros((NB, BC), ACC)
-        for step in tl.static_range(COLUMNS):
-            t = t0 + step
-            wo = t + LEFT + COLUMNS - 1
-            slid = ()
-            for i in tl.static_range(ROWS):
-                for slot in tl.static_range(COLUMNS):
-                    if slot == (step + COLUMNS - 1) % COLUMNS:
-                        inside = ((top + i >= 0) & (top + i < HO)) & ((wo >= 0) & (wo < WO))
-                        slid = slid + (tl.where(inside, d_ahead[i].to(ACC), 0.0),)
-                    else:
-                        slid = slid + (window[i * COLUMNS + slot],)
-            window = slid
-            b_x = x_ahead
-            d_ahead = load_column(p_y, wo + 1, top, m, HO, WO, C, ROWS)
-            x_ahead = ()
-            for s in tl.static_range(S):
-                x_ahead = x_ahead + load_column(p_x, (t + 1) * S + s, h0, m_x, H, W, CX, R)
-            for s in tl.static_range(S):
-                wi = t * S + s
-                for r in tl.static_range(R):
-                    b_u = expanded(b_x[s * R + r], b_we, NB, BC, EXPAND, PRECISION, ACC)
+        for j in tl.static_range(COLUMNS - 1):
+            inside = ((top + i >= 0) & (top + i < HO)) & ((LEFT + j >= 0) & (LEFT + j < WO))
+            b_d = load_column(p_y, LEFT + j, top + i, m, HO, WO, C, 1)[0].to(ACC)
+            older = older + (tl.where(inside, b_d, 0.0),)
+    for t in tl.range(0, (W + S - 1) // S, num_stages=STAGES):
+        wo = t + LEFT + COLUMNS - 1
+        d_new = load_column(p_y, wo, top, m, HO, WO, C, ROWS)
+        b_x = ()
+        for s in tl.static_range(S):
+            b_x = b_x + load_column(p_x, t * S + s, h0, m_x, H, W, CX, R)
+        window = ()
+        for i in tl.static_range(ROWS):
+            for j in tl.static_range(COLUMNS - 1):
+                window = window + (older[i * (COLUMNS - 1) + j],)
+            inside = ((top + i >= 0) & (top + i < HO)) & ((wo >= 0) & (wo < WO))
+            window = window + (tl.where(inside, d_new[i].to(ACC), 0.0),)
+        b_db_step = tl.zeros((NB, BC), ACC)  # a row's sum in one go loses digits
+        b_dg_step = tl.zeros((NB, BC), ACC)
+        for s in tl.static_range(S):
+            wi = t * S + s
+            for r in tl.static_range(R):
+                b_u = expanded(b_x[s * R + r], b_we, NB, BC, EXPAND, PRECISION, ACC)
+                if HAS_NORM:
+                    b_a, b_g = activate_grad_halved(b_u * b_scale + b_shift, ACT, FAST)
+                else:
+                    b_a = b_u
+                if (EVEN_ROWS | (h0 + r < H)) & ((W % S == 0) | (wi < W)):
+                    b_da = tl.zeros((NB, BC), ACC)
+                    taps = ()
+                    for i in tl.static_range(K):
+                        for j in tl.static_range(K):
+                            # Tap (i, j) links input (r, s) to output ((r + PT - i) / S, (s + PL - j) / S).
+                            if ((r + PT - i) % S == 0) and ((s + PL - j) % S == 0):
+                                b_d = window[tap_slot(r + PT - i, s + PL - j, S, TOP, LEFT, COLUMNS)]
+                                b_da = tl.fma(b_d, b_w[i * K + j], b_da)
+                                taps = taps + (tl.fma(b_d, b_a, b_dw[i * K + j]),)
+                            else:
+                                taps = taps + (b_dw[i * K + j],)
+                    b_dw = taps
                     if HAS_NORM:
-                        b_a, b_g = activate_grad_halved(b_u * b_scale + b_shift, ACT, FAST)
-                    else:
-                        b_a = b_u
-                    if (h0 + r < H) & (wi < W):
-                        b_da = tl.zeros((NB, BC), ACC)
-                        taps = ()
-                        for i in tl.static_range(K):
-                            for j in tl.static_range(K):
-                                # Tap (i, j) links input (r, s) to output ((r + PT - i) / S, (s + PL - j) / S).
-                                if ((r + PT - i) % S == 0) and ((s + PL - j) % S == 0):
-                                    b_d = window[tap_slot(r + PT - i, s + PL - j, step, S, TOP, LEFT, COLUMNS)]
-                                    b_da = tl.fma(b_d, b_w[i * K + j], b_da)
-                                    taps = taps + (tl.fma(b_d, b_a, b_dw[i * K + j]),)
-                                else:
-                                    taps = taps + (b_dw[i * K + j],)
-                        b_dw = taps
-                        if HAS_NORM:
-                            b_da = b_da * b_g
-                            b_db_round += b_da
-                            b_dg_round += b_da * (b_u * b_rstd[None, :] + b_nmr[None, :])
-                        o = o_u + ((h0 + r) * W + wi) * C
-                        if HAS_RESIDUAL:
-                            b_da += tl.load(residual_ptr + o, mask=m, other=0.0).to(ACC)
-                        tl.store(dx_ptr + o, stored(b_da, dx_ptr.dtype.element_ty), mask=m)
-        b_db += b_db_round
-        b_dg += b_dg_round
+                        b_da = b_da * b_g
+                        b_db_step += b_da
+                        b_dg_step += b_da * (b_u * b_rstd[None, :] + b_nmr[None, :])
+                    o = o_u + ((h0 + r) * W + wi) * C
+                    if HAS_RESIDUAL:
+                        b_da += tl.load(residual_ptr + o, mask=m, other=0.0).to(ACC)
+                    tl.store(dx_ptr + o, stored(b_da, dx_ptr.dtype.element_ty), mask=m)
+        b_db += b_db_step
+        b_dg += b_dg_step
+        older = ()
+        for i in tl.static_range(ROWS):
+            for j in tl.static_range(1, COLUMNS - 1):
+                older = older + (window[i * COLUMNS + j] + 0.0,)
+            older = older + (window[i * COLUMNS + COLUMNS - 1],)
     p_dw = dw_ptr + tl.program_id(1).to(tl.int64) * C * (K * K) + o_c * (K * K)
-    for i in tl.static_range(K * K):
-        tl.store(p_dw + i, tl.sum(b_dw[i], 0), mask=m_c)
+    store_tap_sums(p_dw, b_dw, m_c, K)
     if HAS_NORM:
         p_sums = sums_ptr + tl.program_id(1).to(tl.int64) * 2 * C + o_c
         tl.store(p_sums, tl.sum(b_db, 0), mask=m_c)
@@ -350,6 +354,7 @@ def depthwise_fwd(
         EXPAND=expand_weight is not None,
         PRECISION=precision(x.dtype),
         EVEN=n % tiles["NB"] == 0 and c % tiles["BC"] == 0,
+        EVEN_ROWS=out_height % tiles["R"] == 0,
         **numeric(x.dtype),
         **tiles,
     )
@@ -425,6 +430,7 @@ def depthwise_bwd(
         EXPAND=expand_weight is not None,
         PRECISION=precision(x.dtype),
         EVEN=n % tiles["NB"] == 0 and c % tiles["BC"] == 0,
+        EVEN_ROWS=h % tiles["R"] == 0,
         **numeric(x.dtype),
         **tiles,
     )

@@ -20,11 +20,10 @@ from .walk import (
     accumulated,
     expanded,
     first_step,
-    last_step,
     load_column,
     load_expand,
     load_taps,
-    restarted,
+    shifted,
     tile_mask,
 )
 
@@ -76,6 +75,7 @@ def _depthwise_inference_kernel(
     EXPAND: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
     ACC: tl.constexpr,
     FAST: tl.constexpr,
     NB: tl.constexpr,
@@ -83,11 +83,12 @@ def _depthwise_inference_kernel(
     BC: tl.constexpr,
     R: tl.constexpr,
     SPAN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     J: tl.constexpr = (K + S - 1) // S  # output columns in flight
     WHOLE: tl.constexpr = SPAN >= WO  # else a span begins and ends inside the image
     FIRST: tl.constexpr = first_step(PL, S, J) if WHOLE else 0
-    LAST: tl.constexpr = last_step(W, WO, PL, S, J) if WHOLE else SPAN + J - 1
+    LAST: tl.constexpr = (WO if WHOLE else SPAN) + J - 1
     ROWS: tl.constexpr = (R - 1) * S + K
     POOLED: tl.constexpr = parts_ptr is not None
     columns = (C + BC - 1) // BC
@@ -118,37 +119,27 @@ def _depthwise_inference_kernel(
     for _ in tl.static_range(R * J):
         acc = acc + (tl.zeros((NB, BC), ACC) + b_shift2[None, :],)
     b_sum = tl.zeros((NB, BC), ACC)
-    ahead = ()
-    for s in tl.static_range(S):
-        ahead = ahead + load_column(p_x, (w0 + FIRST) * S + s - PL, h0 * S - PT, m_x, H, W, CX, ROWS)
-    for t0 in range(FIRST, LAST, J):
-        for step in tl.static_range(J):
-            t = w0 + t0 + step
-            b_x = ahead
-            ahead = ()
-            for s in tl.static_range(S):
-                ahead = ahead + load_column(p_x, (t + 1) * S + s - PL, h0 * S - PT, m_x, H, W, CX, ROWS)
-            for s in tl.static_range(S):
-                wi = t * S + s - PL
-                for i in tl.static_range(ROWS):
-                    hi = h0 * S + i - PT
-                    b_v = expanded(b_x[s * ROWS + i], b_we, NB, BC, EXPAND, PRECISION, ACC)
-                    if EXPAND:
-                        b_v = activate_halved(b_v * b_scale + b_shift, ACT, FAST)
-                    b_v = tl.where((hi >= 0) & (hi < H) & (wi >= 0) & (wi < W), b_v, 0.0)
-                    acc = accumulated(acc, b_v, b_w, i, s, step, K, S, J, R)
-            wo = t - (J - 1)
+    for step in tl.range(FIRST, LAST, num_stages=STAGES):
+        t = w0 + step
+        b_x = ()
+        for s in tl.static_range(S):
+            b_x = b_x + load_column(p_x, t * S + s - PL, h0 * S - PT, m_x, H, W, CX, ROWS)
+        for s in tl.static_range(S):
+            wi = t * S + s - PL
+            for i in tl.static_range(ROWS):
+                hi = h0 * S + i - PT
+                b_v = expanded(b_x[s * ROWS + i], b_we, NB, BC, EXPAND, PRECISION, ACC)
+                if EXPAND:
+                    b_v = activate_halved(b_v * b_scale + b_shift, ACT, FAST)
+                b_v = tl.where((hi >= 0) & (hi < H) & (wi >= 0) & (wi < W), b_v, 0.0)
+                acc = accumulated(acc, b_v, b_w, i, s, K, S, J, R)
+        wo = t - (J - 1)
+        if (wo >= w0) & (WHOLE | (wo < WO)):
             for r in tl.static_range(R):
-                if (wo >= w0) & (wo < w0 + SPAN) & (wo < WO) & (h0 + r < HO):
+                if EVEN_ROWS | (h0 + r < HO):
                     p_out = p_y + ((h0 + r) * WO + wo) * C
-                    b_sum = store_activated(p_out, acc[r * J + (step + 1) % J], b_sum, m, POOLED, ACT, FAST)
-            acc = restarted(acc, tl.zeros((NB, BC), ACC) + b_shift2[None, :], (step + 1) % J, J, R)
-    for step in tl.static_range(J - 1):
-        if WHOLE and LAST + step >= J - 1 and LAST + step - (J - 1) < WO:
-            for r in tl.static_range(R):
-                if h0 + r < HO:
-                    p_out = p_y + ((h0 + r) * WO + LAST + step - (J - 1)) * C
-                    b_sum = store_activated(p_out, acc[r * J + (step + 1) % J], b_sum, m, POOLED, ACT, FAST)
+                    b_sum = store_activated(p_out, acc[r * J], b_sum, m, POOLED, ACT, FAST)
+        acc = shifted(acc, tl.zeros((NB, BC), ACC) + b_shift2[None, :], J, R)
     if POOLED:
         tl.store(parts_ptr + (part.to(tl.int64) * N + o_n[:, None]) * C + o_c[None, :], b_sum, mask=m)
 
@@ -235,6 +226,7 @@ def depthwise_inference(
         EXPAND=expand_weight is not None,
         PRECISION=precision(x.dtype),
         EVEN=n % tiles["NB"] == 0 and c % tiles["BC"] == 0,
+        EVEN_ROWS=out_height % tiles["R"] == 0,
         **numeric(x.dtype),
         **tiles,
     )

@@ -17,19 +17,9 @@ MIN_DOT = 16  # smallest tile side that tl.dot takes
 PROGRAMS = 264  # two for each multiprocessor of an H100: where a batch is small, fewer leave some idle
 SMALL_SHARED = (86, 89, 120, 121)  # compute capabilities with 99 KB of shared memory a program
 
-# (backward, kernel size, stride): elements of a register tile and most rows in flight, for 4 warps. Taps, accumulators
-# and the loads ahead must fit 255 registers without a spill; benchmarks/NOTES.md has the sweep behind each pair.
-WALK = {
-    (False, 3, 1): (512, 7),
-    (False, 3, 2): (512, 3),
-    (False, 5, 1): (256, 7),
-    (False, 5, 2): (256, 3),
-    (True, 3, 1): (256, 6),
-    (True, 3, 2): (512, 4),
-    (True, 5, 1): (256, 4),
-    (True, 5, 2): (256, 6),
-}
-
+# Of a walk: elements of a register tile for 4 warps, two a thread, so that 16-bit loads may go through shared memory
+# ahead; and most rows in flight. Taps, sums or window must fit 255 registers without a spill.
+WALK_TILE, WALK_ROWS = 256, 8
 
 @dataclass(frozen=True)
 class Choice:
@@ -52,6 +42,7 @@ _WALK = dict(
     R=Choice((1, 2, 3, 4, 5, 6, 7, 8), "height"),
     NB=Choice((1, 2, 4, 8, 16), "images"),
     BC=Choice((16, 32, 64, 128), "channels"),
+    STAGES=_STAGES,
     num_warps=_WARPS,
 )
 _ROWS = dict(BM=Choice((8, 16, 32, 64, 128), "rows"), BC=Choice((16, 32, 64, 128), "channels"), num_warps=_WARPS)
@@ -168,25 +159,20 @@ def walk_tiles(
     """
     if INTERPRETED:
         tiles = dict(NB=pow2(images, MIN_DOT if expand else 1, 64), BC=pow2(channels, MIN_DOT if expand else 1, 256))
-        return tiles | dict(BX=pow2(expand, MIN_DOT, 4096) if expand else tiles["BC"], R=4 if height > 2 else 2)
-    tile, most = WALK[backward, kernel_size, stride]
-    if dtype != torch.bfloat16:  # wider loads ahead, or an exact exponential: fewer registers for rows
-        most = min(most, 4 if kernel_size == 3 and stride == 1 else 2)
-        tile = 256 if stride == 2 else tile
-    five = kernel_size == 5 and not backward
-    if height > 7 or (images < 8 if five else channels % 64 or images % 8):  # seven rows are one strip; k3 has no masks
-        most = min(most, 5 if five else 6)
+        rows = 4 if height > 2 else 2
+        return tiles | dict(BX=pow2(expand, MIN_DOT, 4096) if expand else tiles["BC"], R=rows, STAGES=1)
+    most = WALK_ROWS if stride == 2 and backward else WALK_ROWS - 1
     if expand:  # a matrix product per tile: at least 16 images, and registers for its operands
         most = 2 if backward else 4 if stride == 1 else 3 if expand <= MIN_DOT else 2
     step = stride if backward else 1
     halo = max(0.3, (kernel_size - stride) * 0.1) if backward else (kernel_size - stride) * 0.25
     rows = min(range(step, most + 1, step), key=lambda r: cdiv(height, r) * (r + halo))
     if expand:
-        return dict(NB=MIN_DOT, BX=pow2(expand, MIN_DOT, 4096), BC=32, R=rows, num_warps=4)
+        return dict(NB=MIN_DOT, BX=pow2(expand, MIN_DOT, 4096), BC=32, R=rows, STAGES=3, num_warps=4)
     block = channel_block(channels)
-    count = pow2(images, 1, tile // block)
-    block = pow2(channels, MIN_DOT, tile // count) if count * block < tile else block
-    return dict(NB=count, BX=block, BC=block, R=rows, num_warps=4)
+    count = pow2(images, 1, WALK_TILE // block)
+    block = pow2(channels, MIN_DOT, WALK_TILE // count) if count * block < WALK_TILE else block
+    return dict(NB=count, BX=block, BC=block, R=rows, STAGES=3, num_warps=4)
 
 
 def relieved(kernel: str, tiles: dict[str, int], sizes: dict[str, Any], capability: int) -> dict[str, int]:

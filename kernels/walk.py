@@ -8,15 +8,8 @@ from .math import dot
 
 @triton.constexpr_function
 def first_step(pad, stride, columns):
-    """The first of the walk's steps that sees more than padding; `columns` are in flight."""
+    """The first of the walk's steps that sees more than padding, or finishes a column; `columns` are in flight."""
     return min(pad // stride, columns - 1)
-
-
-@triton.constexpr_function
-def last_step(width, out_width, pad, stride, columns):
-    """The step that the walk ends before, in rounds of `columns`: up to columns - 1 outputs are stored behind it."""
-    first = first_step(pad, stride, columns)
-    return first + (max((width - 1 + pad) // stride + 1, out_width) - first + columns - 1) // columns * columns
 
 
 @triton.jit
@@ -69,18 +62,15 @@ def expanded(
 
 @triton.jit
 def accumulated(
-    acc, b_v, b_w, row: tl.constexpr, column: tl.constexpr, step: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
-    J: tl.constexpr, R: tl.constexpr,
+    acc, b_v, b_w, row: tl.constexpr, column: tl.constexpr, K: tl.constexpr, S: tl.constexpr, J: tl.constexpr,
+    R: tl.constexpr,
 ):  # fmt: skip
-    """The sums of R * J outputs after input pixel (row, column) of a step.
-
-    Slot r * J + t % J is of row r and the column that step t starts.
-    """
+    """The sums of R * J outputs after input pixel (row, column) of a step; slot r * J is of row r's oldest column."""
     updated = ()
     for r in tl.static_range(R):
         for slot in tl.static_range(J):
-            if (row - r * S >= 0) and (row - r * S < K) and ((step - slot + J) % J * S + column < K):
-                b_tap = b_w[(row - r * S) * K + (step - slot + J) % J * S + column]
+            if (row - r * S >= 0) and (row - r * S < K) and ((J - 1 - slot) * S + column < K):
+                b_tap = b_w[(row - r * S) * K + (J - 1 - slot) * S + column]
                 updated = updated + (tl.fma(b_v, b_tap, acc[r * J + slot]),)
             else:
                 updated = updated + (acc[r * J + slot],)
@@ -88,10 +78,11 @@ def accumulated(
 
 
 @triton.jit
-def restarted(acc, b_start, finished: tl.constexpr, J: tl.constexpr, R: tl.constexpr):
-    """The sums with the finished slot of each row begun anew, at `b_start`."""
+def shifted(acc, b_start, J: tl.constexpr, R: tl.constexpr):
+    """The sums with the oldest column of each row left out and a new one begun at `b_start`."""
     slots = ()
     for r in tl.static_range(R):
-        for slot in tl.static_range(J):
-            slots = slots + (b_start if slot == finished else acc[r * J + slot],)
+        for slot in tl.static_range(1, J):
+            slots = slots + (acc[r * J + slot],)
+        slots = slots + (b_start,)
     return slots

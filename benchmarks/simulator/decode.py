@@ -133,8 +133,9 @@ def encode(one: Operation) -> tuple[float, ...]:
         kind, pipe = BAR, BRANCH
     elif name in SHARED_LATENCY:
         kind, pipe, occupy, latency = SHARED, LSU, 4, SHARED_LATENCY[name]
-        matrices = name in ("LDSM", "STSM") and opcode[-1].isdigit()
-        size = 128 * int(opcode[-1]) if matrices else 0 if name == "VOTE" else one.bits * 4
+        matrices = opcode.split(".")[-1]  # .4 or .2 of 8 x 8; LDSM.16.M88 is of one
+        many = int(matrices) if matrices.isdigit() else 1
+        size = 128 * many if name in ("LDSM", "STSM") else 0 if name == "VOTE" else one.bits * 4
     elif name in UNIFORM_LATENCY:
         pipe, occupy, latency = UNIFORM, 4, UNIFORM_LATENCY[name]
     elif name == "HGMMA":
