@@ -40,7 +40,7 @@ from .walk import (
 
 @triton.jit
 def store_tap_sums(p_dw, b_dw, m_c, K: tl.constexpr):
-    """Store each tap's sum over images, four at a time: what joins four tiles moves nothing, and one sum serves them."""
+    """Store each tap's sum over images, four at a time: joining tiles moves nothing, and one sum serves all four."""
     FOURS: tl.constexpr = K * K // 4 * 4
     for i in tl.static_range(0, FOURS, 4):
         b_even, b_odd = tl.join(b_dw[i], b_dw[i + 2]), tl.join(b_dw[i + 1], b_dw[i + 3])
@@ -233,7 +233,7 @@ def _depthwise_bwd_kernel(
     m_x = (o_n < N)[:, None] & (o_x < CX)[None, :] if EXPAND else m
     p_x = x_ptr + o_n[:, None].to(tl.int64) * H * (W * CX) + o_x[None, :]  # [NB, BX]
     p_y = dy_ptr + o_n[:, None].to(tl.int64) * HO * (WO * C) + o_c[None, :]
-    # Window of dy: slot i * COLUMNS + (t + j) % COLUMNS is row top + i, column t + LEFT + j at step t.
+    # Window of dy: slot i * COLUMNS + j is row top + i, column t + LEFT + j at step t; `older` lacks the last column.
     older = ()
     for i in tl.static_range(ROWS):
         for j in tl.static_range(COLUMNS - 1):
@@ -288,6 +288,7 @@ def _depthwise_bwd_kernel(
         older = ()
         for i in tl.static_range(ROWS):
             for j in tl.static_range(1, COLUMNS - 1):
+                # A new value: Triton loads nothing ahead in a loop that hands on what it was given.
                 older = older + (window[i * COLUMNS + j] + 0.0,)
             older = older + (window[i * COLUMNS + COLUMNS - 1],)
     p_dw = dw_ptr + tl.program_id(1).to(tl.int64) * C * (K * K) + o_c * (K * K)

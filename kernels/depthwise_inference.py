@@ -152,16 +152,10 @@ def walk_inference_tiles(
     tiles["SPAN"] = width
     if INTERPRETED:
         return tiles
-    fixed = cdiv(images, tiles["NB"]) * cdiv(height, tiles["R"])
-
-    def programs() -> int:
-        return fixed * cdiv(channels, tiles["BC"]) * cdiv(width, tiles["SPAN"])
-
-    while programs() < PROGRAMS and tiles["num_warps"] > 1 and not expand:
-        tiles |= dict(BC=tiles["BC"] // 2, num_warps=tiles["num_warps"] // 2)
-    while programs() < PROGRAMS and tiles["SPAN"] >= 2 * FEWEST_COLUMNS:
+    fixed = cdiv(images, tiles["NB"]) * cdiv(height, tiles["R"]) * cdiv(channels, tiles["BC"])
+    while fixed * cdiv(width, tiles["SPAN"]) < PROGRAMS and tiles["SPAN"] >= 2 * FEWEST_COLUMNS:
         tiles["SPAN"] = cdiv(tiles["SPAN"], 2)
-    return tiles | dict(BX=tiles["BX"] if expand else tiles["BC"])
+    return tiles
 
 
 def depthwise_inference(

@@ -21,6 +21,7 @@ SMALL_SHARED = (86, 89, 120, 121)  # compute capabilities with 99 KB of shared m
 # ahead; and most rows in flight. Taps, sums or window must fit 255 registers without a spill.
 WALK_TILE, WALK_ROWS = 256, 8
 
+
 @dataclass(frozen=True)
 class Choice:
     """Values that one tile size may have; none beyond what holds the formula's parameter `bound` is worth a try."""
@@ -165,14 +166,23 @@ def walk_tiles(
     if expand:  # a matrix product per tile: at least 16 images, and registers for its operands
         most = 2 if backward else 4 if stride == 1 else 3 if expand <= MIN_DOT else 2
     step = stride if backward else 1
-    halo = max(0.3, (kernel_size - stride) * 0.1) if backward else (kernel_size - stride) * 0.25
+    halo = 1.0 if backward else (kernel_size - stride) * 0.25  # what a strip costs beside its rows, in rows
     rows = min(range(step, most + 1, step), key=lambda r: cdiv(height, r) * (r + halo))
     if expand:
         return dict(NB=MIN_DOT, BX=pow2(expand, MIN_DOT, 4096), BC=32, R=rows, STAGES=3, num_warps=4)
     block = channel_block(channels)
     count = pow2(images, 1, WALK_TILE // block)
     block = pow2(channels, MIN_DOT, WALK_TILE // count) if count * block < WALK_TILE else block
-    return dict(NB=count, BX=block, BC=block, R=rows, STAGES=3, num_warps=4)
+    warps = 4
+
+    def programs() -> int:
+        return cdiv(images, count) * cdiv(height, rows) * cdiv(channels, block)
+
+    while programs() < PROGRAMS and warps > 1:  # a small batch: as many elements a thread, fewer threads a program
+        count, block, warps = (count // 2, block, warps // 2) if count > 1 else (count, block // 2, warps // 2)
+    while programs() < PROGRAMS and rows >= 4 * step:
+        rows = cdiv(rows, 2 * step) * step
+    return dict(NB=count, BX=block, BC=block, R=rows, STAGES=3, num_warps=warps)
 
 
 def relieved(kernel: str, tiles: dict[str, int], sizes: dict[str, Any], capability: int) -> dict[str, int]:
