@@ -163,6 +163,8 @@ def walk_tiles(
         rows = 4 if height > 2 else 2
         return tiles | dict(BX=pow2(expand, MIN_DOT, 4096) if expand else tiles["BC"], R=rows, STAGES=1)
     most = WALK_ROWS if stride == 2 and backward else WALK_ROWS - 1
+    if kernel_size == 5 and stride == 2 and not backward and dtype != torch.bfloat16:
+        most = 4
     if expand:  # a matrix product per tile: at least 16 images, and registers for its operands
         most = 2 if backward else 4 if stride == 1 else 3 if expand <= MIN_DOT else 2
     step = stride if backward else 1
@@ -197,17 +199,6 @@ def relieved(kernel: str, tiles: dict[str, int], sizes: dict[str, Any], capabili
         if capability // 10 not in (9, 10) and channels > 32:
             tiles = tiles | dict(BE=min(tiles["BE"], 32))
         return tiles
-    if capability < 90:
-        if kernel == "depthwise_fwd" and sizes["expand"] and not sizes["moments"]:
-            return tiles | dict(R=min(tiles["R"], 3))
-        if kernel == "depthwise_fwd" and (sizes["kernel_size"], sizes["stride"], sizes["dtype"]) == (
-            5,
-            2,
-            torch.float32,
-        ):
-            return tiles | dict(R=1)
-    if kernel == "depthwise_bwd" and TRITON < (3, 7) and sizes["expand"] and sizes["stride"] == 1:
-        return tiles | dict(R=1)
     return tiles
 
 
