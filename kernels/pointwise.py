@@ -1,7 +1,17 @@
 """1x1 convolutions forward, as matrix products over pixels, with BatchNorm folded into both ends.
 
-u[m, o] = sum_i w[o, i] * a[m, i], a = act(scale * x + shift) * gate[n, i]; epilogue: moments of u. Their backward is in
-project_backward.py and expand_backward.py.
+    u[m, o] = sum_i w[o, i] a[m, i],    a = act(scale x + shift) gate[n, i], or what there is of it
+
+Behind the product: moments of u, for the BatchNorm that follows; without gradients that BatchNorm itself, from its
+running statistics, its activation and a residual. The backward is in project_backward.py and expand_backward.py.
+
+Two forms, chosen by shape (`product_tiles`). Resident, where a block of outputs has its weight and its vectors fit: a
+program loads and rounds them once and goes over pixels of one image, so that scale, shift and gate are vectors in
+registers. Else a loop over the inputs fetches weight and vectors anew for each tile of pixels.
+
+    a program:   BO outputs, PIXELS pixels of one image       grid: (blocks of outputs x images x parts of an image,)
+    a tile:      a [BM, CI] x w [CI, BO] -> u [BM, BO], in blocks of BK inputs;   without a gate all images are one
+    on the way:  STAGES - 1 tiles where the weight is resident, else blocks
 """
 
 import torch
@@ -10,135 +20,317 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm import store_moments
+from .expand_backward import block_channels, count_blocks
 from .launching import kernel
-from .math import activate, at_least, dot, stored, sum_rows
-from .running import load_norm
+from .math import INTERPRETED, activate_halved, at_least, dot, halved, stored, sum_rows
+from .running import Running, given, load_affine, load_map
+from .tables import processors
 from .tables import tiles as chosen
 from .traffic import state
-from .tuning import accumulator, cdiv, groups, matmul_tiles, numeric, precision
+from .tuning import MIN_DOT, PROGRAMS, accumulator, cdiv, groups, multiplies_fast, numeric, pow2, precision
+
+MOST_INPUTS = 384  # of a resident weight: more leave shared memory no room for pixels
+MOST_VECTORS = 432  # channels times vectors of its prologue: more do not fit the registers
+MOST_PARTIALS = 4096  # of a weight that is not resident: sums over several tiles would take registers from the product
+MOST_IMAGES = 4  # whose gates a tile takes as vectors
+
+
+@triton.jit
+def packed(v, DTYPE: tl.constexpr):
+    """`stored` for a tile; in bf16 by pairs, one instruction for two values and not one for each."""
+    if INTERPRETED or tl.bfloat16 != DTYPE or v.dtype != tl.float32:
+        return stored(v, DTYPE)
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [v], tl.bfloat16, is_pure=True, pack=2
+        )
+
+
+@triton.jit
+def load_weight(w_ptr, o_k, o_o, CI: tl.constexpr, CO: tl.constexpr, DTYPE: tl.constexpr):
+    """[BK, BO] of the weight [CO, CI], rounded."""
+    m = (o_k < CI)[:, None] & (o_o < CO)[None, :]
+    return packed(tl.load(w_ptr + o_o[None, :] * CI + o_k[:, None], mask=m, other=0.0), DTYPE)
+
+
+@triton.jit
+def load_prologue(
+    norm_ptr, bn_weight_ptr, bn_bias_ptr, mean_ptr, var_ptr, o_k, CI: tl.constexpr, EPS: tl.constexpr,
+    ACT: tl.constexpr, HAS_NORM: tl.constexpr, ACC: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """scale and shift of a block of inputs, halved for the activation; zeros that nobody reads without a BatchNorm."""
+    b_scale = tl.zeros(o_k.shape, ACC)
+    b_shift = b_scale
+    if HAS_NORM:
+        b_scale, b_shift = load_map(
+            norm_ptr, bn_weight_ptr, bn_bias_ptr, mean_ptr, var_ptr, o_k, o_k < CI, CI, EPS, ACC
+        )
+        b_scale, b_shift = halved(b_scale, ACT, FAST), halved(b_shift, ACT, FAST)
+    return b_scale, b_shift
+
+
+@triton.jit
+def load_gate(gate_ptr, image, o_k, CI: tl.constexpr, ACC: tl.constexpr):
+    """An image's gate for a block of inputs, [1, BK]; zeros that nobody reads without one."""
+    b_gate = tl.zeros(o_k.shape, ACC)
+    if gate_ptr is not None:
+        b_gate = tl.load(gate_ptr + image.to(tl.int64) * CI + o_k, mask=o_k < CI, other=0.0)
+    return b_gate[None, :]
+
+
+@triton.jit
+def load_gates(
+    gate_ptr, o_m, first, last, IMAGE, o_k, CI: tl.constexpr, IMAGES: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """The gates of pixels o_m of the images from `first` to `last`, IMAGES at most, [1 or BM, BK]."""
+    b_gate = load_gate(gate_ptr, first, o_k, CI, ACC)
+    if gate_ptr is not None and IMAGES > 1:
+        o_n = tl.minimum(o_m // IMAGE, last)[:, None]  # [BM, 1]
+        if IMAGES > 4:
+            m_k = (o_k < CI)[None, :] & (o_n >= 0)
+            b_gate = tl.load(gate_ptr + o_n.to(tl.int64) * CI + o_k[None, :], mask=m_k, other=0.0)
+        else:
+            for i in tl.static_range(1, IMAGES):
+                b_next = load_gate(gate_ptr, tl.minimum(first + i, last), o_k, CI, ACC)
+                b_gate = tl.where(o_n >= first + i, b_next, b_gate)
+    return b_gate
 
 
 @triton.jit
 def load_input(
-    x_ptr, norm_ptr, gate_ptr, o_m, m_m, o_c, HW, C, ACT: tl.constexpr, HAS_NORM: tl.constexpr, HAS_GATE: tl.constexpr,
-    ACC: tl.constexpr, FAST: tl.constexpr,
+    x_ptr, m0, m_m, o_k, b_scale, b_shift, b_gate, CI: tl.constexpr, ACT: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_GATE: tl.constexpr, ACC: tl.constexpr, FAST: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """act(scale * x + shift) * gate[n, c] for a tile of pixels and channels; 0 outside the channels."""
-    m_c = o_c < C
-    m = m_m[:, None] & m_c[None, :]
-    b_a = tl.load(x_ptr + o_m[:, None].to(tl.int64) * C + o_c[None, :], mask=m, other=0.0)
+    """act(scale x + shift) gate of a block of inputs, [BM, BK], for the pixels from m0 on."""
+    o = tl.arange(0, BM)[:, None] * CI + o_k[None, :]
+    m = m_m[:, None] & (o_k < CI)[None, :]
+    b_a = tl.load(x_ptr + m0.to(tl.int64) * CI + o, mask=m, other=0.0)
     if HAS_NORM:
-        b_scale, b_shift = load_norm(norm_ptr, o_c, m_c, C)
-        b_a = activate(b_a.to(ACC) * b_scale[None, :] + b_shift[None, :], ACT, FAST)
-        if HAS_GATE:
-            b_a = b_a * tl.load(gate_ptr + (o_m // HW)[:, None] * C + o_c[None, :], mask=m, other=0.0)
-    return b_a
+        b_a = activate_halved(b_a.to(ACC) * b_scale[None, :] + b_shift[None, :], ACT, FAST)
+    if HAS_GATE:
+        b_a = b_a.to(ACC) * b_gate
+    return packed(b_a, x_ptr.dtype.element_ty)
+
+
+@triton.jit
+def store_sums(partials_ptr, row, count, pivot, s1, s2, o_o, m_o, CO: tl.constexpr):
+    """Moments from sums about a pivot [1, BO]: of the values s1, of their squares s2, [rows to add up, BO]."""
+    delta = sum_rows(s1) / count
+    m2 = at_least(sum_rows(s2) - delta * delta * count, 0.0)
+    store_moments(partials_ptr, row, count, tl.sum(pivot, 0) + delta, m2, o_o, m_o, CO)
 
 
 @kernel
 @triton.jit
-def _pointwise_fwd_kernel(
+def _pointwise_kernel(
     x_ptr,
-    w_ptr,
     norm_ptr,
+    in_bn_weight_ptr,
+    in_bn_bias_ptr,
+    in_mean_ptr,
+    in_var_ptr,
     gate_ptr,
+    w_ptr,
+    bn_weight_ptr,
+    bn_bias_ptr,
+    mean_ptr,
+    var_ptr,
+    residual_ptr,
     u_ptr,
     partials_ptr,
-    M,
+    N,
     HW,
-    TILES,
+    PIXELS,
+    IMAGE,
     CI: tl.constexpr,
     CO: tl.constexpr,
+    IN_EPS: tl.constexpr,
+    EPS: tl.constexpr,
+    IN_ACT: tl.constexpr,
     ACT: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    HAS_GATE: tl.constexpr,
     HAS_MOMENTS: tl.constexpr,
+    SINGLE: tl.constexpr,
+    IMAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     FAST: tl.constexpr,
+    RESIDENT: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
     BO: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    HAS_NORM: tl.constexpr = norm_ptr is not None or in_mean_ptr is not None
+    HAS_GATE: tl.constexpr = gate_ptr is not None
+    TILES_AHEAD: tl.constexpr = STAGES if RESIDENT else 1
+    LANES: tl.constexpr = BM if RESIDENT else 1
+    columns: tl.constexpr = (CO + BO - 1) // BO
     # One axis, columns first: the second would end at 65535 rows of tiles, and neighbours share their pixels in L2.
-    columns = (CO + BO - 1) // BO
-    group = tl.program_id(0) // columns
     o_o = tl.program_id(0) % columns * BO + tl.arange(0, BO)
     m_o = o_o < CO
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    part = tl.program_id(0) // columns
+    n = part % N
+    first = n * HW + part // N * PIXELS
+    end = tl.minimum(first + PIXELS, (n + 1) * HW)
+    w, scale, shift, gate = (), (), (), ()
+    if RESIDENT:
+        for j in tl.static_range(count_blocks(0, CI, CI, BK)):
+            o_k = block_channels(0, j, CI, CI, BK)
+            w = w + (load_weight(w_ptr, o_k, o_o, CI, CO, DTYPE),)
+            b_scale, b_shift = load_prologue(
+                norm_ptr, in_bn_weight_ptr, in_bn_bias_ptr, in_mean_ptr, in_var_ptr, o_k, CI, IN_EPS, IN_ACT, HAS_NORM,
+                ACC, FAST,
+            )  # fmt: skip
+            scale, shift, gate = scale + (b_scale,), shift + (b_shift,), gate + (load_gate(gate_ptr, n, o_k, CI, ACC),)
+    if mean_ptr is not None:
+        b_scale, b_shift = load_affine(bn_weight_ptr, bn_bias_ptr, mean_ptr, var_ptr, o_o, m_o, EPS, ACC)
+        b_out_scale, b_out_shift = halved(b_scale, ACT, FAST)[None, :], halved(b_shift, ACT, FAST)[None, :]
+    count = tl.zeros((BO,), ACC) + (end - first)
     pivot = tl.zeros((1, BO), ACC)
-    s1 = tl.zeros((BM, BO), ACC)
-    s2 = tl.zeros((BM, BO), ACC)
-    for tile in range(0, TILES):
-        o_m = (group * TILES + tile) * BM + tl.arange(0, BM)
-        m_m = o_m < M
-        acc = tl.zeros((BM, BO), ACC)
-        for k in range(0, CI, BK):
-            o_k = k + tl.arange(0, BK)
-            b_x = load_input(x_ptr, norm_ptr, gate_ptr, o_m, m_m, o_k, HW, CI, ACT, HAS_NORM, HAS_GATE, ACC, FAST)
-            m_w = (o_k < CI)[:, None] & m_o[None, :]
-            b_w = tl.load(w_ptr + o_o[None, :] * CI + o_k[:, None], mask=m_w, other=0.0)  # [BK, BO]
-            acc = dot(b_x, b_w, acc, DTYPE, PRECISION)
+    s1 = tl.zeros((LANES, BO), ACC)
+    s2 = tl.zeros((LANES, BO), ACC)
+    o = tl.arange(0, BM)[:, None] * CO + o_o[None, :]  # [BM, BO]
+    for done in tl.range(0, end - first, BM, num_stages=TILES_AHEAD):
+        m0 = first + done
+        m_m = m0 + tl.arange(0, BM) < end
         m = m_m[:, None] & m_o[None, :]
-        b_u = acc
+        b_u = tl.zeros((BM, BO), ACC)
+        if RESIDENT:
+            for j in tl.static_range(count_blocks(0, CI, CI, BK)):
+                o_k = block_channels(0, j, CI, CI, BK)
+                b_a = load_input(
+                    x_ptr, m0, m_m, o_k, scale[j], shift[j], gate[j], CI, IN_ACT, HAS_NORM, HAS_GATE, ACC, FAST, BM
+                )
+                b_u = dot(b_a, w[j], b_u, DTYPE, PRECISION)
+        else:
+            for k in tl.range(0, CI, BK, num_stages=STAGES):
+                o_k = k + tl.arange(0, BK)
+                b_scale, b_shift = load_prologue(
+                    norm_ptr, in_bn_weight_ptr, in_bn_bias_ptr, in_mean_ptr, in_var_ptr, o_k, CI, IN_EPS, IN_ACT,
+                    HAS_NORM, ACC, FAST,
+                )  # fmt: skip
+                b_gate = load_gates(
+                    gate_ptr, m0 + tl.arange(0, BM), m0 // IMAGE, (end - 1) // IMAGE, IMAGE, o_k, CI, IMAGES, ACC
+                )
+                b_a = load_input(
+                    x_ptr, m0, m_m, o_k, b_scale, b_shift, b_gate, CI, IN_ACT, HAS_NORM, HAS_GATE, ACC, FAST, BM
+                )
+                b_u = dot(b_a, load_weight(w_ptr, o_k, o_o, CI, CO, DTYPE), b_u, DTYPE, PRECISION)
+        at = m0.to(tl.int64) * CO
+        if mean_ptr is not None:
+            b_u = activate_halved(b_u * b_out_scale + b_out_shift, ACT, FAST)
+        if residual_ptr is not None:
+            b_u += tl.load(residual_ptr + at + o, mask=m, other=0.0).to(ACC)
         if u_ptr is not None:
-            b_stored = stored(acc, DTYPE)
-            tl.store(u_ptr + o_m[:, None].to(tl.int64) * CO + o_o[None, :], b_stored, mask=m)
+            b_stored = packed(b_u, DTYPE)
+            tl.store(u_ptr + at + o, b_stored, mask=m)
             b_u = b_stored.to(ACC)  # what is normalised later, rounded as stored
         if HAS_MOMENTS:
-            # Sums about the first tile's mean stay in their lanes to the end.
-            if tile == 0:
+            # Sums about the first tile's mean; of a resident weight's tiles they stay in their lanes to the end.
+            if SINGLE or done == 0:
                 b_rows = tl.sum(tl.where(m_m, 1.0, 0.0).to(ACC), 0)
                 pivot = (tl.sum(tl.where(m, b_u, 0.0), 0) / b_rows)[None, :]
             b_u = tl.where(m, b_u - pivot, 0.0)
-            s1 += b_u
-            s2 += b_u * b_u
-    if HAS_MOMENTS:
-        count = tl.zeros((BO,), ACC) + tl.minimum(M - group * TILES * BM, TILES * BM)
-        delta = sum_rows(s1) / count
-        m2 = at_least(sum_rows(s2) - delta * delta * count, 0.0)
-        store_moments(partials_ptr, group, count, tl.sum(pivot, 0) + delta, m2, o_o, m_o, CO)
+            if SINGLE:
+                store_sums(partials_ptr, part, count, pivot, b_u, b_u * b_u, o_o, m_o, CO)
+            elif RESIDENT:
+                s1 += b_u
+                s2 += b_u * b_u
+            else:
+                s1 += sum_rows(b_u)[None, :]
+                s2 += sum_rows(b_u * b_u)[None, :]
+    if HAS_MOMENTS and not SINGLE:
+        store_sums(partials_ptr, part, count, pivot, s1, s2, o_o, m_o, CO)
+
+
+def product_tiles(rows: int, reduce: int, out: int, vectors: int, dtype: torch.dtype) -> dict[str, int]:
+    """[BM pixels, BK inputs] x [BK, BO outputs]; `vectors` of the prologue: 2 of a BatchNorm, 1 of a gate."""
+    resident = multiplies_fast(dtype) and reduce <= MOST_INPUTS and reduce * vectors <= MOST_VECTORS
+    if INTERPRETED:
+        sides = dict(BM=pow2(rows, MIN_DOT, 2048), BK=pow2(reduce, MIN_DOT, 256), BO=pow2(out, MIN_DOT, 256))
+        return dict(RESIDENT=int(resident), **sides, STAGES=1)
+    if resident:
+        return dict(RESIDENT=1, BM=64, BK=pow2(reduce, MIN_DOT, 64), BO=pow2(out, MIN_DOT, 64), STAGES=3, num_warps=4)
+    block = pow2(out, MIN_DOT, 128 if multiplies_fast(dtype) and out <= 128 else 64)
+    step = 64 if multiplies_fast(dtype) and block <= 64 else 32
+    tiles = dict(BM=64, BK=pow2(reduce, MIN_DOT, step), BO=block, STAGES=3)
+    while cdiv(rows, tiles["BM"]) * cdiv(out, tiles["BO"]) < PROGRAMS and tiles["BO"] > MIN_DOT:
+        tiles["BM" if tiles["BM"] > tiles["BO"] else "BO"] //= 2
+    return dict(RESIDENT=0, **tiles, num_warps=4 if tiles["BM"] * tiles["BO"] > 1024 else 2)
+
+
+def divide(
+    x: Tensor, out: int, by_image: bool, moments: bool, reduce: int, vectors: int, tiles: dict[str, int]
+) -> tuple[int, int, int]:
+    """(images, pixels of one, pixels of a part of one): all images are one where a program may take pixels of several.
+
+    Parts are such that all programs of a resident weight run at a time.
+    """
+    n, h, w, _ = x.shape
+    columns = cdiv(out, tiles["BO"])
+    if not tiles["RESIDENT"]:
+        return 1, n * h * w, tiles["BM"] * (groups(cdiv(n * h * w, tiles["BM"]), 1, MOST_PARTIALS) if moments else 1)
+    images, pixels = (n, h * w) if by_image else (1, n * h * w)
+    if INTERPRETED:
+        parts = 2 if by_image else max(1, cdiv(pixels, tiles["BM"] * groups(cdiv(pixels, tiles["BM"]), columns)))
+    else:
+        side_by_side = 2 if reduce * max(1, vectors) > 128 or (vectors == 0 and reduce > 64) else 3 if out > 32 else 4
+        parts = max(1, side_by_side * processors(x.device) // (columns * images))
+    return images, pixels, tiles["BM"] * cdiv(cdiv(pixels, parts), tiles["BM"])
 
 
 def _launch(
     launcher: str,
     x: Tensor,
-    weight: Tensor,
-    norm: Tensor | None,
+    norm: Tensor | Running | None,
+    in_activation: str,
     gate: Tensor | None,
-    u: Tensor | None,
+    weight: Tensor,
+    bn: Running | None,
     activation: str,
+    residual: Tensor | None,
+    u: Tensor | None,
     moments: bool,
 ) -> Tensor | None:
     n, h, w, channels = x.shape
-    out, rows = weight.shape[0], n * h * w
-    traits = dict(activation=activation, norm=norm is not None, gate=gate is not None, moments=moments)
-    tiles = chosen(launcher, x, matmul_tiles, (rows, channels, out), **traits)
-    columns = cdiv(out, tiles["BO"])
-    per_program = groups(cdiv(rows, tiles["BM"]), columns) if moments else 1
-    programs = cdiv(rows, tiles["BM"] * per_program)
+    out = weight.shape[0]
+    vectors = (0 if norm is None else 2) + (gate is not None)
+    shape = (n * h * w, channels, out, vectors, x.dtype)
+    traits = dict(before=in_activation, activation=activation, residual=residual is not None, moments=moments)
+    tiles = chosen(launcher, x, product_tiles, shape, **traits)
+    images, pixels, part = divide(x, out, gate is not None, moments, channels, vectors, tiles)
+    programs = images * cdiv(pixels, part)
     partials = torch.empty(programs, 3, out, dtype=accumulator(x.dtype), device=x.device) if moments else None
-    _pointwise_fwd_kernel[(columns * programs,)](
+    in_bn = norm if isinstance(norm, Running) else None
+    _pointwise_kernel[(cdiv(out, tiles["BO"]) * programs,)](
         x_ptr=x,
-        w_ptr=weight,
-        norm_ptr=norm,
+        norm_ptr=None if in_bn is not None else norm,
+        **given(in_bn, "in_"),
         gate_ptr=gate,
+        w_ptr=weight,
+        **given(bn),
+        residual_ptr=residual,
         u_ptr=u,
         partials_ptr=partials,
-        M=rows,
-        HW=h * w,
-        TILES=per_program,
+        N=images,
+        HW=pixels,
+        PIXELS=part,
+        IMAGE=h * w,
         CI=channels,
         CO=out,
+        IN_ACT=in_activation,
         ACT=activation,
-        HAS_NORM=norm is not None,
-        HAS_GATE=gate is not None,
         HAS_MOMENTS=moments,
+        SINGLE=not tiles["RESIDENT"] and part == tiles["BM"],
+        IMAGES=1 if images == n or h * w % tiles["BM"] == 0 else min((tiles["BM"] - 2) // (h * w) + 2, MOST_IMAGES + 1),
         PRECISION=precision(x.dtype),
         **numeric(x.dtype),
         **tiles,
     )
-    state(launcher, (x, weight, norm, gate), (u, partials))
+    before = norm.tensors if isinstance(norm, Running) else (norm,)
+    behind = () if bn is None else bn.tensors
+    state(launcher, (x, weight, *before, gate, *behind, residual), (u, partials))
     return partials
 
 
@@ -147,11 +339,30 @@ def pointwise_fwd(
 ) -> tuple[Tensor, Tensor | None]:
     """(u [N, H, W, O], partial moments [P, 3, O] if asked) of x [N, H, W, I] and weight [O, I, 1, 1]."""
     u = torch.empty(*x.shape[:3], weight.shape[0], dtype=x.dtype, device=x.device)
-    return u, _launch("pointwise_fwd", x, weight, norm, gate, u, activation, moments)
+    return u, _launch("pointwise_fwd", x, norm, activation, gate, weight, None, "none", None, u, moments)
 
 
 def pointwise_moments(x: Tensor, weight: Tensor) -> Tensor:
     """Partial moments [P, 3, O] of an output that is not kept: before rounding, as a walk computes it again."""
-    partials = _launch("pointwise_moments", x, weight, norm=None, gate=None, u=None, activation="none", moments=True)
+    partials = _launch("pointwise_moments", x, None, "none", None, weight, None, "none", None, None, True)
     assert partials is not None
     return partials
+
+
+def pointwise_inference(
+    x: Tensor,
+    in_bn: Running | None,
+    in_activation: str,
+    weight: Tensor,
+    gate: Tensor | None,
+    bn: Running,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """act(BN(a * gate @ weight)) + residual: x [N, H, W, I], weight [O, I, 1, 1], gate [N, I] -> [N, H, W, O].
+
+    a is x, or with `in_bn` in_activation(in_bn(x)).
+    """
+    y = torch.empty(*x.shape[:3], weight.shape[0], dtype=x.dtype, device=x.device)
+    _launch("pointwise_inference", x, in_bn, in_activation, gate, weight, bn, activation, residual, y, False)
+    return y

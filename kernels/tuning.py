@@ -42,12 +42,14 @@ class Choice:
 _WARPS = Choice((1, 2, 4, 8))
 _STAGES = Choice((1, 2, 3, 4))
 _POINTWISE = dict(
+    RESIDENT=Choice((0, 1)),
     BM=Choice((16, 32, 64, 128, 256), "rows"),
     BO=Choice((16, 32, 64, 128, 256), "out"),
     BK=Choice((16, 32, 64, 128), "reduce"),
+    STAGES=_STAGES,
     num_warps=_WARPS,
-    num_stages=_STAGES,
 )
+_PRODUCT = {name: choice for name, choice in _POINTWISE.items() if name not in ("RESIDENT", "STAGES")}
 _WALK = dict(
     R=Choice((1, 2, 3, 4, 5, 6, 7, 8), "height"),
     NB=Choice((1, 2, 4, 8, 16), "images"),
@@ -82,7 +84,7 @@ SPACE: dict[str, dict[str, Choice]] = {
     "pointwise_moments": _POINTWISE,
     "depthwise_inference": _WALK,
     "pointwise_inference": _POINTWISE,
-    "pointwise_pool": _POINTWISE,
+    "pointwise_pool": _PRODUCT | dict(num_stages=_STAGES),
     "pool": _ROWS | dict(STAGES=_STAGES),
     "bn_act_fwd": _ROWS,
     "bn_act_bwd": _ROWS,
@@ -120,13 +122,6 @@ def cdiv(size: int, part: int) -> int:
 def pow2(size: int, low: int, high: int) -> int:
     """The power of two that holds `size`, within [low, high] (all powers of two)."""
     return min(max(1 << (size - 1).bit_length(), low), high)
-
-
-def matmul_tiles(rows: int, reduce: int, out: int) -> dict[str, int]:
-    """[BM rows, BK reduced] x [BK, BO out]."""
-    if INTERPRETED:
-        return dict(BM=pow2(rows, MIN_DOT, 2048), BK=pow2(reduce, MIN_DOT, 256), BO=pow2(out, MIN_DOT, 256))
-    return dict(BM=64, BK=pow2(reduce, MIN_DOT, 32), BO=pow2(out, MIN_DOT, 64), num_warps=4, num_stages=3)
 
 
 def row_tiles(rows: int, channels: int) -> dict[str, int]:

@@ -21,6 +21,7 @@ from fastmbconv import ops, reference
 from fastmbconv.kernels import pointwise, project_backward, squeeze_excite
 
 SMALL = dict(BM=16, BK=16, BO=16)
+STREAMED = dict(RESIDENT=0, **SMALL)
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -43,9 +44,14 @@ ROWS = {
     "tiled": Row((3, 40, 5, 3), 24, "silu", gate=True, tiles=SMALL),
     "tiled-exactly": Row((2, 32, 4, 4), 16, tiles=SMALL),
     "tiles-per-program": Row((5, 20, 3, 5), 17, "relu", gate=True, tiles=SMALL, group=2),
+    "images-in-a-tile": Row((5, 40, 3, 3), 24, "silu", gate=True, tiles=STREAMED, group=1),
+    "more-images-in-a-tile-than-vectors": Row((7, 40, 1, 2), 24, "silu", gate=True, tiles=STREAMED, group=1),
+    "streamed-tiles-per-program": Row((3, 40, 5, 7), 17, "relu", gate=True, tiles=STREAMED, group=3),
+    "streamed-without-a-prologue": Row((2, 40, 4, 4), 17, tiles=STREAMED, group=2),
+    "blocks-of-inputs": Row((2, 90, 5, 3), 17, "silu", tiles=SMALL | dict(BK=64)),
     "more-tiles-per-program-than-tiles": Row((1, 20, 3, 5), 17, tiles=SMALL, group=3),
 }
-KERNELS = {"gate", "tiles-per-program"}
+KERNELS = {"gate", "tiles-per-program", "images-in-a-tile", "streamed-tiles-per-program"}
 
 
 def rows(names=None):
@@ -157,12 +163,12 @@ def test_grids_of_the_largest_images_are_launchable(monkeypatch):
             return lambda **kwargs: None
 
     for module, name in (
-        (pointwise, "_pointwise_fwd_kernel"),
+        (pointwise, "_pointwise_kernel"),
         (squeeze_excite, "_pool_kernel"),
         *((project_backward, f"_project_bwd_{part}_kernel") for part in ("sums", "data")),
     ):
         monkeypatch.setattr(module, name, Kernel())
-    monkeypatch.setattr(pointwise, "matmul_tiles", lambda rows, reduce, out: dict(BM=64, BK=32, BO=32))
+    monkeypatch.setattr(pointwise, "product_tiles", lambda *_: dict(RESIDENT=0, BM=64, BK=32, BO=32, STAGES=3))
     small, large = (torch.empty(256, 300, 300, c, dtype=torch.bfloat16, device="meta") for c in (32, 192))
     weight = torch.empty(32, 192, 1, 1, device="meta")
     pointwise.pointwise_fwd(large, weight, None, None, "none", False)
