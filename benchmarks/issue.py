@@ -53,9 +53,9 @@ def _depthwise_inference(a: Arguments) -> tuple[int, tuple[Path, ...]]:
 
 def _pointwise(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     tiles = ceil(a["PIXELS"] / a["BM"])
-    inner = () if a["RESIDENT"] else (Loop(ceil(a["CI"] / a["BK"]), fixed=True),)
-    guarded = 1 / tiles if a["HAS_MOMENTS"] and not a["SINGLE"] else 1.0
-    return a["N"] * a["HW"] * a["CO"], _one(Loop(tiles, inner, guarded=guarded))
+    blocks = Loop(ceil(a["CI"] / a["BK"]), fixed=True)
+    resident = Loop(tiles, guarded=1 / tiles if a["HAS_MOMENTS"] else 1.0)
+    return a["N"] * a["HW"] * a["CO"], _one(*([resident] if a["RESIDENT"] else [blocks] * a["TILES"]))
 
 
 def _project_bwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:

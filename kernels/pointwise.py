@@ -32,7 +32,7 @@ from .tuning import MIN_DOT, PROGRAMS, accumulator, cdiv, groups, multiplies_fas
 MOST_INPUTS = 384  # of a resident weight: more leave shared memory no room for pixels
 MOST_VECTORS = 432  # channels times vectors of its prologue: more do not fit the registers
 MOST_PARTIALS = 4096  # of a weight that is not resident: sums over several tiles would take registers from the product
-MOST_IMAGES = 4  # whose gates a tile takes as vectors
+MOST_IMAGES = tl.constexpr(4)  # whose gates a tile takes as vectors
 
 
 @triton.jit
@@ -80,19 +80,19 @@ def load_gate(gate_ptr, image, o_k, CI: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def load_gates(
-    gate_ptr, o_m, first, last, IMAGE, o_k, CI: tl.constexpr, IMAGES: tl.constexpr, ACC: tl.constexpr
+    gate_ptr, image, o_n, last, o_k, CI: tl.constexpr, IMAGES: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """The gates of pixels o_m of the images from `first` to `last`, IMAGES at most, [1 or BM, BK]."""
-    b_gate = load_gate(gate_ptr, first, o_k, CI, ACC)
+    """The gates, [1 or BM, BK], of pixels that lie in images image + o_n, IMAGES at most, none behind image + last."""
+    b_gate = load_gate(gate_ptr, image, o_k, CI, ACC)
     if gate_ptr is not None and IMAGES > 1:
-        o_n = tl.minimum(o_m // IMAGE, last)[:, None]  # [BM, 1]
-        if IMAGES > 4:
-            m_k = (o_k < CI)[None, :] & (o_n >= 0)
-            b_gate = tl.load(gate_ptr + o_n.to(tl.int64) * CI + o_k[None, :], mask=m_k, other=0.0)
+        if IMAGES > MOST_IMAGES:
+            o = (image + tl.minimum(o_n, last)).to(tl.int64)[:, None] * CI + o_k[None, :]
+            m = (o_n >= 0)[:, None] & (o_k < CI)[None, :]
+            b_gate = tl.load(gate_ptr + o, mask=m, other=0.0)
         else:
             for i in tl.static_range(1, IMAGES):
-                b_next = load_gate(gate_ptr, tl.minimum(first + i, last), o_k, CI, ACC)
-                b_gate = tl.where(o_n >= first + i, b_next, b_gate)
+                b_next = load_gate(gate_ptr, image + tl.minimum(last, i), o_k, CI, ACC)
+                b_gate = tl.where((o_n >= i)[:, None], b_next, b_gate)
     return b_gate
 
 
@@ -113,11 +113,37 @@ def load_input(
 
 
 @triton.jit
-def store_sums(partials_ptr, row, count, pivot, s1, s2, o_o, m_o, CO: tl.constexpr):
-    """Moments from sums about a pivot [1, BO]: of the values s1, of their squares s2, [rows to add up, BO]."""
-    delta = sum_rows(s1) / count
-    m2 = at_least(sum_rows(s2) - delta * delta * count, 0.0)
-    store_moments(partials_ptr, row, count, tl.sum(pivot, 0) + delta, m2, o_o, m_o, CO)
+def add_up(
+    b_u, first, pivot, s1, s2, m_m, m, ACC: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """A tile's part of the moments: sums, in LANES rows, of u and of its square, about the mean of the first tile."""
+    if first:
+        b_rows = tl.sum(tl.where(m_m, 1.0, 0.0).to(ACC), 0)
+        pivot = (tl.sum(tl.where(m, b_u, 0.0), 0) / b_rows)[None, :]
+    b_u = tl.where(m, b_u - pivot, 0.0)
+    if LANES == 1:
+        return pivot, s1 + sum_rows(b_u)[None, :], s2 + sum_rows(b_u * b_u)[None, :]
+    else:
+        return pivot, s1 + b_u, s2 + b_u * b_u
+
+
+@triton.jit
+def store_output(
+    b_u, u_ptr, residual_ptr, m0, m, o_o, b_scale, b_shift, CO: tl.constexpr, ACT: tl.constexpr, HAS_BN: tl.constexpr,
+    ACC: tl.constexpr, FAST: tl.constexpr, BM: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """u of a tile as it is stored, if it is: what is normalised later."""
+    o = tl.arange(0, BM)[:, None] * CO + o_o[None, :]  # [BM, BO]
+    at = m0.to(tl.int64) * CO
+    if HAS_BN:
+        b_u = activate_halved(b_u * b_scale[None, :] + b_shift[None, :], ACT, FAST)
+    if residual_ptr is not None:
+        b_u += tl.load(residual_ptr + at + o, mask=m, other=0.0).to(ACC)
+    if u_ptr is not None:
+        b_stored = packed(b_u, DTYPE)
+        tl.store(u_ptr + at + o, b_stored, mask=m)
+        b_u = b_stored.to(ACC)
+    return b_u
 
 
 @kernel
@@ -149,7 +175,7 @@ def _pointwise_kernel(
     IN_ACT: tl.constexpr,
     ACT: tl.constexpr,
     HAS_MOMENTS: tl.constexpr,
-    SINGLE: tl.constexpr,
+    TILES: tl.constexpr,
     IMAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
@@ -163,7 +189,7 @@ def _pointwise_kernel(
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     HAS_NORM: tl.constexpr = norm_ptr is not None or in_mean_ptr is not None
     HAS_GATE: tl.constexpr = gate_ptr is not None
-    TILES_AHEAD: tl.constexpr = STAGES if RESIDENT else 1
+    HAS_BN: tl.constexpr = mean_ptr is not None
     LANES: tl.constexpr = BM if RESIDENT else 1
     columns: tl.constexpr = (CO + BO - 1) // BO
     # One axis, columns first: the second would end at 65535 rows of tiles, and neighbours share their pixels in L2.
@@ -171,10 +197,17 @@ def _pointwise_kernel(
     m_o = o_o < CO
     part = tl.program_id(0) // columns
     n = part % N
-    first = n * HW + part // N * PIXELS
-    end = tl.minimum(first + PIXELS, (n + 1) * HW)
-    w, scale, shift, gate = (), (), (), ()
+    first = part // N * PIXELS
+    end = tl.minimum(first + PIXELS, HW)
+    b_out_scale, b_out_shift = tl.zeros((BO,), ACC), tl.zeros((BO,), ACC)
+    if HAS_BN:
+        b_out_scale, b_out_shift = load_affine(bn_weight_ptr, bn_bias_ptr, mean_ptr, var_ptr, o_o, m_o, EPS, ACC)
+        b_out_scale, b_out_shift = halved(b_out_scale, ACT, FAST), halved(b_out_shift, ACT, FAST)
+    pivot = tl.zeros((1, BO), ACC)
+    s1 = tl.zeros((LANES, BO), ACC)
+    s2 = tl.zeros((LANES, BO), ACC)
     if RESIDENT:
+        w, scale, shift, gate = (), (), (), ()
         for j in tl.static_range(count_blocks(0, CI, CI, BK)):
             o_k = block_channels(0, j, CI, CI, BK)
             w = w + (load_weight(w_ptr, o_k, o_o, CI, CO, DTYPE),)
@@ -183,65 +216,52 @@ def _pointwise_kernel(
                 ACC, FAST,
             )  # fmt: skip
             scale, shift, gate = scale + (b_scale,), shift + (b_shift,), gate + (load_gate(gate_ptr, n, o_k, CI, ACC),)
-    if mean_ptr is not None:
-        b_scale, b_shift = load_affine(bn_weight_ptr, bn_bias_ptr, mean_ptr, var_ptr, o_o, m_o, EPS, ACC)
-        b_out_scale, b_out_shift = halved(b_scale, ACT, FAST)[None, :], halved(b_shift, ACT, FAST)[None, :]
-    count = tl.zeros((BO,), ACC) + (end - first)
-    pivot = tl.zeros((1, BO), ACC)
-    s1 = tl.zeros((LANES, BO), ACC)
-    s2 = tl.zeros((LANES, BO), ACC)
-    o = tl.arange(0, BM)[:, None] * CO + o_o[None, :]  # [BM, BO]
-    for done in tl.range(0, end - first, BM, num_stages=TILES_AHEAD):
-        m0 = first + done
-        m_m = m0 + tl.arange(0, BM) < end
-        m = m_m[:, None] & m_o[None, :]
-        b_u = tl.zeros((BM, BO), ACC)
-        if RESIDENT:
+        for pixel in tl.range(first, end, BM, num_stages=STAGES):
+            m_m = pixel + tl.arange(0, BM) < end
+            m = m_m[:, None] & m_o[None, :]
+            m0 = n * HW + pixel
+            b_u = tl.zeros((BM, BO), ACC)
             for j in tl.static_range(count_blocks(0, CI, CI, BK)):
                 o_k = block_channels(0, j, CI, CI, BK)
                 b_a = load_input(
                     x_ptr, m0, m_m, o_k, scale[j], shift[j], gate[j], CI, IN_ACT, HAS_NORM, HAS_GATE, ACC, FAST, BM
                 )
                 b_u = dot(b_a, w[j], b_u, DTYPE, PRECISION)
-        else:
+            b_u = store_output(
+                b_u, u_ptr, residual_ptr, m0, m, o_o, b_out_scale, b_out_shift, CO, ACT, HAS_BN, ACC, FAST, BM, DTYPE
+            )
+            if HAS_MOMENTS:
+                pivot, s1, s2 = add_up(b_u, pixel == first, pivot, s1, s2, m_m, m, ACC, LANES)
+    else:
+        for tile in tl.static_range(TILES):
+            m0 = first + tile * BM
+            m_m = m0 + tl.arange(0, BM) < end
+            m = m_m[:, None] & m_o[None, :]
+            image = m0 // IMAGE
+            o_n = (m0 + tl.arange(0, BM)) // IMAGE - image
+            last = (end - 1) // IMAGE - image
+            b_u = tl.zeros((BM, BO), ACC)
             for k in tl.range(0, CI, BK, num_stages=STAGES):
                 o_k = k + tl.arange(0, BK)
                 b_scale, b_shift = load_prologue(
                     norm_ptr, in_bn_weight_ptr, in_bn_bias_ptr, in_mean_ptr, in_var_ptr, o_k, CI, IN_EPS, IN_ACT,
                     HAS_NORM, ACC, FAST,
                 )  # fmt: skip
-                b_gate = load_gates(
-                    gate_ptr, m0 + tl.arange(0, BM), m0 // IMAGE, (end - 1) // IMAGE, IMAGE, o_k, CI, IMAGES, ACC
-                )
+                b_gate = load_gates(gate_ptr, image, o_n, last, o_k, CI, IMAGES, ACC)
                 b_a = load_input(
                     x_ptr, m0, m_m, o_k, b_scale, b_shift, b_gate, CI, IN_ACT, HAS_NORM, HAS_GATE, ACC, FAST, BM
                 )
                 b_u = dot(b_a, load_weight(w_ptr, o_k, o_o, CI, CO, DTYPE), b_u, DTYPE, PRECISION)
-        at = m0.to(tl.int64) * CO
-        if mean_ptr is not None:
-            b_u = activate_halved(b_u * b_out_scale + b_out_shift, ACT, FAST)
-        if residual_ptr is not None:
-            b_u += tl.load(residual_ptr + at + o, mask=m, other=0.0).to(ACC)
-        if u_ptr is not None:
-            b_stored = packed(b_u, DTYPE)
-            tl.store(u_ptr + at + o, b_stored, mask=m)
-            b_u = b_stored.to(ACC)  # what is normalised later, rounded as stored
-        if HAS_MOMENTS:
-            # Sums about the first tile's mean; of a resident weight's tiles they stay in their lanes to the end.
-            if SINGLE or done == 0:
-                b_rows = tl.sum(tl.where(m_m, 1.0, 0.0).to(ACC), 0)
-                pivot = (tl.sum(tl.where(m, b_u, 0.0), 0) / b_rows)[None, :]
-            b_u = tl.where(m, b_u - pivot, 0.0)
-            if SINGLE:
-                store_sums(partials_ptr, part, count, pivot, b_u, b_u * b_u, o_o, m_o, CO)
-            elif RESIDENT:
-                s1 += b_u
-                s2 += b_u * b_u
-            else:
-                s1 += sum_rows(b_u)[None, :]
-                s2 += sum_rows(b_u * b_u)[None, :]
-    if HAS_MOMENTS and not SINGLE:
-        store_sums(partials_ptr, part, count, pivot, s1, s2, o_o, m_o, CO)
+            b_u = store_output(
+                b_u, u_ptr, residual_ptr, m0, m, o_o, b_out_scale, b_out_shift, CO, ACT, HAS_BN, ACC, FAST, BM, DTYPE
+            )
+            if HAS_MOMENTS:
+                pivot, s1, s2 = add_up(b_u, tile == 0, pivot, s1, s2, m_m, m, ACC, LANES)
+    if HAS_MOMENTS:
+        count = tl.zeros((BO,), ACC) + (end - first)
+        delta = sum_rows(s1) / count
+        m2 = at_least(sum_rows(s2) - delta * delta * count, 0.0)
+        store_moments(partials_ptr, part, count, tl.sum(pivot, 0) + delta, m2, o_o, m_o, CO)
 
 
 def product_tiles(rows: int, reduce: int, out: int, vectors: int, dtype: torch.dtype) -> dict[str, int]:
@@ -252,9 +272,14 @@ def product_tiles(rows: int, reduce: int, out: int, vectors: int, dtype: torch.d
         return dict(RESIDENT=int(resident), **sides, STAGES=1)
     if resident:
         return dict(RESIDENT=1, BM=64, BK=pow2(reduce, MIN_DOT, 64), BO=pow2(out, MIN_DOT, 64), STAGES=3, num_warps=4)
-    block = pow2(out, MIN_DOT, 128 if multiplies_fast(dtype) and out <= 128 else 64)
-    step = 64 if multiplies_fast(dtype) and block <= 64 else 32
-    tiles = dict(BM=64, BK=pow2(reduce, MIN_DOT, step), BO=block, STAGES=3)
+    if not multiplies_fast(dtype):
+        tiles = dict(BM=64, BK=pow2(reduce, MIN_DOT, 32), BO=pow2(out, MIN_DOT, 64), STAGES=3)
+    elif out <= 64:
+        tiles = dict(BM=128, BK=pow2(reduce, MIN_DOT, 32), BO=pow2(out, MIN_DOT, 64), STAGES=3)
+    elif out <= 128:  # fp32 weights of so many outputs go through shared memory once, not twice
+        tiles = dict(BM=64, BK=pow2(reduce, MIN_DOT, 64), BO=128, STAGES=1)
+    else:
+        tiles = dict(BM=64, BK=pow2(reduce, MIN_DOT, 64), BO=64, STAGES=3)
     while cdiv(rows, tiles["BM"]) * cdiv(out, tiles["BO"]) < PROGRAMS and tiles["BO"] > MIN_DOT:
         tiles["BM" if tiles["BM"] > tiles["BO"] else "BO"] //= 2
     return dict(RESIDENT=0, **tiles, num_warps=4 if tiles["BM"] * tiles["BO"] > 1024 else 2)
@@ -270,7 +295,11 @@ def divide(
     n, h, w, _ = x.shape
     columns = cdiv(out, tiles["BO"])
     if not tiles["RESIDENT"]:
-        return 1, n * h * w, tiles["BM"] * (groups(cdiv(n * h * w, tiles["BM"]), 1, MOST_PARTIALS) if moments else 1)
+        return (
+            1,
+            n * h * w,
+            tiles["BM"] * (min(4, groups(cdiv(n * h * w, tiles["BM"]), 1, MOST_PARTIALS)) if moments else 1),
+        )
     images, pixels = (n, h * w) if by_image else (1, n * h * w)
     if INTERPRETED:
         parts = 2 if by_image else max(1, cdiv(pixels, tiles["BM"] * groups(cdiv(pixels, tiles["BM"]), columns)))
@@ -322,8 +351,10 @@ def _launch(
         IN_ACT=in_activation,
         ACT=activation,
         HAS_MOMENTS=moments,
-        SINGLE=not tiles["RESIDENT"] and part == tiles["BM"],
-        IMAGES=1 if images == n or h * w % tiles["BM"] == 0 else min((tiles["BM"] - 2) // (h * w) + 2, MOST_IMAGES + 1),
+        TILES=1 if tiles["RESIDENT"] else part // tiles["BM"],
+        IMAGES=1
+        if images == n or h * w % tiles["BM"] == 0
+        else min((tiles["BM"] - 2) // (h * w) + 2, MOST_IMAGES.value + 1),
         PRECISION=precision(x.dtype),
         **numeric(x.dtype),
         **tiles,
