@@ -19,10 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm import store_moments
+from .batch_norm import bn_act_fwd, store_moments
 from .expand_backward import block_channels, count_blocks
 from .launching import kernel
+from .library import cast, multiply
 from .math import INTERPRETED, activate_halved, at_least, dot, halved, stored, sum_rows
+from .moments import moments as moments_of
 from .running import Running, given, load_affine, load_map
 from .tables import processors
 from .tables import tiles as chosen
@@ -31,6 +33,8 @@ from .tuning import MIN_DOT, PROGRAMS, accumulator, cdiv, groups, multiplies_fas
 
 MOST_INPUTS = 384  # of a resident weight: more leave shared memory no room for pixels
 MOST_VECTORS = 432  # channels times vectors of its prologue: more do not fit the registers
+MOST_OUTPUTS = 128  # that one streamed tile holds: more make it activate its pixels again
+MANY_MULTIPLICATIONS = 1 << 31  # from which three launches more cost less than the weight's way to each tile
 MOST_PARTIALS = 4096  # of a weight that is not resident: sums over several tiles would take registers from the product
 MOST_IMAGES = tl.constexpr(4)  # whose gates a tile takes as vectors
 
@@ -264,6 +268,13 @@ def _pointwise_kernel(
         store_moments(partials_ptr, part, count, tl.sum(pivot, 0) + delta, m2, o_o, m_o, CO)
 
 
+def form_tiles(rows: int, reduce: int, out: int, vectors: int, dtype: torch.dtype) -> dict[str, int]:
+    """LIBRARY 1: act(BN(x)) gate by a pass, the product by the library, moments by a pass; for many long products."""
+    streamed = reduce > MOST_INPUTS or reduce * vectors > MOST_VECTORS
+    many = out > MOST_OUTPUTS and rows * reduce * out >= MANY_MULTIPLICATIONS
+    return dict(LIBRARY=int(multiplies_fast(dtype) and streamed and many))
+
+
 def product_tiles(rows: int, reduce: int, out: int, vectors: int, dtype: torch.dtype) -> dict[str, int]:
     """[BM pixels, BK inputs] x [BK, BO outputs]; `vectors` of the prologue: 2 of a BatchNorm, 1 of a gate."""
     resident = multiplies_fast(dtype) and reduce <= MOST_INPUTS and reduce * vectors <= MOST_VECTORS
@@ -274,6 +285,8 @@ def product_tiles(rows: int, reduce: int, out: int, vectors: int, dtype: torch.d
         return dict(RESIDENT=1, BM=64, BK=pow2(reduce, MIN_DOT, 64), BO=pow2(out, MIN_DOT, 64), STAGES=3, num_warps=4)
     if not multiplies_fast(dtype):
         tiles = dict(BM=64, BK=pow2(reduce, MIN_DOT, 32), BO=pow2(out, MIN_DOT, 64), STAGES=3)
+    elif vectors < 2:  # without gradients: the weight comes in 16 bits
+        tiles = dict(BM=64, BK=pow2(reduce, MIN_DOT, 64), BO=pow2(out, MIN_DOT, 128), STAGES=3)
     elif out <= 64:
         tiles = dict(BM=128, BK=pow2(reduce, MIN_DOT, 32), BO=pow2(out, MIN_DOT, 64), STAGES=3)
     elif out <= 128:  # fp32 weights of so many outputs go through shared memory once, not twice
@@ -295,11 +308,8 @@ def divide(
     n, h, w, _ = x.shape
     columns = cdiv(out, tiles["BO"])
     if not tiles["RESIDENT"]:
-        return (
-            1,
-            n * h * w,
-            tiles["BM"] * (min(4, groups(cdiv(n * h * w, tiles["BM"]), 1, MOST_PARTIALS)) if moments else 1),
-        )
+        together = min(4, groups(cdiv(n * h * w, tiles["BM"]), 1, MOST_PARTIALS)) if moments else 1
+        return 1, n * h * w, tiles["BM"] * together
     images, pixels = (n, h * w) if by_image else (1, n * h * w)
     if INTERPRETED:
         parts = 2 if by_image else max(1, cdiv(pixels, tiles["BM"] * groups(cdiv(pixels, tiles["BM"]), columns)))
@@ -369,7 +379,13 @@ def pointwise_fwd(
     x: Tensor, weight: Tensor, norm: Tensor | None, gate: Tensor | None, activation: str, moments: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(u [N, H, W, O], partial moments [P, 3, O] if asked) of x [N, H, W, I] and weight [O, I, 1, 1]."""
-    u = torch.empty(*x.shape[:3], weight.shape[0], dtype=x.dtype, device=x.device)
+    n, h, w, channels = x.shape
+    out, vectors = weight.shape[0], (0 if norm is None else 2) + (gate is not None)
+    if chosen("pointwise", x, form_tiles, (n * h * w, channels, out, vectors, x.dtype))["LIBRARY"]:
+        a = x if norm is None else bn_act_fwd(x, norm, gate, None, None, None, activation)
+        u = multiply(a, cast(weight, x.dtype).t())
+        return u, moments_of(u) if moments else None
+    u = torch.empty(n, h, w, out, dtype=x.dtype, device=x.device)
     return u, _launch("pointwise_fwd", x, norm, activation, gate, weight, None, "none", None, u, moments)
 
 
@@ -395,5 +411,12 @@ def pointwise_inference(
     a is x, or with `in_bn` in_activation(in_bn(x)).
     """
     y = torch.empty(*x.shape[:3], weight.shape[0], dtype=x.dtype, device=x.device)
+    rows, channels = x.numel() // x.shape[3], x.shape[3]
+    if (
+        multiplies_fast(x.dtype)
+        and channels > MOST_INPUTS
+        and rows * channels * y.shape[3] >= MANY_MULTIPLICATIONS // 4
+    ):
+        weight = cast(weight, x.dtype)  # many tiles fetch it: in half the bytes, and converted once
     _launch("pointwise_inference", x, in_bn, in_activation, gate, weight, bn, activation, residual, y, False)
     return y

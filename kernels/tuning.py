@@ -69,6 +69,7 @@ _PROJECT = dict(
 SPACE: dict[str, dict[str, Choice]] = {
     "depthwise_bwd": _WALK,
     "depthwise_fwd": _WALK,
+    "pointwise": dict(LIBRARY=Choice((0, 1))),
     "pointwise_fwd": _POINTWISE,
     "project_bwd": dict(RESIDENT=Choice((0, 1))),
     "project_bwd_sums": _PROJECT,
@@ -196,6 +197,11 @@ def relieved(kernel: str, tiles: dict[str, int], sizes: dict[str, Any], capabili
         if capability // 10 not in (9, 10) and channels > 32:
             tiles = tiles | dict(BE=min(tiles["BE"], 32))
         return tiles
+    if "RESIDENT" in tiles and "BK" in tiles and (capability in SMALL_SHARED or capability < 90):
+        shared = 99 << 10 if capability in SMALL_SHARED else 163 << 10
+        rows = sizes["reduce"] if tiles["RESIDENT"] else tiles["BK"]
+        block = 2 * rows * tiles["BM"] + (0 if tiles["RESIDENT"] else 4 * rows * tiles["BO"])
+        return tiles | dict(STAGES=max(1, min(tiles["STAGES"], shared // block - 1)))
     if capability < 90:
         if kernel == "depthwise_fwd" and sizes["expand"] and not sizes["moments"]:
             return tiles | dict(R=min(tiles["R"], 3))
