@@ -293,7 +293,7 @@ def product_tiles(rows: int, reduce: int, out: int, vectors: int, dtype: torch.d
         tiles = dict(BM=64, BK=pow2(reduce, MIN_DOT, 64), BO=128, STAGES=1)
     else:
         tiles = dict(BM=64, BK=pow2(reduce, MIN_DOT, 64), BO=64, STAGES=3)
-    while cdiv(rows, tiles["BM"]) * cdiv(out, tiles["BO"]) < PROGRAMS and tiles["BO"] > MIN_DOT:
+    while cdiv(rows, tiles["BM"]) * cdiv(out, tiles["BO"]) < PROGRAMS // 2 and tiles["BO"] > MIN_DOT:
         tiles["BM" if tiles["BM"] > tiles["BO"] else "BO"] //= 2
     return dict(RESIDENT=0, **tiles, num_warps=4 if tiles["BM"] * tiles["BO"] > 1024 else 2)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from blocks import (  # noqa: F401
     HALVES,
+    INTERPRETED,
     PRECISE,
     bn_module,
     nchw,
@@ -104,6 +105,26 @@ def assert_forward(row, dtype, device):
 def test_forward_and_moments(row, device, monkeypatch):
     shrink(monkeypatch, row.group, **row.tiles)
     assert_forward(row, PRECISE, device)
+
+
+@pytest.mark.parametrize("row", rows(["plain", "gate", "no-activation", "tiles-per-program"]))
+def test_product_by_the_library(row, device, monkeypatch):
+    monkeypatch.setattr(pointwise, "form_tiles", lambda *_: dict(LIBRARY=1))
+    shrink(monkeypatch, row.group, **row.tiles)
+    assert_forward(row, PRECISE, device)
+
+
+def test_forms_by_shape():
+    """B0's and B4's at their batches of 128 and 64: a product by the library costs launches, three or four for one."""
+
+    def library(batch, side, reduce, out, vectors, dtype=torch.bfloat16):
+        return pointwise.form_tiles(batch * side**2, reduce, out, vectors, dtype)["LIBRARY"]
+
+    assert not library(128, 7, 1152, 192, 3) and library(128, 7, 1152, 320, 3)
+    assert library(64, 12, 1632, 272, 3) and library(64, 12, 448, 2688, 0)
+    assert not library(64, 12, 272, 1632, 0) and not library(64, 24, 672, 112, 3)
+    assert not library(1, 12, 1632, 272, 3)
+    assert INTERPRETED or not library(64, 12, 1632, 272, 3, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
