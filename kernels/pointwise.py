@@ -371,7 +371,7 @@ def _launch(
     )
     before = norm.tensors if isinstance(norm, Running) else (norm,)
     behind = () if bn is None else bn.tensors
-    state(launcher, (x, weight, *before, gate, *behind, residual), (u, partials))
+    state("pointwise", (x, weight, *before, gate, *behind, residual), (u, partials))
     return partials
 
 
