@@ -49,13 +49,11 @@ def _depthwise_inference(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     return a["N"] * a["HO"] * a["WO"] * a["C"], _one(Loop(rounds, guarded=inside))
 
 
-def _pointwise_fwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    products = Loop(ceil(a["CI"] / a["BK"]), fixed=True)
-    return a["M"] * a["CO"], _one(Loop(a["TILES"], (products,), guarded=1 / a["TILES"]))
-
-
-def _pointwise_inference(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    return a["M"] * a["CO"], _one(Loop(ceil(a["CI"] / a["BK"]), fixed=True))
+def _pointwise(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    tiles = ceil(a["PIXELS"] / a["BM"])
+    blocks = Loop(ceil(a["CI"] / a["BK"]), fixed=True)
+    resident = Loop(tiles, guarded=1 / tiles if a["HAS_MOMENTS"] else 1.0)
+    return a["N"] * a["HW"] * a["CO"], _one(*([resident] if a["RESIDENT"] else [blocks] * a["TILES"]))
 
 
 def _project_bwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
@@ -123,8 +121,7 @@ MODELS: dict[str, Model] = {
     "_depthwise_fwd_kernel": _depthwise_fwd,
     "_depthwise_bwd_kernel": _depthwise_bwd,
     "_depthwise_inference_kernel": _depthwise_inference,
-    "_pointwise_inference_kernel": _pointwise_inference,
-    "_pointwise_fwd_kernel": _pointwise_fwd,
+    "_pointwise_kernel": _pointwise,
     "_project_bwd_sums_kernel": _project_bwd,
     "_project_bwd_data_kernel": _project_bwd,
     "_pointwise_pool_kernel": _pointwise_pool,

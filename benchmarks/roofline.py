@@ -82,11 +82,11 @@ def work(launch: Launch) -> Work:
         return Work(size, 0, prod(out) * WALK_BACKWARD[_walk(shapes[2], out, shapes[0])])
     if launch.kernel in ("pool", "bn_act_fwd", "bn_act_bwd_reduce"):
         return Work(size, 0, first * {"pool": POOL, "bn_act_fwd": OUTPUT}.get(launch.kernel, REDUCE))
-    if launch.kernel in ("pointwise_fwd", "pointwise_moments"):
+    if launch.kernel == "pointwise":
         load = LOAD_ACTIVATED if (4, shapes[0][3]) in shapes else LOAD_PLAIN
         channels = shapes[1][0]
         outputs = first // shapes[0][3] * channels
-        moments = launch.kernel == "pointwise_moments" or len(launch.writes) == 2
+        moments = len(launch.writes) == 2 or len(out) == 3  # [P, 3, O]: nothing but moments
         store = STORE_MOMENTS if moments else STORE_PLAIN
         return Work(size, 2 * first * channels, first * load * _tiles(channels) + outputs * store)
     if launch.kernel in ("project_bwd_sums", "project_bwd_data"):

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmbconv.kernels import batch_norm, depthwise_inference, ends, inference, squeeze_excite
+from fastmbconv.kernels import batch_norm, depthwise_inference, ends, squeeze_excite
+from fastmbconv.kernels import pointwise as pointwise_kernels
 from fastmbconv.kernels.running import Running
 from fastmbconv.ops import _operator
 
@@ -59,7 +60,7 @@ def mbconv_inference(
         kernel_size = depthwise_weight.shape[-1]
         inside = depthwise_inference.expands_inside(x.shape[0], kernel_size, stride, x.shape[3], x.dtype)
         if not inside:
-            h = inference.pointwise_inference(x, None, "none", expand_weight, None, bn1, None, activation)
+            h = pointwise_kernels.pointwise_inference(x, None, "none", expand_weight, None, bn1, None, activation)
     h, parts = depthwise_inference.depthwise_inference(
         h, expand_weight if inside else None, bn1 if inside else None, depthwise_weight,
         Running(bn2_weight, bn2_bias, running_mean2, running_var2, eps2), activation,
@@ -79,7 +80,9 @@ def mbconv_inference(
             se_activation,
         )
     bn3 = Running(bn3_weight, bn3_bias, running_mean3, running_var3, eps3)
-    return inference.pointwise_inference(h, None, "none", project_weight, gate, bn3, x if residual else None, "none")
+    return pointwise_kernels.pointwise_inference(
+        h, None, "none", project_weight, gate, bn3, x if residual else None, "none"
+    )
 
 
 @mbconv_inference.register_fake
@@ -123,7 +126,7 @@ def dense_inference(
             sums, u.shape[1] * u.shape[2], reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, se_activation
         )
     bn2 = Running(bn2_weight, bn2_bias, running_mean2, running_var2, eps2)
-    return inference.pointwise_inference(u, bn1, activation, project_weight, gate, bn2, shortcut, "none")
+    return pointwise_kernels.pointwise_inference(u, bn1, activation, project_weight, gate, bn2, shortcut, "none")
 
 
 @dense_inference.register_fake

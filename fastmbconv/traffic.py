@@ -18,13 +18,19 @@ def keeps_project_weight(pixels: int, out: int) -> bool:
     return pixels >= 512 and out <= 64
 
 
+def multiplies_by_library(rows: int, reduce: int, out: int, vectors: int) -> bool:
+    """Whether a 1x1 convolution forward is the library's, with `vectors` before it: as in kernels/pointwise.py."""
+    return (reduce > 384 or reduce * vectors > 432) and out > 128 and rows * reduce * out >= 1 << 31
+
+
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """Elements of a block's tensors, which of its optional parts it has, and in which form its kernels run in bf16.
 
     `inside`: the depthwise walk computes the expansion itself where no gradient is needed. `project_resident`: the
     projection's weight stays in shared memory on the way back. `expand_slices`: passes over slices of dv1 that the
-    expansion's backward takes; 0: it goes by the library's products.
+    expansion's backward takes; 0: it goes by the library's products. `expand_library`, `project_library`: so does the
+    product forward, with a pass for what comes before it and one for its moments.
     """
 
     x: int
@@ -37,6 +43,8 @@ class Sizes:
     inside: bool
     project_resident: bool
     expand_slices: int
+    expand_library: bool
+    project_library: bool
 
     @classmethod
     def of(cls, block: Block, shape: tuple[int, int, int, int]) -> Sizes:
@@ -64,6 +72,8 @@ class Sizes:
             and n >= 16,
             project_resident=keeps_project_weight(out_h * out_w, out),
             expand_slices=0 if c > 64 else -(-hidden // (512 if c <= 16 else 256 if c <= 32 else 128)),
+            expand_library=multiplies_by_library(n * h * w, c, hidden, 0),
+            project_library=multiplies_by_library(n * out_h * out_w, hidden, out, 2 + (block.se is not None)),
         )
 
 
@@ -112,7 +122,8 @@ def count_dense(block: DenseBlock, shape: tuple[int, int, int, int]) -> tuple[in
     # conv; pool; project, or BN and act alone; the residual
     inference = x + u + se * u + u + last + block.residual * x
     # the statistics; where there is a projection its BN is a pass of its own
-    fused = inference + u + bool(v) * 2 * v
+    library = multiplies_by_library(n * out_h * out_w, block.weight.shape[0], block.out_channels, 2 + se)
+    fused = inference + u + bool(v) * (2 * v + library * (2 * u + v))
     # the last BN's sums; its du, then the projection's sums and du, or du alone; conv; the branch's and the residual's
     resident = keeps_project_weight(out_h * out_w, block.out_channels)
     rest = 5 * v + (3 if resident else 8) * u if v else 3 * u
@@ -188,7 +199,9 @@ def _fused_forward(s: Sizes) -> int:
         2 * s.u3 + s.residual * s.x,  # BN3, residual
     ]
     if s.expand:
-        passes += [s.x + s.u1]
+        passes += [s.x + s.u1 + s.expand_library * s.u1]
+    if s.project_library:
+        passes += [2 * s.u2 + s.u3]
     if s.se:
         passes += [s.u2]
     return sum(passes)

@@ -8,13 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .inference import product, product_tiles
 from .launching import kernel
-from .math import activate, stored
+from .math import INTERPRETED, activate, dot, stored
 from .running import Running, given, load_affine
 from .tables import tiles as chosen
 from .traffic import state
-from .tuning import cdiv, numeric, precision
+from .tuning import MIN_DOT, PROGRAMS, cdiv, numeric, pow2, precision
 
 
 @kernel
@@ -48,13 +47,29 @@ def _pointwise_pool_kernel(
     for m0 in range(0, HW, BM):
         o_m = m0 + tl.arange(0, BM)
         m_m = o_m < HW
-        acc = product(
-            x_ptr + n * HW * CI, None, None, None, None, w_ptr, None, o_m, m_m, o_o, m_o, HW, CI, 0.0, "none",
-            PRECISION, ACC, FAST, BM, BK, BO,
-        )  # fmt: skip
+        acc = tl.zeros((BM, BO), ACC)
+        for k in range(0, CI, BK):
+            o_k = k + tl.arange(0, BK)
+            m_k = o_k < CI
+            o_x = (n * HW + o_m[:, None]) * CI + o_k[None, :]
+            b_x = tl.load(x_ptr + o_x, mask=m_m[:, None] & m_k[None, :], other=0.0)  # [BM, BK]
+            m_w = m_k[:, None] & m_o[None, :]
+            b_w = tl.load(w_ptr + o_o[None, :] * CI + o_k[:, None], mask=m_w, other=0.0)  # [BK, BO]
+            acc = dot(b_x, b_w, acc, x_ptr.dtype.element_ty, PRECISION)
         b_y = activate(acc * b_scale[None, :] + b_shift[None, :], ACT, FAST)
         b_sum += tl.where(m_m[:, None], b_y, 0.0)
     tl.store(y_ptr + n * CO + o_o, stored(tl.sum(b_sum, 0) / HW, y_ptr.dtype.element_ty), mask=m_o)
+
+
+def pool_tiles(pixels: int, reduce: int, out: int, images: int) -> dict[str, int]:
+    """[BM pixels of one image, BK inputs] x [BK, BO outputs]; fewer outputs where few programs would be left."""
+    if INTERPRETED:
+        return dict(BM=pow2(pixels, MIN_DOT, 2048), BK=pow2(reduce, MIN_DOT, 256), BO=pow2(out, MIN_DOT, 256))
+    block = pow2(out, MIN_DOT, 64)
+    while images * cdiv(out, block) < PROGRAMS and block > MIN_DOT:
+        block //= 2
+    step = 32 if images * cdiv(out, block) >= PROGRAMS else 128
+    return dict(BM=64, BK=pow2(reduce, MIN_DOT, step), BO=block, num_warps=4 if block > MIN_DOT else 2, num_stages=3)
 
 
 def pointwise_pool(x: Tensor, weight: Tensor, bn: Running, activation: str) -> Tensor:
@@ -62,7 +77,7 @@ def pointwise_pool(x: Tensor, weight: Tensor, bn: Running, activation: str) -> T
     n, h, w, channels = x.shape
     out = weight.shape[0]
     y = torch.empty(n, out, dtype=x.dtype, device=x.device)
-    tiles = chosen("pointwise_pool", x, product_tiles, (h * w, channels, out, n), activation=activation)
+    tiles = chosen("pointwise_pool", x, pool_tiles, (h * w, channels, out, n), activation=activation)
     _pointwise_pool_kernel[(n * cdiv(out, tiles["BO"]),)](
         x_ptr=x,
         w_ptr=weight,

@@ -33,12 +33,14 @@ class Choice:
 _WARPS = Choice((1, 2, 4, 8))
 _STAGES = Choice((1, 2, 3, 4))
 _POINTWISE = dict(
+    RESIDENT=Choice((0, 1)),
     BM=Choice((16, 32, 64, 128, 256), "rows"),
     BO=Choice((16, 32, 64, 128, 256), "out"),
     BK=Choice((16, 32, 64, 128), "reduce"),
+    STAGES=_STAGES,
     num_warps=_WARPS,
-    num_stages=_STAGES,
 )
+_PRODUCT = {name: choice for name, choice in _POINTWISE.items() if name not in ("RESIDENT", "STAGES")}
 _WALK = dict(
     R=Choice((1, 2, 3, 4, 5, 6, 7, 8), "height"),
     NB=Choice((1, 2, 4, 8, 16), "images"),
@@ -59,6 +61,7 @@ _PROJECT = dict(
 SPACE: dict[str, dict[str, Choice]] = {
     "depthwise_bwd": _WALK,
     "depthwise_fwd": _WALK,
+    "pointwise": dict(LIBRARY=Choice((0, 1))),
     "pointwise_fwd": _POINTWISE,
     "project_bwd": dict(RESIDENT=Choice((0, 1))),
     "project_bwd_sums": _PROJECT,
@@ -74,7 +77,7 @@ SPACE: dict[str, dict[str, Choice]] = {
     "pointwise_moments": _POINTWISE,
     "depthwise_inference": _WALK,
     "pointwise_inference": _POINTWISE,
-    "pointwise_pool": _POINTWISE,
+    "pointwise_pool": _PRODUCT | dict(num_stages=_STAGES),
     "pool": _ROWS | dict(STAGES=_STAGES),
     "bn_act_fwd": _ROWS,
     "bn_act_bwd": _ROWS,
@@ -112,13 +115,6 @@ def cdiv(size: int, part: int) -> int:
 def pow2(size: int, low: int, high: int) -> int:
     """The power of two that holds `size`, within [low, high] (all powers of two)."""
     return min(max(1 << (size - 1).bit_length(), low), high)
-
-
-def matmul_tiles(rows: int, reduce: int, out: int) -> dict[str, int]:
-    """[BM rows, BK reduced] x [BK, BO out]."""
-    if INTERPRETED:
-        return dict(BM=pow2(rows, MIN_DOT, 2048), BK=pow2(reduce, MIN_DOT, 256), BO=pow2(out, MIN_DOT, 256))
-    return dict(BM=64, BK=pow2(reduce, MIN_DOT, 32), BO=pow2(out, MIN_DOT, 64), num_warps=4, num_stages=3)
 
 
 def row_tiles(rows: int, channels: int) -> dict[str, int]:
@@ -199,6 +195,11 @@ def relieved(kernel: str, tiles: dict[str, int], sizes: dict[str, Any], capabili
         if capability // 10 not in (9, 10) and channels > 32:
             tiles = tiles | dict(BE=min(tiles["BE"], 32))
         return tiles
+    if "RESIDENT" in tiles and "BK" in tiles and (capability in SMALL_SHARED or capability < 90):
+        shared = 99 << 10 if capability in SMALL_SHARED else 163 << 10
+        rows = sizes["reduce"] if tiles["RESIDENT"] else tiles["BK"]
+        block = 2 * rows * tiles["BM"] + (0 if tiles["RESIDENT"] else 4 * rows * tiles["BO"])
+        return tiles | dict(STAGES=max(1, min(tiles["STAGES"], shared // block - 1)))
     return tiles
 
 

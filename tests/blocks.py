@@ -20,12 +20,12 @@ HALVES = [pytest.param(torch.float16, id="fp16"), pytest.param(torch.bfloat16, i
 FLOATS = [pytest.param(torch.float32, id="fp32"), *HALVES]
 PRECISE = torch.float64 if INTERPRETED else torch.float32  # the widest type that the kernels take here
 KERNEL_MODULES = (
-    "depthwise", "pointwise", "batch_norm", "squeeze_excite", "project_backward", "expand_backward", "inference",
+    "depthwise", "pointwise", "batch_norm", "squeeze_excite", "project_backward", "expand_backward",
     "depthwise_inference", "ends",
 )  # fmt: skip
 TILES = (
-    "walk_tiles", "row_tiles", "matmul_tiles", "project_tiles", "pass_tiles", "excite_tiles", "_wgrad_tiles",
-    "product_tiles", "walk_inference_tiles",
+    "walk_tiles", "row_tiles", "product_tiles", "project_tiles", "pass_tiles", "excite_tiles", "_wgrad_tiles",
+    "pool_tiles", "walk_inference_tiles",
 )  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def shrink(monkeypatch, group=None, **tiles):
                 patched.append(function)
         if group is not None and hasattr(module, "groups"):
             monkeypatch.setattr(module, "groups", lambda *args, **kwargs: group)
-    assert {"walk_tiles", "row_tiles", "matmul_tiles"} <= set(patched)
+    assert {"walk_tiles", "row_tiles", "product_tiles"} <= set(patched)
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def test_scalars_are_what_contributing_says(scalars):
 
 # Each kernel that bounds a floating-point value: by a clamp of its own whatever the activation, or by relu6.
 CLAMPS = {
-    "_bn_finalize_kernel", "_bn_merge_kernel", "_depthwise_fwd_kernel", "_moments_kernel", "_pointwise_fwd_kernel",
+    "_bn_finalize_kernel", "_bn_merge_kernel", "_depthwise_fwd_kernel", "_moments_kernel", "_pointwise_kernel",
 }  # fmt: skip
 # Of these the activation's value is not used, its derivative is.
 DERIVATIVES = {"_bn_act_bwd_kernel", "_bn_act_bwd_reduce_kernel", "_excite_bwd_kernel"}

@@ -124,7 +124,7 @@ def test_through_the_kernels(make, training, device):
     assert_kernels_agree(module, torch.randn(2, 8, 6, 5, dtype=torch.float64, device=device))
 
 
-PROJECT = {"_pointwise_inference_kernel": 1}
+PROJECT = {"_pointwise_kernel": 1}
 EXCITED = PROJECT | {"_pool_kernel": 1, "_excite_fwd_kernel": 1}
 INFERENCE = {
     "edge": (edge, PROJECT),

@@ -71,7 +71,7 @@ WIDE = {
 }
 KERNELS = {"residual", "k5-same-strided", "no-se-relu6", "many-programs", "many-programs-strided"}
 BLOCK_KERNELS = {
-    "_depthwise_inference_kernel", "_pointwise_inference_kernel", "_excite_fwd_kernel",
+    "_depthwise_inference_kernel", "_pointwise_kernel", "_excite_fwd_kernel",
 }  # fmt: skip
 
 

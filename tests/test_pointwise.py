@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from blocks import (  # noqa: F401
     HALVES,
+    INTERPRETED,
     PRECISE,
     bn_module,
     nchw,
@@ -21,6 +22,7 @@ from fastmbconv import ops, reference
 from fastmbconv.kernels import pointwise, project_backward, squeeze_excite
 
 SMALL = dict(BM=16, BK=16, BO=16)
+STREAMED = dict(RESIDENT=0, **SMALL)
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -43,9 +45,14 @@ ROWS = {
     "tiled": Row((3, 40, 5, 3), 24, "silu", gate=True, tiles=SMALL),
     "tiled-exactly": Row((2, 32, 4, 4), 16, tiles=SMALL),
     "tiles-per-program": Row((5, 20, 3, 5), 17, "relu", gate=True, tiles=SMALL, group=2),
+    "images-in-a-tile": Row((5, 40, 3, 3), 24, "silu", gate=True, tiles=STREAMED, group=1),
+    "more-images-in-a-tile-than-vectors": Row((7, 40, 1, 2), 24, "silu", gate=True, tiles=STREAMED, group=1),
+    "streamed-tiles-per-program": Row((3, 40, 5, 7), 17, "relu", gate=True, tiles=STREAMED, group=3),
+    "streamed-without-a-prologue": Row((2, 40, 4, 4), 17, tiles=STREAMED, group=2),
+    "blocks-of-inputs": Row((2, 90, 5, 3), 17, "silu", tiles=SMALL | dict(BK=64)),
     "more-tiles-per-program-than-tiles": Row((1, 20, 3, 5), 17, tiles=SMALL, group=3),
 }
-KERNELS = {"gate", "tiles-per-program"}
+KERNELS = {"gate", "tiles-per-program", "images-in-a-tile", "streamed-tiles-per-program"}
 
 
 def rows(names=None):
@@ -98,6 +105,26 @@ def assert_forward(row, dtype, device):
 def test_forward_and_moments(row, device, monkeypatch):
     shrink(monkeypatch, row.group, **row.tiles)
     assert_forward(row, PRECISE, device)
+
+
+@pytest.mark.parametrize("row", rows(["plain", "gate", "no-activation", "tiles-per-program"]))
+def test_product_by_the_library(row, device, monkeypatch):
+    monkeypatch.setattr(pointwise, "form_tiles", lambda *_: dict(LIBRARY=1))
+    shrink(monkeypatch, row.group, **row.tiles)
+    assert_forward(row, PRECISE, device)
+
+
+def test_forms_by_shape():
+    """B0's and B4's at their batches of 128 and 64: a product by the library costs launches, three or four for one."""
+
+    def library(batch, side, reduce, out, vectors, dtype=torch.bfloat16):
+        return pointwise.form_tiles(batch * side**2, reduce, out, vectors, dtype)["LIBRARY"]
+
+    assert not library(128, 7, 1152, 192, 3) and library(128, 7, 1152, 320, 3)
+    assert library(64, 12, 1632, 272, 3) and library(64, 12, 448, 2688, 0)
+    assert not library(64, 12, 272, 1632, 0) and not library(64, 24, 672, 112, 3)
+    assert not library(1, 12, 1632, 272, 3)
+    assert INTERPRETED or not library(64, 12, 1632, 272, 3, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
@@ -157,12 +184,12 @@ def test_grids_of_the_largest_images_are_launchable(monkeypatch):
             return lambda **kwargs: None
 
     for module, name in (
-        (pointwise, "_pointwise_fwd_kernel"),
+        (pointwise, "_pointwise_kernel"),
         (squeeze_excite, "_pool_kernel"),
         *((project_backward, f"_project_bwd_{part}_kernel") for part in ("sums", "data")),
     ):
         monkeypatch.setattr(module, name, Kernel())
-    monkeypatch.setattr(pointwise, "matmul_tiles", lambda rows, reduce, out: dict(BM=64, BK=32, BO=32))
+    monkeypatch.setattr(pointwise, "product_tiles", lambda *_: dict(RESIDENT=0, BM=64, BK=32, BO=32, STAGES=3))
     small, large = (torch.empty(256, 300, 300, c, dtype=torch.bfloat16, device="meta") for c in (32, 192))
     weight = torch.empty(32, 192, 1, 1, device="meta")
     pointwise.pointwise_fwd(large, weight, None, None, "none", False)
