@@ -83,12 +83,15 @@ def _rows(a: Arguments) -> tuple[int, tuple[Path, ...]]:
 
 
 def _bn_finalize(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    partials = _over(a, "P", "BP")
-    return 0, _one(*([partials, replace(partials)] if a.get("BATCH", True) else []))
+    return 0, _one(*([_over(a, "P", "BP")] if a.get("BATCH", True) else []))
 
 
 def _bn_bwd_finalize(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    return 0, _one(_over(a, "P", "BP"))
+    norm, weight = ceil(a["C"] / a["BC"]), ceil(a["WIDTH"] / a["BW"])
+    if not weight:
+        return 0, _one(_over(a, "P", "BP"))
+    rows = ((norm, _over(a, "P", "BP")), (weight, _over(a, "P", "BQ")))
+    return 0, tuple(Path(programs / (norm + weight), (loop,)) for programs, loop in rows)
 
 
 def _excite_fwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
