@@ -75,7 +75,7 @@ def _expand_pass(a: Arguments) -> tuple[int, tuple[Path, ...]]:
 
 
 def _pool(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    return a["N"] * a["HW"] * a["C"], _one(Loop(ceil(a["PIXELS"] / a["BM"])))
+    return a["N"] * a["HW"] * a["C"], _one(Loop(max(1, min(a["PIXELS"], a["HW"]) // a["BM"])))
 
 
 def _rows(a: Arguments) -> tuple[int, tuple[Path, ...]]:

@@ -48,8 +48,8 @@ def merge_moments(
 ):  # fmt: skip
     """(count, mean, M2) of a block of channels from P partial ones.
 
-    Each lane merges its parts by n = n1 + n2, d = mean2 - mean1, mean = mean1 + d n2 / n, M2 = M2_1 + M2_2 + d^2 n1 n2 / n;
-    at the end the lanes. Means are about a pivot, so that what all have in common takes no digits.
+    Each lane merges its parts one by one: with d = mean' - mean and n' / (n + n') as a share, mean += d share and
+    M2 += M2' + d^2 n share; at the end the lanes. Means are about a pivot: what all have in common takes no digits.
     """
     b_pivot = tl.load(partials_ptr + C + o_c, mask=m_c, other=0.0)
     b_n = tl.zeros((BP, BC), ACC)
