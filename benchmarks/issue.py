@@ -100,7 +100,7 @@ def _excite_fwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
 
 
 def _excite_bwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    return 0, _one(_channels_of_parts(a, 1), _channels_of_parts(a, 2 if a["ROWS"] == 3 else 0))
+    return 0, _one(_channels_of_parts(a, 3 if a["ROWS"] == 3 else 1))
 
 
 def _channels_of_parts(a: Arguments, sums: int) -> Loop:
@@ -108,7 +108,7 @@ def _channels_of_parts(a: Arguments, sums: int) -> Loop:
     return replace(_over(a, "C", "BC", fixed=True), inner=(_over(a, "P", "BP"),) * sums)
 
 
-def _excite_wgrad(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+def _excite_finish(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     return 0, _one(_over(a, "N", "BN"))
 
 
@@ -145,7 +145,7 @@ MODELS: dict[str, Model] = {
     "_bn_coef_kernel": _straight,
     "_excite_fwd_kernel": _excite_fwd,
     "_excite_bwd_kernel": _excite_bwd,
-    "_excite_wgrad_kernel": _excite_wgrad,
+    "_excite_finish_kernel": _excite_finish,
 }
 
 # A stride-1 walk in bf16 on sm_90 with BatchNorm, SiLU and sums issues no more in its loop, per element that a round

@@ -80,10 +80,17 @@ def _bn_bwd(
     sums: Tensor, norm: Tensor, count: int, batch_statistics: bool, group: str | None, dw: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     grads, coef, d_weight = batch_norm.bn_bwd_finalize(sums, norm, count, batch_statistics, dw)
-    if batch_statistics and group is not None:
-        total = grads.new_empty(grads.numel() + 1) if writing() else ranks.total_of_sums(grads, count, group)
-        coef = synchronised.bn_coef(total, norm)
-    return grads, coef, d_weight
+    return grads, _shared_coef(grads, coef, norm, count, batch_statistics, group), d_weight
+
+
+def _shared_coef(
+    grads: Tensor, coef: Tensor, norm: Tensor, count: int, batch_statistics: bool, group: str | None
+) -> Tensor:
+    """`coef` of this process's sums, or, where statistics are those of a group of processes, of everybody's."""
+    if not batch_statistics or group is None:
+        return coef
+    total = grads.new_empty(grads.numel() + 1) if writing() else ranks.total_of_sums(grads, count, group)
+    return synchronised.bn_coef(total, norm)
 
 
 def _operator(mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
@@ -389,13 +396,14 @@ def project_bwd(
     offset, excite_grads = None, tuple(norm.new_empty(0) for _ in range(4))
     if gate is not None:
         assert pooled is not None and r is not None and reduce_weight is not None and expand_weight is not None
-        offset, bn_sums, *grads = squeeze_excite.excite_bwd(
-            sums, act_sums, pooled, r, gate, reduce_weight, expand_weight, h * w, se_activation
+        offset, bn, *grads = squeeze_excite.excite_bwd(
+            sums, act_sums, pooled, r, gate, reduce_weight, expand_weight, h * w, se_activation, norm, batch_statistics
         )
+        assert bn is not None
+        bn_grads, bn_coef = bn[0], _shared_coef(*bn, norm, n * h * w, batch_statistics, group)
         excite_grads = tuple(grads)
     else:
-        bn_sums = sums.flatten(0, 1)
-    bn_grads, bn_coef, _ = _bn_bwd(bn_sums, norm, n * h * w, batch_statistics, group)
+        bn_grads, bn_coef, _ = _bn_bwd(sums.flatten(0, 1), norm, n * h * w, batch_statistics, group)
     du2, d_weight = project_backward.project_bwd_data(
         da3, du3, weight, u2, norm, bn_coef, gate, offset, activation, weight_gradient
     )

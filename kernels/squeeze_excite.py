@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm import load_xhat
+from .batch_norm import load_xhat, store_coef
 from .launching import kernel
 from .math import (
     INTERPRETED,
@@ -38,7 +38,7 @@ def add_pixels(
     s_a, s_g, s_gx, u_ptr, dy_ptr, o, m, maps, ACT: tl.constexpr, HAS_NORM: tl.constexpr, HAS_GRAD: tl.constexpr,
     HAS_DY: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """The sums with a tile more of a (times dy), act' and act' * xhat; a tile that is WHOLE has no pixel to leave out."""
+    """The sums with a tile more of a (times dy), act' and act' * xhat; a WHOLE tile has no pixel to leave out."""
     b_a = tl.load(u_ptr + o, mask=m, other=0.0).to(ACC)
     if HAS_GRAD:
         b_x = b_a * maps[2] + maps[3]
@@ -199,17 +199,13 @@ def _excite_fwd_kernel(
 @triton.jit
 def _excite_bwd_kernel(
     sums_ptr,
-    act_sums_ptr,
     gate_ptr,
     r_ptr,
-    wr_ptr,
     wx_ptr,
     dq_ptr,
     dr_ptr,
-    offset_ptr,
-    bn_sums_ptr,
+    gated_ptr,
     N,
-    HW,
     P,
     C: tl.constexpr,
     R: tl.constexpr,
@@ -231,74 +227,89 @@ def _excite_bwd_kernel(
         b_gate = tl.load(gate_ptr + n * C + o_c, mask=m_c, other=0.0)
         b_dq = load_sum(sums_ptr, n, GATE_ROW, o_c, m_c, N, P, C, ROWS, ACC, BP, BC) * b_gate * (1.0 - b_gate)
         tl.store(dq_ptr + n * C + o_c, b_dq, mask=m_c)
+        if ROWS == 3:
+            for row in tl.static_range(2):
+                b_s = b_gate * load_sum(sums_ptr, n, row, o_c, m_c, N, P, C, 3, ACC, BP, BC)
+                tl.store(gated_ptr + (2 * n + row) * C + o_c, b_s, mask=m_c)
         m = m_r[:, None] & m_c[None, :]
         b_w = tl.load(wx_ptr + o_c[None, :] * R + o_r[:, None], mask=m, other=0.0).to(ACC)  # [BR, BC]
         b_dz += tl.sum(b_w * b_dq[None, :], 1)
     _, b_g = activate_grad(tl.load(r_ptr + n * R + o_r, mask=m_r, other=0.0), ACT, False)
-    b_dr = b_dz * b_g
-    tl.store(dr_ptr + n * R + o_r, b_dr, mask=m_r)
-    for c0 in range(0, C, BC):
-        o_c = c0 + tl.arange(0, BC)
-        m_c = o_c < C
-        m = m_r[None, :] & m_c[:, None]
-        b_w = tl.load(wr_ptr + o_r[None, :] * C + o_c[:, None], mask=m, other=0.0).to(ACC)  # [BC, BR]
-        b_dp = tl.sum(b_w * b_dr[None, :], 1) / HW
-        tl.store(offset_ptr + n * C + o_c, b_dp, mask=m_c)
-        if ROWS == 3:
-            b_gate = tl.load(gate_ptr + n * C + o_c, mask=m_c, other=0.0)
-            b_db = b_gate * load_sum(sums_ptr, n, 0, o_c, m_c, N, P, C, 3, ACC, BP, BC)
-            b_db += b_dp * tl.load(act_sums_ptr + (2 * n + 0) * C + o_c, mask=m_c, other=0.0)
-            b_dg = b_gate * load_sum(sums_ptr, n, 1, o_c, m_c, N, P, C, 3, ACC, BP, BC)
-            b_dg += b_dp * tl.load(act_sums_ptr + (2 * n + 1) * C + o_c, mask=m_c, other=0.0)
-            tl.store(bn_sums_ptr + n * 2 * C + o_c, b_db, mask=m_c)
-            tl.store(bn_sums_ptr + n * 2 * C + C + o_c, b_dg, mask=m_c)
+    tl.store(dr_ptr + n * R + o_r, b_dz * b_g, mask=m_r)
 
 
 @kernel
 @triton.jit
-def _excite_wgrad_kernel(
+def _excite_finish_kernel(
+    gated_ptr,
+    act_sums_ptr,
     p_ptr,
     r_ptr,
     dq_ptr,
     dr_ptr,
+    wr_ptr,
+    norm_ptr,
+    offset_ptr,
+    grads_ptr,
+    coef_ptr,
     dwr_ptr,
     dbr_ptr,
     dwx_ptr,
     dbx_ptr,
     N,
+    HW,
     C: tl.constexpr,
     R: tl.constexpr,
     ACT: tl.constexpr,
+    BATCH: tl.constexpr,
     ACC: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
-    o_r = tl.program_id(1) * BR + tl.arange(0, BR)
+    o_r = tl.arange(0, BR)
     m_c, m_r = o_c < C, o_r < R
+    m_rc = m_r[:, None] & m_c[None, :]
+    b_w = tl.load(wr_ptr + o_r[:, None] * C + o_c[None, :], mask=m_rc, other=0.0).to(ACC)  # [BR, BC]
     b_dwr = tl.zeros((BR, BC), ACC)
     b_dwx = tl.zeros((BC, BR), ACC)
-    b_dbr = tl.zeros((BR,), ACC)
-    b_dbx = tl.zeros((BC,), ACC)
+    b_dbr = tl.zeros((BN, BR), ACC)
+    b_dbx = tl.zeros((BN, BC), ACC)
+    b_db = tl.zeros((BN, BC), ACC)
+    b_dg = tl.zeros((BN, BC), ACC)
     for n0 in range(0, N, BN):
         o_n = n0 + tl.arange(0, BN)
         m_nc = (o_n < N)[:, None] & m_c[None, :]
         m_nr = (o_n < N)[:, None] & m_r[None, :]
-        b_p = tl.load(p_ptr + o_n[:, None] * C + o_c[None, :], mask=m_nc, other=0.0).to(ACC)  # [BN, BC]
-        b_dq = tl.load(dq_ptr + o_n[:, None] * C + o_c[None, :], mask=m_nc, other=0.0)
-        b_r = tl.load(r_ptr + o_n[:, None] * R + o_r[None, :], mask=m_nr, other=0.0)  # [BN, BR]
-        b_dr = tl.load(dr_ptr + o_n[:, None] * R + o_r[None, :], mask=m_nr, other=0.0)
+        o_nc = o_n[:, None] * C + o_c[None, :]  # [BN, BC]
+        o_nr = o_n[:, None] * R + o_r[None, :]  # [BN, BR]
+        b_p = tl.load(p_ptr + o_nc, mask=m_nc, other=0.0).to(ACC)
+        b_dq = tl.load(dq_ptr + o_nc, mask=m_nc, other=0.0)
+        b_r = tl.load(r_ptr + o_nr, mask=m_nr, other=0.0)
+        b_dr = tl.load(dr_ptr + o_nr, mask=m_nr, other=0.0)
+        b_dp = dot(b_dr, b_w, tl.zeros((BN, BC), ACC), ACC, "ieee") / HW
+        tl.store(offset_ptr + o_nc, b_dp, mask=m_nc)
+        if norm_ptr is not None:
+            o_two = o_nc + o_n[:, None] * C  # of [N, 2, C]
+            b_db += tl.load(gated_ptr + o_two, mask=m_nc, other=0.0)
+            b_db += b_dp * tl.load(act_sums_ptr + o_two, mask=m_nc, other=0.0)
+            b_dg += tl.load(gated_ptr + o_two + C, mask=m_nc, other=0.0)
+            b_dg += b_dp * tl.load(act_sums_ptr + o_two + C, mask=m_nc, other=0.0)
         b_dwr = dot(tl.trans(b_dr), b_p, b_dwr, ACC, "ieee")
         b_dwx = dot(tl.trans(b_dq), activate(b_r, ACT, False), b_dwx, ACC, "ieee")
-        b_dbr += tl.sum(b_dr, 0)
-        b_dbx += tl.sum(b_dq, 0)
-    tl.store(dwr_ptr + o_r[:, None] * C + o_c[None, :], b_dwr, mask=m_r[:, None] & m_c[None, :])
+        b_dbr += b_dr
+        b_dbx += b_dq
+    tl.store(dwr_ptr + o_r[:, None] * C + o_c[None, :], b_dwr, mask=m_rc)
     tl.store(dwx_ptr + o_c[:, None] * R + o_r[None, :], b_dwx, mask=m_c[:, None] & m_r[None, :])
-    if tl.program_id(1) == 0:
-        tl.store(dbx_ptr + o_c, b_dbx, mask=m_c)
+    tl.store(dbx_ptr + o_c, sum_rows(b_dbx), mask=m_c)
     if tl.program_id(0) == 0:
-        tl.store(dbr_ptr + o_r, b_dbr, mask=m_r)
+        tl.store(dbr_ptr + o_r, sum_rows(b_dbr), mask=m_r)
+    if norm_ptr is not None:
+        b_dweight, b_dbias = sum_rows(b_dg), sum_rows(b_db)
+        tl.store(grads_ptr + o_c, b_dweight, mask=m_c)
+        tl.store(grads_ptr + C + o_c, b_dbias, mask=m_c)
+        store_coef(norm_ptr, coef_ptr, o_c, m_c, C, b_dweight, b_dbias, N * HW, BATCH)
 
 
 def pool_tiles(rows: int, channels: int) -> dict[str, int]:
@@ -367,12 +378,12 @@ def excite_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
     return dict(BR=rows, BC=pow2(channels, MIN_DOT, block), num_warps=8 if few else 4)
 
 
-def _wgrad_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
-    """2 x [BR, BC] sums: at 64 x 64 they spill."""
-    rows = pow2(reduced, MIN_DOT, 32)
+def _finish_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
+    """[BN images a step, BC channels]: few channels, so that there are programs for more multiprocessors."""
+    rows = pow2(reduced, MIN_DOT, 1024)
     if INTERPRETED:
         return dict(BN=pow2(images, MIN_DOT, 256), BR=rows, BC=pow2(channels, MIN_DOT, 1024))
-    return dict(BN=MIN_DOT, BR=rows, BC=pow2(channels, MIN_DOT, 64))
+    return dict(BN=MIN_DOT, BR=rows, BC=MIN_DOT, num_warps=4 if rows <= 32 else 8)  # with more of them it spills
 
 
 def added_parts(parts: int) -> int:
@@ -439,32 +450,31 @@ def excite_bwd(
     expand_weight: Tensor,
     pixels: int,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    norm: Tensor | None = None,
+    batch_statistics: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor, Tensor, Tensor, Tensor]:
     """Backward of pool and excite from `sums` [P, N, 3, C] and `act_sums` [N, 2, C], or [P, N, 1, C] of da * a.
 
-    Returns (offset [N, C], the pool's gradient per pixel; BN2's sums [N, 2, C], unwritten for one row; gradients of
-    reduce weight [R, C], reduce bias [R], expand weight [C, R], expand bias [C]).
+    Returns (offset [N, C], the pool's gradient per pixel; grads [2, C] and coef [4, C] of the BatchNorm before the
+    pool, whose vectors are `norm`, None without it; gradients of reduce weight [R, C], reduce bias [R], expand weight
+    [C, R], expand bias [C]). One launch for what an image's gate tells, one for what is left of a block of channels.
     """
     n, c = gate.shape
     parts, _, rows, _ = sums.shape
     reduced = r.shape[1]
     dq, offset = torch.empty_like(gate), torch.empty_like(gate)
     dr = torch.empty_like(r)
-    bn_sums = torch.empty(n, 2, c, dtype=gate.dtype, device=gate.device)
+    gated = None if norm is None else gate.new_empty(n, 2, c)
     acc = numeric(gate.dtype)["ACC"]
     _excite_bwd_kernel[(n,)](
         sums_ptr=sums,
-        act_sums_ptr=act_sums,
         gate_ptr=gate,
         r_ptr=r,
-        wr_ptr=reduce_weight,
         wx_ptr=expand_weight,
         dq_ptr=dq,
         dr_ptr=dr,
-        offset_ptr=offset,
-        bn_sums_ptr=bn_sums,
+        gated_ptr=gated,
         N=n,
-        HW=pixels,
         P=parts,
         C=c,
         R=reduced,
@@ -474,31 +484,40 @@ def excite_bwd(
         BP=added_parts(parts),
         **excite_tiles(n, c, reduced),
     )
-    state(
-        "excite_bwd",
-        (sums, act_sums, gate, r, reduce_weight, expand_weight),
-        (dq, dr, offset, bn_sums if rows == 3 else None),
-    )
-    d_reduce = torch.empty(reduced, c, dtype=gate.dtype, device=gate.device)
-    d_expand = torch.empty(c, reduced, dtype=gate.dtype, device=gate.device)
-    d_reduce_bias = torch.empty(reduced, dtype=gate.dtype, device=gate.device)
-    d_expand_bias = torch.empty(c, dtype=gate.dtype, device=gate.device)
-    tiles = _wgrad_tiles(n, c, reduced)
-    _excite_wgrad_kernel[(cdiv(c, tiles["BC"]), cdiv(reduced, tiles["BR"]))](
+    state("excite_bwd", (sums, gate, r, expand_weight), (dq, dr, gated))
+    bn = None if norm is None else (gate.new_empty(2, c), gate.new_empty(4, c))
+    grads, coef = (None, None) if bn is None else bn
+    d_reduce, d_reduce_bias = gate.new_empty(reduced, c), gate.new_empty(reduced)
+    d_expand, d_expand_bias = gate.new_empty(c, reduced), gate.new_empty(c)
+    tiles = _finish_tiles(n, c, reduced)
+    _excite_finish_kernel[(cdiv(c, tiles["BC"]),)](
+        gated_ptr=gated,
+        act_sums_ptr=None if norm is None else act_sums,
         p_ptr=pooled,
         r_ptr=r,
         dq_ptr=dq,
         dr_ptr=dr,
+        wr_ptr=reduce_weight,
+        norm_ptr=norm,
+        offset_ptr=offset,
+        grads_ptr=grads,
+        coef_ptr=coef,
         dwr_ptr=d_reduce,
         dbr_ptr=d_reduce_bias,
         dwx_ptr=d_expand,
         dbx_ptr=d_expand_bias,
         N=n,
+        HW=pixels,
         C=c,
         R=reduced,
         ACT=activation,
+        BATCH=batch_statistics,
         ACC=acc,
         **tiles,
     )
-    state("excite_wgrad", (pooled, r, dq, dr), (d_reduce, d_reduce_bias, d_expand, d_expand_bias))
-    return offset, bn_sums, d_reduce, d_reduce_bias, d_expand, d_expand_bias
+    state(
+        "excite_finish",
+        (gated, None if norm is None else act_sums, pooled, r, dq, dr, reduce_weight, norm),
+        (offset, grads, coef, d_reduce, d_reduce_bias, d_expand, d_expand_bias),
+    )
+    return offset, bn, d_reduce, d_reduce_bias, d_expand, d_expand_bias

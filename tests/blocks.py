@@ -24,7 +24,7 @@ KERNEL_MODULES = (
     "depthwise_inference", "ends",
 )  # fmt: skip
 TILES = (
-    "walk_tiles", "row_tiles", "matmul_tiles", "project_tiles", "pass_tiles", "excite_tiles", "_wgrad_tiles",
+    "walk_tiles", "row_tiles", "matmul_tiles", "project_tiles", "pass_tiles", "excite_tiles", "_finish_tiles",
     "product_tiles", "walk_inference_tiles", "finalize_tiles", "weight_tiles",
 )  # fmt: skip
 
