@@ -175,7 +175,7 @@ def _excite_fwd_kernel(
     n = tl.program_id(0)
     o_r = tl.arange(0, BR)
     m_r = o_r < R
-    b_r = tl.load(br_ptr + o_r, mask=m_r, other=0.0).to(ACC)
+    b_z = tl.zeros((BR, BC), ACC)
     for c0 in range(0, C, BC):
         o_c = c0 + tl.arange(0, BC)
         m_c = o_c < C
@@ -189,7 +189,8 @@ def _excite_fwd_kernel(
                 tl.store(act_sums_ptr + (2 * n + row - 1) * C + o_c, b_s, mask=m_c)
         m = m_r[:, None] & m_c[None, :]
         b_w = tl.load(wr_ptr + o_r[:, None] * C + o_c[None, :], mask=m, other=0.0).to(ACC)  # [BR, BC]
-        b_r += tl.sum(b_w * b_p.to(ACC)[None, :], 1)
+        b_z += b_w * b_p.to(ACC)[None, :]
+    b_r = tl.load(br_ptr + o_r, mask=m_r, other=0.0).to(ACC) + tl.sum(b_z, 1)
     if r_ptr is not None:
         tl.store(r_ptr + n * R + o_r, b_r, mask=m_r)
     store_gate(gate_ptr, wx_ptr, bx_ptr, b_r, n, C, R, ACT, ACC, BR, BC)
@@ -220,7 +221,7 @@ def _excite_bwd_kernel(
     o_r = tl.arange(0, BR)
     m_r = o_r < R
     GATE_ROW: tl.constexpr = 2 if ROWS == 3 else 0
-    b_dz = tl.zeros((BR,), ACC)
+    b_dz = tl.zeros((BR, BC), ACC)
     for c0 in range(0, C, BC):
         o_c = c0 + tl.arange(0, BC)
         m_c = o_c < C
@@ -233,9 +234,9 @@ def _excite_bwd_kernel(
                 tl.store(gated_ptr + (2 * n + row) * C + o_c, b_s, mask=m_c)
         m = m_r[:, None] & m_c[None, :]
         b_w = tl.load(wx_ptr + o_c[None, :] * R + o_r[:, None], mask=m, other=0.0).to(ACC)  # [BR, BC]
-        b_dz += tl.sum(b_w * b_dq[None, :], 1)
+        b_dz += b_w * b_dq[None, :]
     _, b_g = activate_grad(tl.load(r_ptr + n * R + o_r, mask=m_r, other=0.0), ACT, False)
-    tl.store(dr_ptr + n * R + o_r, b_dz * b_g, mask=m_r)
+    tl.store(dr_ptr + n * R + o_r, tl.sum(b_dz, 1) * b_g, mask=m_r)
 
 
 @kernel
@@ -374,7 +375,7 @@ def excite_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
     if INTERPRETED:
         return dict(BR=rows, BC=pow2(channels, MIN_DOT, 1024))
     few = images < PROGRAMS  # one wave or less: what counts is how long an image takes, and so its number of steps
-    block = max(MIN_DOT, min((16384 if few else 4096) // rows, 256))
+    block = max(MIN_DOT, min((32768 if few else 4096) // rows, 256))
     return dict(BR=rows, BC=pow2(channels, MIN_DOT, block), num_warps=8 if few else 4)
 
 
