@@ -400,7 +400,8 @@ def project_bwd(
             sums, act_sums, pooled, r, gate, reduce_weight, expand_weight, h * w, se_activation, norm, batch_statistics
         )
         assert bn is not None
-        bn_grads, bn_coef = bn[0], _shared_coef(*bn, norm, n * h * w, batch_statistics, group)
+        bn_grads, bn_coef = bn
+        bn_coef = _shared_coef(bn_grads, bn_coef, norm, n * h * w, batch_statistics, group)
         excite_grads = tuple(grads)
     else:
         bn_grads, bn_coef, _ = _bn_bwd(sums.flatten(0, 1), norm, n * h * w, batch_statistics, group)
