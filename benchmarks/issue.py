@@ -71,7 +71,7 @@ def _expand_pass(a: Arguments) -> tuple[int, tuple[Path, ...]]:
 
 
 def _pool(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    return a["N"] * a["HW"] * a["C"], _one(Loop(ceil(a["PIXELS"] / a["BM"])))
+    return a["N"] * a["HW"] * a["C"], _one(Loop(max(1, min(a["PIXELS"], a["HW"]) // a["BM"])))
 
 
 def _rows(a: Arguments) -> tuple[int, tuple[Path, ...]]:
@@ -79,12 +79,15 @@ def _rows(a: Arguments) -> tuple[int, tuple[Path, ...]]:
 
 
 def _bn_finalize(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    partials = _over(a, "P", "BP")
-    return 0, _one(*([partials, replace(partials)] if a.get("BATCH", True) else []))
+    return 0, _one(*([_over(a, "P", "BP")] if a.get("BATCH", True) else []))
 
 
 def _bn_bwd_finalize(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    return 0, _one(_over(a, "P", "BP"))
+    norm, weight = ceil(a["C"] / a["BC"]), ceil(a["WIDTH"] / a["BW"])
+    if not weight:
+        return 0, _one(_over(a, "P", "BP"))
+    rows = ((norm, _over(a, "P", "BP")), (weight, _over(a, "P", "BQ")))
+    return 0, tuple(Path(programs / (norm + weight), (loop,)) for programs, loop in rows)
 
 
 def _excite_fwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
@@ -93,7 +96,7 @@ def _excite_fwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
 
 
 def _excite_bwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    return 0, _one(_channels_of_parts(a, 1), _channels_of_parts(a, 2 if a["ROWS"] == 3 else 0))
+    return 0, _one(_channels_of_parts(a, 3 if a["ROWS"] == 3 else 1))
 
 
 def _channels_of_parts(a: Arguments, sums: int) -> Loop:
@@ -101,7 +104,7 @@ def _channels_of_parts(a: Arguments, sums: int) -> Loop:
     return replace(_over(a, "C", "BC", fixed=True), inner=(_over(a, "P", "BP"),) * sums)
 
 
-def _excite_wgrad(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+def _excite_finish(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     return 0, _one(_over(a, "N", "BN"))
 
 
@@ -137,7 +140,7 @@ MODELS: dict[str, Model] = {
     "_bn_coef_kernel": _straight,
     "_excite_fwd_kernel": _excite_fwd,
     "_excite_bwd_kernel": _excite_bwd,
-    "_excite_wgrad_kernel": _excite_wgrad,
+    "_excite_finish_kernel": _excite_finish,
 }
 
 # A stride-1 walk in bf16 on sm_90 with BatchNorm, SiLU and sums issues no more in its loop, per element that a round

@@ -29,6 +29,7 @@ from fastmbconv.kernels import (
 )
 from fastmbconv.kernels import pointwise as pointwise_kernels
 from fastmbconv.kernels.launching import writing
+from fastmbconv.kernels.traffic import summed
 from fastmbconv.kernels.tuning import accumulator
 
 RUNNING = ("running_mean", "running_var")
@@ -75,12 +76,21 @@ def _bn_norm(
     )
 
 
-def _bn_bwd(sums: Tensor, norm: Tensor, count: int, batch_statistics: bool, group: str | None) -> tuple[Tensor, Tensor]:
-    grads, coef = batch_norm.bn_bwd_finalize(sums, norm, count, batch_statistics)
-    if batch_statistics and group is not None:
-        total = grads.new_empty(grads.numel() + 1) if writing() else ranks.total_of_sums(grads, count, group)
-        coef = synchronised.bn_coef(total, norm)
-    return grads, coef
+def _bn_bwd(
+    sums: Tensor, norm: Tensor, count: int, batch_statistics: bool, group: str | None, dw: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    grads, coef, d_weight = batch_norm.bn_bwd_finalize(sums, norm, count, batch_statistics, dw)
+    return grads, _shared_coef(grads, coef, norm, count, batch_statistics, group), d_weight
+
+
+def _shared_coef(
+    grads: Tensor, coef: Tensor, norm: Tensor, count: int, batch_statistics: bool, group: str | None
+) -> Tensor:
+    """`coef` of this process's sums, or, where statistics are those of a group of processes, of everybody's."""
+    if not batch_statistics or group is None:
+        return coef
+    total = grads.new_empty(grads.numel() + 1) if writing() else ranks.total_of_sums(grads, count, group)
+    return synchronised.bn_coef(total, norm)
 
 
 def _operator(mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
@@ -333,7 +343,8 @@ def bn_bwd(
 ) -> tuple[Tensor, Tensor]:
     """(grads, coef) of act(norm(u)) * keep: the two reductions of BatchNorm's backward."""
     sums = batch_norm.bn_act_bwd_reduce(dy, u, norm, keep, activation)
-    return _bn_bwd(sums, norm, u.numel() // u.shape[3], batch_statistics, group)
+    grads, coef, _ = _bn_bwd(sums, norm, u.numel() // u.shape[3], batch_statistics, group)
+    return grads, coef
 
 
 @bn_bwd.register_fake
@@ -385,13 +396,15 @@ def project_bwd(
     offset, excite_grads = None, tuple(norm.new_empty(0) for _ in range(4))
     if gate is not None:
         assert pooled is not None and r is not None and reduce_weight is not None and expand_weight is not None
-        offset, bn_sums, *grads = squeeze_excite.excite_bwd(
-            sums, act_sums, pooled, r, gate, reduce_weight, expand_weight, h * w, se_activation
+        offset, bn, *grads = squeeze_excite.excite_bwd(
+            sums, act_sums, pooled, r, gate, reduce_weight, expand_weight, h * w, se_activation, norm, batch_statistics
         )
+        assert bn is not None
+        bn_grads, bn_coef = bn
+        bn_coef = _shared_coef(bn_grads, bn_coef, norm, n * h * w, batch_statistics, group)
         excite_grads = tuple(grads)
     else:
-        bn_sums = sums.flatten(0, 1)
-    bn_grads, bn_coef = _bn_bwd(bn_sums, norm, n * h * w, batch_statistics, group)
+        bn_grads, bn_coef, _ = _bn_bwd(sums.flatten(0, 1), norm, n * h * w, batch_statistics, group)
     du2, d_weight = project_backward.project_bwd_data(
         da3, du3, weight, u2, norm, bn_coef, gate, offset, activation, weight_gradient
     )
@@ -428,12 +441,13 @@ def depthwise_bwd(
     group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dv, weight gradient, grads, coef) for the BatchNorm of x; without `in_norm` dv is dx (+ residual)."""
-    dv, d_weight, sums = depthwise.depthwise_bwd(
+    dv, dw, sums = depthwise.depthwise_bwd(
         dy, x, expand_weight, weight, in_norm, residual, activation, stride, pad_top, pad_left
     )
     if in_norm is None or sums is None:
-        return dv, d_weight, d_weight.new_empty(0), d_weight.new_empty(0)
-    grads, coef = _bn_bwd(sums, in_norm, x.numel() // x.shape[3], batch_statistics, group)
+        return dv, summed(dw), dw.new_empty(0), dw.new_empty(0)
+    grads, coef, d_weight = _bn_bwd(sums, in_norm, x.numel() // x.shape[3], batch_statistics, group, dw)
+    assert d_weight is not None
     return dv, d_weight, grads, coef
 
 

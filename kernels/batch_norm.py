@@ -15,7 +15,7 @@ from .math import activate, activate_grad, at_least, stored, sum_rows
 from .running import Running, affine, given, load_map, load_norm
 from .tables import tiles as chosen
 from .traffic import state
-from .tuning import accumulator, cdiv, groups, numeric, pow2, row_tiles
+from .tuning import accumulator, cdiv, finalize_tiles, groups, numeric, row_tiles, weight_tiles
 
 
 @triton.jit
@@ -43,28 +43,32 @@ def store_moments(partials_ptr, row, count, mean, m2, o_c, m_c, C):
 
 
 @triton.jit
-def merged(partials_ptr, o_c, m_c, P, C, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
-    """(count, mean, M2) of a block of channels from P partial ones, about a pivot so that large means don't cancel."""
-    b_count = tl.zeros((BC,), ACC)
-    b_sum = tl.zeros((BC,), ACC)
+def merge_moments(
+    partials_ptr, o_c, m_c, P, C, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr
+):  # fmt: skip
+    """(count, mean, M2) of a block of channels from P partial ones.
+
+    Each lane merges its parts one by one: with d = mean' - mean and n' / (n + n') as a share, mean += d share and
+    M2 += M2' + d^2 n share; at the end the lanes. Means are about a pivot: what all have in common takes no digits.
+    """
     b_pivot = tl.load(partials_ptr + C + o_c, mask=m_c, other=0.0)
-    for p0 in range(0, P, BP):
+    b_n = tl.zeros((BP, BC), ACC)
+    b_mean = tl.zeros((BP, BC), ACC)
+    b_m2 = tl.zeros((BP, BC), ACC)
+    for p0 in tl.range(0, P, BP, num_stages=STAGES):
         o_p = p0 + tl.arange(0, BP)
         m = (o_p < P)[:, None] & m_c[None, :]
         p_part = partials_ptr + o_p[:, None].to(tl.int64) * 3 * C + o_c[None, :]  # [BP, BC]
-        b_n = tl.load(p_part, mask=m, other=0.0)
-        b_count += sum_rows(b_n)
-        b_sum += sum_rows(b_n * (tl.load(p_part + C, mask=m, other=0.0) - b_pivot[None, :]))
-    b_mean = b_pivot + b_sum / at_least(b_count, 1.0)
-    b_m2 = tl.zeros((BC,), ACC)
-    for p0 in range(0, P, BP):
-        o_p = p0 + tl.arange(0, BP)
-        m = (o_p < P)[:, None] & m_c[None, :]
-        p_part = partials_ptr + o_p[:, None].to(tl.int64) * 3 * C + o_c[None, :]
-        b_n = tl.load(p_part, mask=m, other=0.0)
-        b_delta = tl.load(p_part + C, mask=m, other=0.0) - b_mean[None, :]
-        b_m2 += sum_rows(tl.load(p_part + 2 * C, mask=m, other=0.0) + b_n * b_delta * b_delta)
-    return b_count, b_mean, b_m2
+        b_more = tl.load(p_part, mask=m, other=0.0)
+        b_d = tl.load(p_part + C, mask=m, other=0.0) - b_pivot[None, :] - b_mean
+        b_share = b_more / at_least(b_n + b_more, 1.0)
+        b_m2 += tl.load(p_part + 2 * C, mask=m, other=0.0) + b_d * b_d * b_n * b_share
+        b_mean += b_d * b_share
+        b_n += b_more
+    b_count = sum_rows(b_n)
+    b_center = sum_rows(b_n * b_mean) / at_least(b_count, 1.0)
+    b_mean -= b_center[None, :]
+    return b_count, b_pivot + b_center, sum_rows(b_m2 + b_n * b_mean * b_mean)
 
 
 @triton.jit
@@ -102,11 +106,14 @@ def _bn_finalize_kernel(
     ACC: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
+    C = tl.multiple_of(C, ALIGN)
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     m_c = o_c < C
     if BATCH:
-        b_count, b_mean, b_m2 = merged(partials_ptr, o_c, m_c, P, C, ACC, BP, BC)
+        b_count, b_mean, b_m2 = merge_moments(partials_ptr, o_c, m_c, P, C, ACC, BP, BC, STAGES)
         b_var = b_m2 / at_least(b_count, 1.0)
     else:
         b_mean = tl.load(running_mean_ptr + o_c, mask=m_c, other=0.0).to(ACC)
@@ -133,29 +140,49 @@ def _bn_finalize_kernel(
 def _bn_bwd_finalize_kernel(
     sums_ptr,
     norm_ptr,
+    dw_ptr,
     grads_ptr,
     coef_ptr,
+    d_weight_ptr,
     P,
     C,
+    WIDTH,
     count,
     BATCH: tl.constexpr,
     ACC: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
+    BQ: tl.constexpr,
+    BW: tl.constexpr,
+    ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
-    m_c = o_c < C
-    b_dbias = tl.zeros((BC,), ACC)
-    b_dweight = tl.zeros((BC,), ACC)
-    for p0 in range(0, P, BP):
-        o_p = p0 + tl.arange(0, BP)
-        m = (o_p < P)[:, None] & m_c[None, :]
-        p_sums = sums_ptr + o_p[:, None].to(tl.int64) * 2 * C + o_c[None, :]  # [BP, BC]
-        b_dbias += sum_rows(tl.load(p_sums, mask=m, other=0.0))
-        b_dweight += sum_rows(tl.load(p_sums + C, mask=m, other=0.0))
-    tl.store(grads_ptr + o_c, b_dweight, mask=m_c)
-    tl.store(grads_ptr + C + o_c, b_dbias, mask=m_c)
-    store_coef(norm_ptr, coef_ptr, o_c, m_c, C, b_dweight, b_dbias, count, BATCH)
+    C = tl.multiple_of(C, ALIGN)
+    blocks = (C + BC - 1) // BC
+    if tl.program_id(0) < blocks:
+        o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+        m_c = o_c < C
+        b_dbias = tl.zeros((BP, BC), ACC)
+        b_dweight = tl.zeros((BP, BC), ACC)
+        for p0 in tl.range(0, P, BP, num_stages=STAGES):
+            o_p = p0 + tl.arange(0, BP)
+            m = (o_p < P)[:, None] & m_c[None, :]
+            p_sums = sums_ptr + o_p[:, None].to(tl.int64) * 2 * C + o_c[None, :]  # [BP, BC]
+            b_dbias += tl.load(p_sums, mask=m, other=0.0)
+            b_dweight += tl.load(p_sums + C, mask=m, other=0.0)
+        b_dbias, b_dweight = sum_rows(b_dbias), sum_rows(b_dweight)
+        tl.store(grads_ptr + o_c, b_dweight, mask=m_c)
+        tl.store(grads_ptr + C + o_c, b_dbias, mask=m_c)
+        store_coef(norm_ptr, coef_ptr, o_c, m_c, C, b_dweight, b_dbias, count, BATCH)
+    elif dw_ptr is not None:
+        o_w = (tl.program_id(0) - blocks) * BW + tl.arange(0, BW)
+        m_w = o_w < WIDTH
+        b_dw = tl.zeros((BQ, BW), ACC)
+        for p0 in tl.range(0, P, BQ, num_stages=STAGES):
+            o_p = p0 + tl.arange(0, BQ)
+            m = (o_p < P)[:, None] & m_w[None, :]
+            b_dw += tl.load(dw_ptr + o_p[:, None].to(tl.int64) * WIDTH + o_w[None, :], mask=m, other=0.0)
+        tl.store(d_weight_ptr + o_w, sum_rows(b_dw), mask=m_w)
 
 
 @kernel
@@ -313,8 +340,8 @@ def bn_finalize(
     owner = running_mean if partials is None else partials
     assert owner is not None
     norm = torch.empty(4, channels, dtype=acc, device=owner.device)
-    block = pow2(channels, 1, 256 if partials is None else 32)
-    _bn_finalize_kernel[(cdiv(channels, block),)](
+    tiles = finalize_tiles(0 if partials is None else partials.shape[0], channels)
+    _bn_finalize_kernel[(cdiv(channels, tiles["BC"]),)](
         partials_ptr=partials,
         weight_ptr=weight,
         bias_ptr=bias,
@@ -330,8 +357,7 @@ def bn_finalize(
         UPDATE=update,
         CUMULATIVE=update and momentum is None,
         ACC=numeric(dtype)["ACC"],
-        BP=64,
-        BC=block,
+        **tiles,
     )
     moved = (running_mean, running_var) if update else ()
     read = (running_mean, running_var) if partials is None else moved
@@ -340,27 +366,39 @@ def bn_finalize(
     return norm
 
 
-def bn_bwd_finalize(sums: Tensor, norm: Tensor, count: int, batch_statistics: bool) -> tuple[Tensor, Tensor]:
-    """(gradients [2, C] of weight and bias, coef [4, C]) from partial sums [P, 2, C] of dv and dv * xhat."""
-    channels = norm.shape[1]
+def bn_bwd_finalize(
+    sums: Tensor, norm: Tensor, count: int, batch_statistics: bool, dw: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(gradients [2, C] of weight and bias, coef [4, C]) from partial sums [P, 2, C] of dv and dv * xhat.
+
+    The third is the sum of `dw` [P, ...], a weight's partial gradients from the same P programs: more programs of the
+    same launch.
+    """
+    parts, _, channels = sums.shape
     grads = torch.empty(2, channels, dtype=norm.dtype, device=norm.device)
     coef = torch.empty(4, channels, dtype=norm.dtype, device=norm.device)
-    block = pow2(channels, 1, 32)
-    _bn_bwd_finalize_kernel[(cdiv(channels, block),)](
+    d_weight = None if dw is None else torch.empty(dw.shape[1:], dtype=dw.dtype, device=dw.device)
+    width = 0 if d_weight is None else d_weight.numel()
+    tiles = finalize_tiles(parts, channels)
+    columns = weight_tiles(parts, width)
+    _bn_bwd_finalize_kernel[(cdiv(channels, tiles["BC"]) + cdiv(width, columns["BW"]),)](
         sums_ptr=sums,
         norm_ptr=norm,
+        dw_ptr=dw,
         grads_ptr=grads,
         coef_ptr=coef,
-        P=sums.shape[0],
+        d_weight_ptr=d_weight,
+        P=parts,
         C=channels,
+        WIDTH=width,
         count=count,
         BATCH=batch_statistics,
         ACC=numeric(norm.dtype)["ACC"],
-        BP=64,
-        BC=block,
+        **columns,
+        **tiles,
     )
-    state("bn_bwd_finalize", (sums, norm), (grads, coef))
-    return grads, coef
+    state("bn_bwd_finalize", (sums, norm, dw), (grads, coef, d_weight))
+    return grads, coef, d_weight
 
 
 def bn_act_fwd(

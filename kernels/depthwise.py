@@ -24,7 +24,7 @@ from .launching import kernel
 from .math import activate_grad_halved, activate_halved, at_least, first_row, halved, stored
 from .running import load_norm
 from .tables import tiles as chosen
-from .traffic import state, summed
+from .traffic import state
 from .tuning import accumulator, cdiv, numeric, precision, walk_tiles
 from .walk import (
     accumulated,
@@ -381,7 +381,7 @@ def depthwise_bwd(
     pad_top: int,
     pad_left: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(dv [N, H, W, C], weight gradient [C, 1, K, K], partial sums [P, 2, C] of dv and dv * xhat).
+    """(dv [N, H, W, C], partial weight gradients [P, C, 1, K, K], partial sums [P, 2, C] of dv and dv * xhat).
 
     dy is [N, HO, WO, C]; dv is the gradient at scale * x + shift, or at x itself (+ residual) where `norm` is None;
     then there are no sums. `expand_weight` as in `depthwise_fwd`; dv is [N, H, W, C] all the same.
@@ -436,4 +436,4 @@ def depthwise_bwd(
         **tiles,
     )
     state("depthwise_bwd", (dy, x, expand_weight, weight, norm, residual), (dx, dw, sums))
-    return dx, summed(dw), sums
+    return dx, dw, sums

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm import load_xhat
+from .batch_norm import load_xhat, store_coef
 from .launching import kernel
 from .math import (
     INTERPRETED,
@@ -25,10 +25,34 @@ from .math import (
     sum_rows,
 )
 from .running import Running, given, load_map
-from .tables import parts_of_image
+from .tables import processors
 from .tables import tiles as chosen
 from .traffic import state
-from .tuning import MIN_DOT, PROGRAMS, accumulator, cdiv, numeric, pow2, row_tiles
+from .tuning import MIN_DOT, PROGRAMS, accumulator, cdiv, channel_block, numeric, pow2, row_tiles
+
+RESIDENT, ONCE, MOST_PARTS = 16, 8, 64  # of the pool: warps of 128 registers, and what weighs as much as 8 tiles
+
+
+@triton.jit
+def add_pixels(
+    s_a, s_g, s_gx, u_ptr, dy_ptr, o, m, maps, ACT: tl.constexpr, HAS_NORM: tl.constexpr, HAS_GRAD: tl.constexpr,
+    HAS_DY: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """The sums with a tile more of a (times dy), act' and act' * xhat; a WHOLE tile has no pixel to leave out."""
+    b_a = tl.load(u_ptr + o, mask=m, other=0.0).to(ACC)
+    if HAS_GRAD:
+        b_x = b_a * maps[2] + maps[3]
+        b_a, b_g = activate_grad_halved(b_a * maps[0] + maps[1], ACT, FAST)
+        b_g = b_g if WHOLE else tl.where(m, b_g, 0.0)
+        s_g += b_g
+        s_gx += b_g * b_x
+    elif HAS_NORM:
+        b_a = activate_halved(b_a * maps[0] + maps[1], ACT, FAST)
+    if HAS_NORM and not WHOLE:
+        b_a = tl.where(m, b_a, 0.0)
+    if HAS_DY:
+        b_a = b_a * tl.load(dy_ptr + o, mask=m, other=0.0).to(ACC)
+    return s_a + b_a, s_g, s_gx
 
 
 @kernel
@@ -60,39 +84,37 @@ def _pool_kernel(
     ROWS: tl.constexpr = 3 if HAS_GRAD else 1
     n, first = tl.program_id(0) % N, tl.program_id(0) // N * PIXELS
     end = tl.minimum(first + PIXELS, HW)
+    whole = end - (end - first) % BM
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
     m_c = o_c < C
+    maps = ()  # of u to what the activation takes, and to xhat
     if HAS_NORM:
         b_scale, b_shift = load_map(norm_ptr, bn_weight_ptr, bn_bias_ptr, mean_ptr, var_ptr, o_c, m_c, C, EPS, ACC)
-        b_scale, b_shift = halved(b_scale, ACT, FAST)[None, :], halved(b_shift, ACT, FAST)[None, :]
+        maps = maps + (halved(b_scale, ACT, FAST)[None, :], halved(b_shift, ACT, FAST)[None, :])
     if HAS_GRAD:
         b_rstd, b_nmr = load_xhat(norm_ptr, o_c, m_c, C)
-    s_a = tl.zeros((BM, BC), ACC)
-    s_g = tl.zeros((BM, BC), ACC)
-    s_gx = tl.zeros((BM, BC), ACC)
+        maps = maps + (b_rstd[None, :], b_nmr[None, :])
+    b_a = tl.zeros((BM, BC), ACC)
+    b_g = tl.zeros((BM, BC), ACC)
+    b_gx = tl.zeros((BM, BC), ACC)
     o = tl.arange(0, BM)[:, None] * C + o_c[None, :]  # [BM, BC]
-    for m0 in tl.range(first, end, BM, num_stages=STAGES):
-        m = (m0 + tl.arange(0, BM) < end)[:, None] & m_c[None, :]
-        at = (n * HW + m0).to(tl.int64) * C
-        b_a = tl.load(u_ptr + at + o, mask=m, other=0.0).to(ACC)
-        if HAS_GRAD:
-            b_x = b_a * b_rstd[None, :] + b_nmr[None, :]
-            b_a, b_g = activate_grad_halved(b_a * b_scale + b_shift, ACT, FAST)
-            b_g = tl.where(m, b_g, 0.0)
-            s_g += b_g
-            s_gx += b_g * b_x
-        elif HAS_NORM:
-            b_a = activate_halved(b_a * b_scale + b_shift, ACT, FAST)
-        if HAS_NORM:
-            b_a = tl.where(m, b_a, 0.0)
-        if HAS_DY:
-            b_a = b_a * tl.load(dy_ptr + at + o, mask=m, other=0.0).to(ACC)
-        s_a += b_a
+    m = m_c[None, :]
+    for m0 in tl.range(first, whole, BM, num_stages=STAGES):
+        p = o + (n * HW + m0).to(tl.int64) * C
+        b_a, b_g, b_gx = add_pixels(
+            b_a, b_g, b_gx, u_ptr, dy_ptr, p, m, maps, ACT, HAS_NORM, HAS_GRAD, HAS_DY, True, ACC, FAST
+        )  # fmt: skip
+    if whole < end:
+        p = o + (n * HW + whole).to(tl.int64) * C
+        m_end = (whole + tl.arange(0, BM) < end)[:, None] & m
+        b_a, b_g, b_gx = add_pixels(
+            b_a, b_g, b_gx, u_ptr, dy_ptr, p, m_end, maps, ACT, HAS_NORM, HAS_GRAD, HAS_DY, False, ACC, FAST
+        )  # fmt: skip
     p_out = sums_ptr + tl.program_id(0).to(tl.int64) * ROWS * C + o_c
-    tl.store(p_out, sum_rows(s_a), mask=m_c)
+    tl.store(p_out, sum_rows(b_a), mask=m_c)
     if HAS_GRAD:
-        tl.store(p_out + C, sum_rows(s_g), mask=m_c)
-        tl.store(p_out + 2 * C, sum_rows(s_gx), mask=m_c)
+        tl.store(p_out + C, sum_rows(b_g), mask=m_c)
+        tl.store(p_out + 2 * C, sum_rows(b_gx), mask=m_c)
 
 
 @triton.jit
@@ -153,7 +175,7 @@ def _excite_fwd_kernel(
     n = tl.program_id(0)
     o_r = tl.arange(0, BR)
     m_r = o_r < R
-    b_r = tl.load(br_ptr + o_r, mask=m_r, other=0.0).to(ACC)
+    b_z = tl.zeros((BR, BC), ACC)
     for c0 in range(0, C, BC):
         o_c = c0 + tl.arange(0, BC)
         m_c = o_c < C
@@ -167,7 +189,8 @@ def _excite_fwd_kernel(
                 tl.store(act_sums_ptr + (2 * n + row - 1) * C + o_c, b_s, mask=m_c)
         m = m_r[:, None] & m_c[None, :]
         b_w = tl.load(wr_ptr + o_r[:, None] * C + o_c[None, :], mask=m, other=0.0).to(ACC)  # [BR, BC]
-        b_r += tl.sum(b_w * b_p.to(ACC)[None, :], 1)
+        b_z += b_w * b_p.to(ACC)[None, :]
+    b_r = tl.load(br_ptr + o_r, mask=m_r, other=0.0).to(ACC) + tl.sum(b_z, 1)
     if r_ptr is not None:
         tl.store(r_ptr + n * R + o_r, b_r, mask=m_r)
     store_gate(gate_ptr, wx_ptr, bx_ptr, b_r, n, C, R, ACT, ACC, BR, BC)
@@ -177,17 +200,13 @@ def _excite_fwd_kernel(
 @triton.jit
 def _excite_bwd_kernel(
     sums_ptr,
-    act_sums_ptr,
     gate_ptr,
     r_ptr,
-    wr_ptr,
     wx_ptr,
     dq_ptr,
     dr_ptr,
-    offset_ptr,
-    bn_sums_ptr,
+    gated_ptr,
     N,
-    HW,
     P,
     C: tl.constexpr,
     R: tl.constexpr,
@@ -202,86 +221,119 @@ def _excite_bwd_kernel(
     o_r = tl.arange(0, BR)
     m_r = o_r < R
     GATE_ROW: tl.constexpr = 2 if ROWS == 3 else 0
-    b_dz = tl.zeros((BR,), ACC)
+    b_dz = tl.zeros((BR, BC), ACC)
     for c0 in range(0, C, BC):
         o_c = c0 + tl.arange(0, BC)
         m_c = o_c < C
         b_gate = tl.load(gate_ptr + n * C + o_c, mask=m_c, other=0.0)
         b_dq = load_sum(sums_ptr, n, GATE_ROW, o_c, m_c, N, P, C, ROWS, ACC, BP, BC) * b_gate * (1.0 - b_gate)
         tl.store(dq_ptr + n * C + o_c, b_dq, mask=m_c)
+        if ROWS == 3:
+            for row in tl.static_range(2):
+                b_s = b_gate * load_sum(sums_ptr, n, row, o_c, m_c, N, P, C, 3, ACC, BP, BC)
+                tl.store(gated_ptr + (2 * n + row) * C + o_c, b_s, mask=m_c)
         m = m_r[:, None] & m_c[None, :]
         b_w = tl.load(wx_ptr + o_c[None, :] * R + o_r[:, None], mask=m, other=0.0).to(ACC)  # [BR, BC]
-        b_dz += tl.sum(b_w * b_dq[None, :], 1)
+        b_dz += b_w * b_dq[None, :]
     _, b_g = activate_grad(tl.load(r_ptr + n * R + o_r, mask=m_r, other=0.0), ACT, False)
-    b_dr = b_dz * b_g
-    tl.store(dr_ptr + n * R + o_r, b_dr, mask=m_r)
-    for c0 in range(0, C, BC):
-        o_c = c0 + tl.arange(0, BC)
-        m_c = o_c < C
-        m = m_r[None, :] & m_c[:, None]
-        b_w = tl.load(wr_ptr + o_r[None, :] * C + o_c[:, None], mask=m, other=0.0).to(ACC)  # [BC, BR]
-        b_dp = tl.sum(b_w * b_dr[None, :], 1) / HW
-        tl.store(offset_ptr + n * C + o_c, b_dp, mask=m_c)
-        if ROWS == 3:
-            b_gate = tl.load(gate_ptr + n * C + o_c, mask=m_c, other=0.0)
-            b_db = b_gate * load_sum(sums_ptr, n, 0, o_c, m_c, N, P, C, 3, ACC, BP, BC)
-            b_db += b_dp * tl.load(act_sums_ptr + (2 * n + 0) * C + o_c, mask=m_c, other=0.0)
-            b_dg = b_gate * load_sum(sums_ptr, n, 1, o_c, m_c, N, P, C, 3, ACC, BP, BC)
-            b_dg += b_dp * tl.load(act_sums_ptr + (2 * n + 1) * C + o_c, mask=m_c, other=0.0)
-            tl.store(bn_sums_ptr + n * 2 * C + o_c, b_db, mask=m_c)
-            tl.store(bn_sums_ptr + n * 2 * C + C + o_c, b_dg, mask=m_c)
+    tl.store(dr_ptr + n * R + o_r, tl.sum(b_dz, 1) * b_g, mask=m_r)
 
 
 @kernel
 @triton.jit
-def _excite_wgrad_kernel(
+def _excite_finish_kernel(
+    gated_ptr,
+    act_sums_ptr,
     p_ptr,
     r_ptr,
     dq_ptr,
     dr_ptr,
+    wr_ptr,
+    norm_ptr,
+    offset_ptr,
+    grads_ptr,
+    coef_ptr,
     dwr_ptr,
     dbr_ptr,
     dwx_ptr,
     dbx_ptr,
     N,
+    HW,
     C: tl.constexpr,
     R: tl.constexpr,
     ACT: tl.constexpr,
+    BATCH: tl.constexpr,
     ACC: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
-    o_r = tl.program_id(1) * BR + tl.arange(0, BR)
+    o_r = tl.arange(0, BR)
     m_c, m_r = o_c < C, o_r < R
+    m_rc = m_r[:, None] & m_c[None, :]
+    b_w = tl.load(wr_ptr + o_r[:, None] * C + o_c[None, :], mask=m_rc, other=0.0).to(ACC)  # [BR, BC]
     b_dwr = tl.zeros((BR, BC), ACC)
     b_dwx = tl.zeros((BC, BR), ACC)
-    b_dbr = tl.zeros((BR,), ACC)
-    b_dbx = tl.zeros((BC,), ACC)
+    b_dbr = tl.zeros((BN, BR), ACC)
+    b_dbx = tl.zeros((BN, BC), ACC)
+    b_db = tl.zeros((BN, BC), ACC)
+    b_dg = tl.zeros((BN, BC), ACC)
     for n0 in range(0, N, BN):
         o_n = n0 + tl.arange(0, BN)
         m_nc = (o_n < N)[:, None] & m_c[None, :]
         m_nr = (o_n < N)[:, None] & m_r[None, :]
-        b_p = tl.load(p_ptr + o_n[:, None] * C + o_c[None, :], mask=m_nc, other=0.0).to(ACC)  # [BN, BC]
-        b_dq = tl.load(dq_ptr + o_n[:, None] * C + o_c[None, :], mask=m_nc, other=0.0)
-        b_r = tl.load(r_ptr + o_n[:, None] * R + o_r[None, :], mask=m_nr, other=0.0)  # [BN, BR]
-        b_dr = tl.load(dr_ptr + o_n[:, None] * R + o_r[None, :], mask=m_nr, other=0.0)
+        o_nc = o_n[:, None] * C + o_c[None, :]  # [BN, BC]
+        o_nr = o_n[:, None] * R + o_r[None, :]  # [BN, BR]
+        b_p = tl.load(p_ptr + o_nc, mask=m_nc, other=0.0).to(ACC)
+        b_dq = tl.load(dq_ptr + o_nc, mask=m_nc, other=0.0)
+        b_r = tl.load(r_ptr + o_nr, mask=m_nr, other=0.0)
+        b_dr = tl.load(dr_ptr + o_nr, mask=m_nr, other=0.0)
+        b_dp = dot(b_dr, b_w, tl.zeros((BN, BC), ACC), ACC, "ieee") / HW
+        tl.store(offset_ptr + o_nc, b_dp, mask=m_nc)
+        if norm_ptr is not None:
+            o_two = o_nc + o_n[:, None] * C  # of [N, 2, C]
+            b_db += tl.load(gated_ptr + o_two, mask=m_nc, other=0.0)
+            b_db += b_dp * tl.load(act_sums_ptr + o_two, mask=m_nc, other=0.0)
+            b_dg += tl.load(gated_ptr + o_two + C, mask=m_nc, other=0.0)
+            b_dg += b_dp * tl.load(act_sums_ptr + o_two + C, mask=m_nc, other=0.0)
         b_dwr = dot(tl.trans(b_dr), b_p, b_dwr, ACC, "ieee")
         b_dwx = dot(tl.trans(b_dq), activate(b_r, ACT, False), b_dwx, ACC, "ieee")
-        b_dbr += tl.sum(b_dr, 0)
-        b_dbx += tl.sum(b_dq, 0)
-    tl.store(dwr_ptr + o_r[:, None] * C + o_c[None, :], b_dwr, mask=m_r[:, None] & m_c[None, :])
+        b_dbr += b_dr
+        b_dbx += b_dq
+    tl.store(dwr_ptr + o_r[:, None] * C + o_c[None, :], b_dwr, mask=m_rc)
     tl.store(dwx_ptr + o_c[:, None] * R + o_r[None, :], b_dwx, mask=m_c[:, None] & m_r[None, :])
-    if tl.program_id(1) == 0:
-        tl.store(dbx_ptr + o_c, b_dbx, mask=m_c)
+    tl.store(dbx_ptr + o_c, sum_rows(b_dbx), mask=m_c)
     if tl.program_id(0) == 0:
-        tl.store(dbr_ptr + o_r, b_dbr, mask=m_r)
+        tl.store(dbr_ptr + o_r, sum_rows(b_dbr), mask=m_r)
+    if norm_ptr is not None:
+        b_dweight, b_dbias = sum_rows(b_dg), sum_rows(b_db)
+        tl.store(grads_ptr + o_c, b_dweight, mask=m_c)
+        tl.store(grads_ptr + C + o_c, b_dbias, mask=m_c)
+        store_coef(norm_ptr, coef_ptr, o_c, m_c, C, b_dweight, b_dbias, N * HW, BATCH)
 
 
 def pool_tiles(rows: int, channels: int) -> dict[str, int]:
-    """[BM pixels, BC channels] a step."""
-    return row_tiles(rows, channels) | dict(STAGES=1 if INTERPRETED else 3)
+    """[BM pixels, BC channels] a step of a single warp: it adds its rows up without shared memory or a barrier."""
+    if INTERPRETED:
+        return row_tiles(rows, channels) | dict(STAGES=1)
+    block = channel_block(channels)
+    return dict(BM=512 // block, BC=block, num_warps=1, STAGES=4)
+
+
+def split_image(pixels: int, columns: int, tile: int, device: torch.device) -> tuple[int, int]:
+    """(parts of an image, pixels of a part, whole tiles) for `columns` programs each, so that it takes least time.
+
+    A program costs its tiles and as much as ONCE more, and a multiprocessor takes RESIDENT programs at a time.
+    """
+    if INTERPRETED:
+        parts = 2 if pixels > tile else 1
+    else:
+        slots = RESIDENT * processors(device)
+        most = max(1, min(pixels // (2 * tile), MOST_PARTS))
+        parts = min(range(1, most + 1), key=lambda p: cdiv(p * columns, slots) * (cdiv(cdiv(pixels, p), tile) + ONCE))
+    part = tile * cdiv(cdiv(pixels, parts), tile)
+    return cdiv(pixels, part), part
 
 
 def pool(u: Tensor, norm: Tensor | Running | None, dy: Tensor | None, activation: str) -> Tensor:
@@ -294,7 +346,7 @@ def pool(u: Tensor, norm: Tensor | Running | None, dy: Tensor | None, activation
     traits = dict(images=n, activation=activation, norm=norm is not None, gradient=gradient, dy=dy is not None)
     tiles = chosen("pool", u, pool_tiles, (h * w, c), **traits)
     columns = cdiv(c, tiles["BC"])
-    parts, pixels = parts_of_image(h * w, n * columns, tiles["BM"], u.device)
+    parts, pixels = split_image(h * w, n * columns, tiles["BM"], u.device)
     sums = torch.empty(parts, n, 3 if gradient else 1, c, dtype=accumulator(u.dtype), device=u.device)
     _pool_kernel[(parts * n, columns)](
         u_ptr=u,
@@ -323,16 +375,16 @@ def excite_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
     if INTERPRETED:
         return dict(BR=rows, BC=pow2(channels, MIN_DOT, 1024))
     few = images < PROGRAMS  # one wave or less: what counts is how long an image takes, and so its number of steps
-    block = max(MIN_DOT, min((16384 if few else 4096) // rows, 256))
+    block = max(MIN_DOT, min((32768 if few else 4096) // rows, 256))
     return dict(BR=rows, BC=pow2(channels, MIN_DOT, block), num_warps=8 if few else 4)
 
 
-def _wgrad_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
-    """2 x [BR, BC] sums: at 64 x 64 they spill."""
-    rows = pow2(reduced, MIN_DOT, 32)
+def _finish_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
+    """[BN images a step, BC channels]: few channels, so that there are programs for more multiprocessors."""
+    rows = pow2(reduced, MIN_DOT, 1024)
     if INTERPRETED:
         return dict(BN=pow2(images, MIN_DOT, 256), BR=rows, BC=pow2(channels, MIN_DOT, 1024))
-    return dict(BN=MIN_DOT, BR=rows, BC=pow2(channels, MIN_DOT, 64))
+    return dict(BN=MIN_DOT, BR=rows, BC=MIN_DOT, num_warps=4 if rows <= 32 else 8)  # with more of them it spills
 
 
 def added_parts(parts: int) -> int:
@@ -399,32 +451,31 @@ def excite_bwd(
     expand_weight: Tensor,
     pixels: int,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    norm: Tensor | None = None,
+    batch_statistics: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor, Tensor, Tensor, Tensor]:
     """Backward of pool and excite from `sums` [P, N, 3, C] and `act_sums` [N, 2, C], or [P, N, 1, C] of da * a.
 
-    Returns (offset [N, C], the pool's gradient per pixel; BN2's sums [N, 2, C], unwritten for one row; gradients of
-    reduce weight [R, C], reduce bias [R], expand weight [C, R], expand bias [C]).
+    Returns (offset [N, C], the pool's gradient per pixel; grads [2, C] and coef [4, C] of the BatchNorm before the
+    pool, whose vectors are `norm`, None without it; gradients of reduce weight [R, C], reduce bias [R], expand weight
+    [C, R], expand bias [C]). One launch for what an image's gate tells, one for what is left of a block of channels.
     """
     n, c = gate.shape
     parts, _, rows, _ = sums.shape
     reduced = r.shape[1]
     dq, offset = torch.empty_like(gate), torch.empty_like(gate)
     dr = torch.empty_like(r)
-    bn_sums = torch.empty(n, 2, c, dtype=gate.dtype, device=gate.device)
+    gated = None if norm is None else gate.new_empty(n, 2, c)
     acc = numeric(gate.dtype)["ACC"]
     _excite_bwd_kernel[(n,)](
         sums_ptr=sums,
-        act_sums_ptr=act_sums,
         gate_ptr=gate,
         r_ptr=r,
-        wr_ptr=reduce_weight,
         wx_ptr=expand_weight,
         dq_ptr=dq,
         dr_ptr=dr,
-        offset_ptr=offset,
-        bn_sums_ptr=bn_sums,
+        gated_ptr=gated,
         N=n,
-        HW=pixels,
         P=parts,
         C=c,
         R=reduced,
@@ -434,31 +485,40 @@ def excite_bwd(
         BP=added_parts(parts),
         **excite_tiles(n, c, reduced),
     )
-    state(
-        "excite_bwd",
-        (sums, act_sums, gate, r, reduce_weight, expand_weight),
-        (dq, dr, offset, bn_sums if rows == 3 else None),
-    )
-    d_reduce = torch.empty(reduced, c, dtype=gate.dtype, device=gate.device)
-    d_expand = torch.empty(c, reduced, dtype=gate.dtype, device=gate.device)
-    d_reduce_bias = torch.empty(reduced, dtype=gate.dtype, device=gate.device)
-    d_expand_bias = torch.empty(c, dtype=gate.dtype, device=gate.device)
-    tiles = _wgrad_tiles(n, c, reduced)
-    _excite_wgrad_kernel[(cdiv(c, tiles["BC"]), cdiv(reduced, tiles["BR"]))](
+    state("excite_bwd", (sums, gate, r, expand_weight), (dq, dr, gated))
+    bn = None if norm is None else (gate.new_empty(2, c), gate.new_empty(4, c))
+    grads, coef = (None, None) if bn is None else bn
+    d_reduce, d_reduce_bias = gate.new_empty(reduced, c), gate.new_empty(reduced)
+    d_expand, d_expand_bias = gate.new_empty(c, reduced), gate.new_empty(c)
+    tiles = _finish_tiles(n, c, reduced)
+    _excite_finish_kernel[(cdiv(c, tiles["BC"]),)](
+        gated_ptr=gated,
+        act_sums_ptr=None if norm is None else act_sums,
         p_ptr=pooled,
         r_ptr=r,
         dq_ptr=dq,
         dr_ptr=dr,
+        wr_ptr=reduce_weight,
+        norm_ptr=norm,
+        offset_ptr=offset,
+        grads_ptr=grads,
+        coef_ptr=coef,
         dwr_ptr=d_reduce,
         dbr_ptr=d_reduce_bias,
         dwx_ptr=d_expand,
         dbx_ptr=d_expand_bias,
         N=n,
+        HW=pixels,
         C=c,
         R=reduced,
         ACT=activation,
+        BATCH=batch_statistics,
         ACC=acc,
         **tiles,
     )
-    state("excite_wgrad", (pooled, r, dq, dr), (d_reduce, d_reduce_bias, d_expand, d_expand_bias))
-    return offset, bn_sums, d_reduce, d_reduce_bias, d_expand, d_expand_bias
+    state(
+        "excite_finish",
+        (gated, None if norm is None else act_sums, pooled, r, dq, dr, reduce_weight, norm),
+        (offset, grads, coef, d_reduce, d_reduce_bias, d_expand, d_expand_bias),
+    )
+    return offset, bn, d_reduce, d_reduce_bias, d_expand, d_expand_bias

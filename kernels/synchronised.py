@@ -9,18 +9,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm import merged, store_coef, store_moments
+from .batch_norm import merge_moments, store_coef, store_moments
 from .launching import kernel
 from .traffic import state
-from .tuning import cdiv, numeric, pow2
+from .tuning import cdiv, finalize_tiles, numeric, pow2
 
 
 @kernel
 @triton.jit
-def _bn_merge_kernel(partials_ptr, moments_ptr, P, C, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+def _bn_merge_kernel(
+    partials_ptr, moments_ptr, P, C, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    C = tl.multiple_of(C, ALIGN)
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     m_c = o_c < C
-    b_count, b_mean, b_m2 = merged(partials_ptr, o_c, m_c, P, C, ACC, BP, BC)
+    b_count, b_mean, b_m2 = merge_moments(partials_ptr, o_c, m_c, P, C, ACC, BP, BC, STAGES)
     store_moments(moments_ptr, tl.program_id(1), b_count, b_mean, b_m2, o_c, m_c, C)
 
 
@@ -40,15 +44,14 @@ def bn_merge(partials: Tensor) -> Tensor:
     if count == 1:
         return partials
     moments = torch.empty(1, 3, channels, dtype=partials.dtype, device=partials.device)
-    block = pow2(channels, 1, 32)
-    _bn_merge_kernel[(cdiv(channels, block), 1)](
+    tiles = finalize_tiles(count, channels)
+    _bn_merge_kernel[(cdiv(channels, tiles["BC"]), 1)](
         partials_ptr=partials,
         moments_ptr=moments,
         P=count,
         C=channels,
         ACC=numeric(partials.dtype)["ACC"],
-        BP=64,
-        BC=block,
+        **tiles,
     )
     state("bn_merge", (partials,), (moments,))
     return moments

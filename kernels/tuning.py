@@ -124,6 +124,25 @@ def row_tiles(rows: int, channels: int) -> dict[str, int]:
     return dict(BM=32, BC=pow2(channels, 16, 64), num_warps=4)
 
 
+def finalize_tiles(parts: int, channels: int) -> dict[str, int]:
+    """[BP partial results, BC channels], few channels: many programs share the rows, and each waits for few of them.
+
+    ALIGN divides `channels`: where it is not 1, rows are read by vectors.
+    """
+    align = 8 if channels % 8 == 0 else 1
+    if INTERPRETED:
+        return dict(BP=pow2(parts, 1, 256), BC=pow2(channels, 1, 256), ALIGN=align, STAGES=1)
+    rows = pow2(parts, 32, 128)
+    return dict(BP=rows, BC=4, ALIGN=align, STAGES=3 if parts > rows else 1, num_warps=4)
+
+
+def weight_tiles(parts: int, width: int) -> dict[str, int]:
+    """[BQ partial results, BW columns] of a program that adds up rows of `width`."""
+    if INTERPRETED:
+        return dict(BQ=pow2(parts, 1, 256), BW=pow2(width, 1, 4096))
+    return dict(BQ=32, BW=pow2(cdiv(width, PROGRAMS), 8, 64))
+
+
 def channel_block(channels: int) -> int:
     """64 channels fill a 128-byte line in 16 bits; 32 where 64 would leave more than an eighth of the lanes idle."""
     wide = cdiv(channels, 64) * 64

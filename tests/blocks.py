@@ -24,8 +24,8 @@ KERNEL_MODULES = (
     "depthwise_inference", "ends",
 )  # fmt: skip
 TILES = (
-    "walk_tiles", "row_tiles", "product_tiles", "project_tiles", "pass_tiles", "excite_tiles", "_wgrad_tiles",
-    "pool_tiles", "walk_inference_tiles",
+    "walk_tiles", "row_tiles", "product_tiles", "project_tiles", "pass_tiles", "excite_tiles", "_finish_tiles",
+    "pool_tiles", "walk_inference_tiles", "finalize_tiles", "weight_tiles",
 )  # fmt: skip
 
 

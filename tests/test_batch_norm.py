@@ -89,6 +89,66 @@ def test_finalize_takes_half_parameters(dtype, device):
     assert torch.equal(mean, exact_mean.to(dtype)) and torch.equal(var, exact_var.to(dtype))
 
 
+MANY = {
+    "one-row-a-step": (5, 37, dict(BP=1, BC=4)),
+    "steps-and-blocks-cut": (11, 300, dict(BP=32, BC=4)),
+    "one-step": (3, 128, dict(BP=128)),
+    "thousands": (2, 3001, dict(BP=128, BC=1)),
+}
+
+
+@pytest.mark.parametrize("mean", [0.0, 1000.0])
+@pytest.mark.parametrize(
+    "channels, parts, tiles",
+    [
+        pytest.param(*v, id=k, marks=[pytest.mark.kernels] if k == "steps-and-blocks-cut" else [])
+        for k, v in MANY.items()
+    ],
+)
+def test_finalize_of_many_parts_with_a_common_mean(channels, parts, tiles, mean, device, monkeypatch):
+    """Parts of one to four values: what their means have in common takes no digits of the variance."""
+    shrink(monkeypatch, **tiles)
+    sizes = [1 + part % 4 for part in range(parts)]
+    values = normal(sum(sizes), channels, dtype=torch.float32, device=device, mean=mean)
+    partials = moments(values.double(), sizes).float()
+    norm = batch_norm.bn_finalize(partials, None, None, None, None, None, 1e-9, 0.1, False, torch.float32, channels)
+    again = batch_norm.bn_finalize(partials, None, None, None, None, None, 1e-9, 0.1, False, torch.float32, channels)
+    assert torch.equal(norm, again)
+    for name, ours, one in (
+        ("mean", norm[0], lambda v: v.mean(0)),
+        ("var", norm[1] ** -2, lambda v: v.var(0, unbiased=False)),
+    ):
+        assert_parity(name, ours, one(values), one(values.double()))
+
+
+BWD_FINALIZE = {
+    "no-weight": (11, 37, None, {}),
+    "weight-of-one-block": (5, 3, (5, 1, 3, 3), {}),
+    "blocks-and-steps-cut": (11, 37, (11, 1, 3, 3), dict(BP=8, BC=4, BQ=16, BW=8)),
+    "thousands": (2, 3001, (2, 1, 5, 5), dict(BP=128, BC=1, BQ=32, BW=16)),
+}
+
+
+@pytest.mark.parametrize(
+    "channels, parts, shape, tiles",
+    [pytest.param(*v, id=k, marks=[pytest.mark.kernels] if "cut" in k else []) for k, v in BWD_FINALIZE.items()],
+)
+def test_backward_finalize_adds_a_weights_gradient_too(channels, parts, shape, tiles, device, monkeypatch):
+    shrink(monkeypatch, **tiles)
+    sums = normal(parts, 2, channels, dtype=torch.float32, device=device, mean=0.5)
+    dw = None if shape is None else normal(parts, *shape, dtype=torch.float32, device=device, mean=0.5)
+    norm = norm_vectors(channels, torch.float32, device)
+    grads, coef, d_weight = batch_norm.bn_bwd_finalize(sums, norm, 7 * parts, True, dw)
+    assert_parity("dweight", grads[0], sums[:, 1].sum(0), sums[:, 1].double().sum(0))
+    assert_parity("dbias", grads[1], sums[:, 0].sum(0), sums[:, 0].double().sum(0))
+    q, r = (-norm[2] * k * g / (7 * parts) for k, g in ((norm[1], grads[0]), (1.0, grads[1])))
+    torch.testing.assert_close(coef, torch.stack((norm[2], q, r, norm[0])))
+    if dw is None:
+        assert d_weight is None
+    else:
+        assert_parity("d_weight", d_weight, dw.sum(0), dw.double().sum(0))
+
+
 def pieces(image, dtype, device, gate, keep, residual):
     n, c, h, w = image
     wide = torch.float64 if dtype == torch.float64 else torch.float32

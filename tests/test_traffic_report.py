@@ -81,9 +81,9 @@ def test_a_model_s_blocks_move_at_most_half_of_eager_s_with_everything(report):
         assert together(fused) <= together(lambda row: row["eager"]["forward"] + row["eager"]["backward"]) / 2, model
 
 
-@pytest.mark.parametrize(("low", "high", "limit"), [(56, 1000, 1.1), (24, 56, 1.5), (1, 24, 5.2)])
+@pytest.mark.parametrize(("low", "high", "limit"), [(56, 1000, 1.15), (24, 56, 1.5), (1, 24, 5.2)])
 def test_what_is_no_activation_stays_small(report, low, high, limit):
-    """Partial sums of weight gradients above all; below 24 px a block's tensors fit an L2 cache."""
+    """Partial sums of weight gradients and of the pool above all; below 24 px a block's tensors fit an L2 cache."""
     chosen = [row for row in report if low <= row["shape"]["size"] < high]
     assert len(chosen) > 5
     assert not beyond(chosen, lambda row: row["rest"], limit, least=1)
