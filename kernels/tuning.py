@@ -195,7 +195,8 @@ def walk_tiles(
     def programs() -> int:
         return cdiv(images, count) * cdiv(height, rows) * cdiv(channels, block)
 
-    while programs() < PROGRAMS and warps > 1:  # a small batch: as many elements a thread, fewer threads a program
+    # A small batch: as many elements a thread, fewer threads a program.
+    while programs() < PROGRAMS and warps > 1 and (count > 1 or block > MIN_DOT):
         count, block, warps = (count // 2, block, warps // 2) if count > 1 else (count, block // 2, warps // 2)
     while programs() < PROGRAMS and rows >= 4 * step:
         rows = cdiv(rows, 2 * step) * step
