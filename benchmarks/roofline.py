@@ -1,16 +1,21 @@
 """Floors of a block's training step by bytes, by instruction issue and by tensor cores: a model, not a measurement.
 
-    python -m benchmarks.roofline [--gpu h200 h100 a100] [--model b0 b4] [--write benchmarks/ROOFLINE.md]
+    python -m benchmarks.roofline [--gpu h200 h100 a100] [--model b0 b4] [--simulated FILE ...]
+                                  [--write benchmarks/ROOFLINE.md]
 
 Bytes are what the launchers state (benchmarks/traffic.py), FLOPs those of the matrix products, instructions the counts
 below times the elements of a launch. A launch takes the longest of the three, a block the sum of its launches; eager's
-floor is its bytes alone. No launch cost, no idle lanes, no cache between two launches.
+floor is its bytes alone. No launch cost, no idle lanes, no cache between two launches. Beside the floors stand times
+that `benchmarks.simulate --json FILE` has written: simulated, not measured either, with what the floors leave out.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -140,18 +145,41 @@ class Floor:
         return [*(f"{t * 1e6:.0f}" for t in times), f"{self.eager / self.bound:.2f}x"]
 
 
-HEAD = ["block", "x", "eager", "bytes", "issue", "tensor", "floor", "gain"]
+HEAD = ["block", "x", "eager", "bytes", "issue", "tensor", "floor", "gain", "simulated", "over its floor"]
+Simulated = dict[tuple[str, str], float]  # microseconds of a training step, by GPU and block
 
 
-def table(rows: list[Row], gpu: Gpu) -> list[list[str]]:
+def read_simulated(files: Iterable[Path]) -> Simulated:
+    """What `benchmarks.simulate --json` wrote, without inference; later files replace blocks of earlier ones."""
+    found: Simulated = {}
+    for file in files:
+        mine: defaultdict[tuple[str, str], float] = defaultdict(float)
+        for row in json.loads(file.read_text())["rows"]:
+            if row["phase"] != "inference":
+                mine[row["gpu"], row["shape"]] += row["us"]
+        found |= mine
+    return found
+
+
+def table(rows: list[Row], gpu: Gpu, simulated: Simulated) -> list[list[str]]:
     """Microseconds of each block, forward and backward, and of all blocks of the model."""
     floors = [Floor.of(row, gpu) for row in rows]
     total = sum((f * row.shape.count for row, f in zip(rows, floors, strict=True)), Floor(0, 0, 0, 0, 0))
-    lines = [[row.shape.name, str(row.shape.count), *f.cells] for row, f in zip(rows, floors, strict=True)]
+    times = [simulated.get((gpu.name, row.shape.name)) for row in rows]
+    lines = [
+        [row.shape.name, str(row.shape.count), *f.cells, *_compare(us, f.bound)]
+        for row, f, us in zip(rows, floors, times, strict=True)
+    ]
+    step = sum(row.shape.count * us for row, us in zip(rows, times, strict=True) if us) if all(times) else None
     first = rows[0].shape
     rates = f"{first.batch / total.eager:.0f} -> {first.batch / total.bound:.0f} images/s"
     blocks = sum(row.shape.count for row in rows)
-    return [HEAD, *lines, [f"{first.model}: all blocks, {rates}", str(blocks), *total.cells]]
+    ours = [f"{first.model}: all blocks, {rates}", str(blocks), *total.cells, *_compare(step, total.bound)]
+    return [HEAD, *lines, ours]
+
+
+def _compare(us: float | None, bound: float) -> list[str]:
+    return ["-", "-"] if us is None else [f"{us:.0f}", f"{us / bound / 1e6:.2f}x"]
 
 
 def text(rows: list[list[str]]) -> str:
@@ -174,7 +202,9 @@ counts: `benchmarks/roofline.py`.
 
 Microseconds of one block, forward and backward, bf16. *eager*: the bytes of its activations; *bytes*, *issue*,
 *tensor*: what each ceiling alone asks of the fused block; *floor*: every launch at the slowest of its three; *gain*:
-eager's floor over fused's. It is the floor of these kernels at these tile sizes, not of every design: where *issue* is
+eager's floor over fused's. *simulated*: the time that `benchmarks.simulate` reads off the machine code, with latency,
+occupancy, spills and the gaps between kernels, and library products as assumed; no measurement either, and where there
+is none, "-". The floor is that of these kernels at these tile sizes, not of every design: where *issue* is
 the largest, fewer instructions help and fewer bytes don't. Instructions per element are static counts for sm_90, used
 for sm_80 as well. Those of the matrix products grow with their tiles of 64 columns.
 """
@@ -195,10 +225,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="floors of a training step by bytes, issue and tensor cores (a model)")
     parser.add_argument("--gpu", nargs="+", choices=GPUS, default=list(GPUS))
     parser.add_argument("--model", nargs="+", default=list(BATCHES), help="b0 .. b7, lite0 .. lite4")
+    parser.add_argument("--simulated", nargs="+", type=Path, default=[], metavar="FILE", help="from simulate --json")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the page there as well")
     args = parser.parse_args()
+    simulated = read_simulated(args.simulated)
     counted = {model: list(rows_of([model])) for model in args.model}
-    tables = [(model, GPUS[gpu], table(rows, GPUS[gpu])) for model, rows in counted.items() for gpu in args.gpu]
+    tables = [
+        (model, GPUS[gpu], table(rows, GPUS[gpu], simulated)) for model, rows in counted.items() for gpu in args.gpu
+    ]
     print("microseconds by a model, not a measurement")
     for _, gpu, rows in tables:
         print(f"\n{gpu.name} ({gpu.source})\n{text(rows)}")

@@ -149,16 +149,25 @@ def test_eager_is_what_the_design_derives(report):
 
 
 def test_roofline_page(tmp_path):
-    page = tmp_path / "ROOFLINE.md"
-    command = [sys.executable, "-m", "benchmarks.roofline", "--model", "b0", "--gpu", "h200", "--write", str(page)]
+    page, simulated = tmp_path / "ROOFLINE.md", tmp_path / "simulated.json"
+    block = dict(gpu="H200", shape="b0.6 n128 7px 192-1152-192 k5s1")
+    parts = {"forward": 100.0, "backward": 200.0, "inference": 1000.0}
+    rows = [block | dict(phase=phase, us=us) for phase, us in parts.items()]
+    simulated.write_text(json.dumps({"simulated": True, "rows": rows}))
+    command = [sys.executable, "-m", "benchmarks.roofline", "--model", "b0", "--gpu", "h200"]
+    command += ["--simulated", str(simulated), "--write", str(page)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ.copy(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    rows = [line.split("|")[3:-1] for line in page.read_text().splitlines() if line.startswith("| b0")]
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in page.read_text().splitlines() if "| b0" in line]
     assert len(rows) == 13
-    for cells in rows:
-        eager, *ceilings, floor = map(float, cells[:-1])
+    for name, _, *cells in rows:
+        eager, *ceilings, floor = map(float, cells[:5])
         assert floor >= max(ceilings) - 1  # rounded
-        assert float(cells[-1].strip().removesuffix("x")) == pytest.approx(eager / floor, rel=0.02)
+        assert float(cells[5].removesuffix("x")) == pytest.approx(eager / floor, rel=0.02)
+        if name == block["shape"]:  # forward and backward, of one block
+            assert float(cells[6]) == 300 and float(cells[7].removesuffix("x")) == pytest.approx(300 / floor, rel=0.02)
+        else:
+            assert cells[6:] == ["-", "-"]
 
 
 MAKES = {"mbconv": subjects.mbconv, "depthwise": subjects.depthwise, "dense": subjects.fused_mbconv_excited}
