@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmbconv import dispatch, eager_backward, ops
+from fastmbconv.kernels.pointwise import fetches_weight_often
 from fastmbconv.kernels.tuning import walks_expansion
 
 _TWICE = f"double backward: fastmbconv's kernels have first derivatives only; {dispatch.WAY_OUT}"
@@ -106,6 +107,12 @@ def channels_last(x: Tensor) -> Tensor:
 def _runner(x: Tensor) -> Any:
     """Where the operators of this call are looked up: their launchers themselves, or the dispatcher's operators."""
     return ops.direct if ops.plain(x) else ops
+
+
+def _rounded(run: Any, weight: Tensor, x: Tensor, gate: Tensor | None) -> Tensor:
+    """A projection's weight for both directions: in x's dtype where they fetch it again and again."""
+    often = fetches_weight_often(weight.shape[1], 2 if gate is None else 3, x.dtype)
+    return run.round_weight(weight, x) if often and weight.dtype != x.dtype else weight
 
 
 def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
@@ -242,14 +249,14 @@ class MBConvFunction(torch.autograd.Function):
         if reduce_weight is not None:
             weights = (reduce_weight, reduce_bias, se_expand_weight, se_expand_bias)
             pooled, act_sums, r, gate = run.pool_excite(u2, norm2, *weights, activation, se_activation)
-        u3, norm3 = run.pointwise_bn(
-            u2, project_weight, norm2, gate, activation, bn3_weight, bn3_bias, *running[6:], *bn3
-        )
+        rounded = _rounded(run, project_weight, x, gate)
+        u3, norm3 = run.pointwise_bn(u2, rounded, norm2, gate, activation, bn3_weight, bn3_bias, *running[6:], *bn3)
         y = run.bn_act(u3, norm3, None, keep, x if residual else None, "none")
         ctx.save_for_backward(
             saved, None if bn1 is None or lean else u1, u2, u3, norm1, norm2, norm3, pooled, act_sums, r, gate, keep,
             expand_weight, bn1_weight, bn1_bias, depthwise_weight, bn2_weight, bn2_bias,
             reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, project_weight, bn3_weight, bn3_bias,
+            rounded,
         )  # fmt: skip
         ctx.setting = (activation, se_activation, residual, walked, depthwise, bn1, bn2, bn3)
         return y
@@ -261,6 +268,7 @@ class MBConvFunction(torch.autograd.Function):
             x, u1, u2, u3, norm1, norm2, norm3, pooled, act_sums, r, gate, keep,
             expand_weight, bn1_weight, bn1_bias, depthwise_weight, bn2_weight, bn2_bias,
             reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, project_weight, bn3_weight, bn3_bias,
+            rounded,
         ) = ctx.saved_tensors  # fmt: skip
         activation, se_activation, residual, walked, depthwise, bn1, bn2, bn3 = ctx.setting
         x, dy = channels_last(x), dy.contiguous()
@@ -268,7 +276,7 @@ class MBConvFunction(torch.autograd.Function):
         run = _runner(dy)
         grads3, coef3 = run.bn_bwd(dy, u3, norm3, keep, "none", bn3.batch_statistics, bn3.group)
         du2, d_project, grads2, *d_excite = run.project_bwd(
-            dy, u3, coef3, keep, project_weight, u2, norm2, gate, act_sums, pooled, r, reduce_weight, se_expand_weight,
+            dy, u3, coef3, keep, rounded, u2, norm2, gate, act_sums, pooled, r, reduce_weight, se_expand_weight,
             activation, se_activation, bn2.batch_statistics, ctx.needs_input_grad[11], bn2.group,
         )  # fmt: skip
         if not any(ctx.needs_input_grad[:5]):  # x, expand, bn1, depthwise: all frozen
@@ -330,20 +338,20 @@ class DenseFunction(torch.autograd.Function):
         saved, u, x = u, channels_last(u), None if shortcut is None else channels_last(shortcut)
         run = _runner(u)
         norm1 = run.image_norm(u, bn1_weight, bn1_bias, *running[:3], *bn1)
-        pooled = act_sums = r = gate = v = norm2 = None
+        pooled = act_sums = r = gate = v = norm2 = rounded = None
         if reduce_weight is not None:
             weights = (reduce_weight, reduce_bias, se_expand_weight, se_expand_bias)
             pooled, act_sums, r, gate = run.pool_excite(u, norm1, *weights, activation, se_activation)
         if bn2 is None:
             y = run.bn_act(u, norm1, None, keep, x, activation)
         else:
-            v, norm2 = run.pointwise_bn(
-                u, project_weight, norm1, gate, activation, bn2_weight, bn2_bias, *running[3:], *bn2
-            )
+            assert project_weight is not None
+            rounded = _rounded(run, project_weight, u, gate)
+            v, norm2 = run.pointwise_bn(u, rounded, norm1, gate, activation, bn2_weight, bn2_bias, *running[3:], *bn2)
             y = run.bn_act(v, norm2, None, keep, x, "none")
         ctx.save_for_backward(
             saved, v, norm1, norm2, pooled, act_sums, r, gate, keep, bn1_weight, bn1_bias, reduce_weight, reduce_bias,
-            se_expand_weight, se_expand_bias, project_weight, bn2_weight, bn2_bias,
+            se_expand_weight, se_expand_bias, project_weight, bn2_weight, bn2_bias, rounded,
         )  # fmt: skip
         ctx.setting = (activation, se_activation, shortcut is not None, bn1, bn2)
         return y
@@ -353,7 +361,7 @@ class DenseFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (
             u, v, norm1, norm2, pooled, act_sums, r, gate, keep, bn1_weight, bn1_bias, reduce_weight, reduce_bias,
-            se_expand_weight, se_expand_bias, project_weight, bn2_weight, bn2_bias,
+            se_expand_weight, se_expand_bias, project_weight, bn2_weight, bn2_bias, rounded,
         ) = ctx.saved_tensors  # fmt: skip
         activation, se_activation, residual, bn1, bn2 = ctx.setting
         u, dy = channels_last(u), dy.contiguous()
@@ -366,7 +374,7 @@ class DenseFunction(torch.autograd.Function):
         else:
             grads2, coef2 = run.bn_bwd(dy, v, norm2, keep, "none", bn2.batch_statistics, bn2.group)
             du, d_project, grads1, *d_excite = run.project_bwd(
-                dy, v, coef2, keep, project_weight, u, norm1, gate, act_sums, pooled, r, reduce_weight,
+                dy, v, coef2, keep, rounded, u, norm1, gate, act_sums, pooled, r, reduce_weight,
                 se_expand_weight, activation, se_activation, bn1.batch_statistics, ctx.needs_input_grad[8], bn1.group,
             )  # fmt: skip
             d_bn2 = _bn_grads(grads2, bn2_weight, bn2_bias)

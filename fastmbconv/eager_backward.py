@@ -59,7 +59,7 @@ def squeeze_excite(ctx: Any, dy: Tensor) -> Gradients:
 
 def mbconv(ctx: Any, dy: Tensor) -> Gradients:
     saved = ctx.saved_tensors
-    x, norms, keep, weights = saved[0], saved[4:7], saved[11], saved[12:]
+    x, norms, keep, weights = saved[0], saved[4:7], saved[11], saved[12:-1]
     activation, se_activation, residual, _, depthwise, *bns = ctx.setting
     padding = _padding(depthwise, x, weights[3])
 
@@ -86,7 +86,7 @@ def mbconv(ctx: Any, dy: Tensor) -> Gradients:
 
 def dense(ctx: Any, dy: Tensor) -> Gradients:
     saved = ctx.saved_tensors
-    u, norms, keep, weights = saved[0], saved[2:4], saved[8], saved[9:]
+    u, norms, keep, weights = saved[0], saved[2:4], saved[8], saved[9:-1]
     activation, se_activation, residual, *bns = ctx.setting
 
     def run(u: Tensor, *weights: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 Formula = Callable[..., int]
 FORMULAS: dict[str, Formula] = {}
 NOTHING = (  # no convolution, or one that another operator counts
-    "expand_norm", "pointwise", "image_norm", "bn_act", "bn_bwd", "bn_act_bwd", "bn_act_inference",
+    "expand_norm", "pointwise", "image_norm", "bn_act", "bn_bwd", "bn_act_bwd", "bn_act_inference", "round_weight",
 )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def mbconv_inference(
         assert running_mean1 is not None and running_var1 is not None
         bn1 = Running(bn1_weight, bn1_bias, running_mean1, running_var1, eps1)
         kernel_size = depthwise_weight.shape[-1]
-        inside = depthwise_inference.expands_inside(x.shape[0], kernel_size, stride, x.shape[3], x.dtype)
+        inside = depthwise_inference.expands_inside(x.shape[0], kernel_size, x.shape[3], x.dtype)
         if not inside:
             h = pointwise_kernels.pointwise_inference(x, None, "none", expand_weight, None, bn1, None, activation)
     h, parts = depthwise_inference.depthwise_inference(

@@ -29,6 +29,7 @@ from fastmbconv.kernels import (
 )
 from fastmbconv.kernels import pointwise as pointwise_kernels
 from fastmbconv.kernels.launching import writing
+from fastmbconv.kernels.library import cast
 from fastmbconv.kernels.traffic import summed
 from fastmbconv.kernels.tuning import accumulator
 
@@ -148,6 +149,17 @@ def pointwise_bn(
 def _(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     n, h, w, _ = x.shape
     return x.new_empty(n, h, w, weight.shape[0]), _vectors(x, 4, weight.shape[0])
+
+
+@_operator()
+def round_weight(weight: Tensor, x: Tensor) -> Tensor:
+    """A 1x1 convolution's weight in x's dtype, which is another one."""
+    return cast(weight, x.dtype).view(weight.shape)
+
+
+@round_weight.register_fake
+def _(weight: Tensor, x: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=x.dtype)
 
 
 @_operator()

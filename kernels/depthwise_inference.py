@@ -28,6 +28,7 @@ from .walk import (
 )
 
 FEWEST_COLUMNS = 4
+MOST_INPUTS = 64  # of an expansion that the walk computes itself: with more, a launch of its own is faster
 
 
 @triton.jit
@@ -228,9 +229,8 @@ def depthwise_inference(
     return y, parts
 
 
-def expands_inside(images: int, kernel_size: int, stride: int, channels: int, dtype: torch.dtype) -> bool:
+def expands_inside(images: int, kernel_size: int, channels: int, dtype: torch.dtype) -> bool:
     """Whether the walk computes the expansion itself: it has registers for it, and images for a matrix product."""
     if INTERPRETED or images < MIN_DOT:
         return bool(INTERPRETED) and kernel_size == 3
-    most = 128 if dtype == torch.bfloat16 and stride == 1 else 64
-    return kernel_size == 3 and channels <= most and dtype in (torch.bfloat16, torch.float16)
+    return kernel_size == 3 and channels <= MOST_INPUTS and dtype in (torch.bfloat16, torch.float16)

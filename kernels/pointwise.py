@@ -268,16 +268,25 @@ def _pointwise_kernel(
         store_moments(partials_ptr, part, count, tl.sum(pivot, 0) + delta, m2, o_o, m_o, CO)
 
 
+def fetches_weight_often(reduce: int, vectors: int, dtype: torch.dtype) -> bool:
+    """Whether each tile of pixels fetches a weight of so many inputs anew; `vectors` as of `product_tiles`."""
+    return multiplies_fast(dtype) and (reduce > MOST_INPUTS or reduce * vectors > MOST_VECTORS)
+
+
 def form_tiles(rows: int, reduce: int, out: int, vectors: int, dtype: torch.dtype) -> dict[str, int]:
     """LIBRARY 1: act(BN(x)) gate by a pass, the product by the library, moments by a pass; for many long products."""
-    streamed = reduce > MOST_INPUTS or reduce * vectors > MOST_VECTORS
     many = out > MOST_OUTPUTS and rows * reduce * out >= MANY_MULTIPLICATIONS
-    return dict(LIBRARY=int(multiplies_fast(dtype) and streamed and many))
+    return dict(LIBRARY=int(fetches_weight_often(reduce, vectors, dtype) and many))
 
 
-def product_tiles(rows: int, reduce: int, out: int, vectors: int, dtype: torch.dtype) -> dict[str, int]:
-    """[BM pixels, BK inputs] x [BK, BO outputs]; `vectors` of the prologue: 2 of a BatchNorm, 1 of a gate."""
-    resident = multiplies_fast(dtype) and reduce <= MOST_INPUTS and reduce * vectors <= MOST_VECTORS
+def product_tiles(
+    rows: int, reduce: int, out: int, vectors: int, dtype: torch.dtype, narrow: bool = False
+) -> dict[str, int]:
+    """[BM pixels, BK inputs] x [BK, BO outputs]; `vectors` of the prologue: 2 of a BatchNorm, 1 of a gate.
+
+    `narrow`: the weight comes in 16 bits.
+    """
+    resident = multiplies_fast(dtype) and not fetches_weight_often(reduce, vectors, dtype)
     if INTERPRETED:
         sides = dict(BM=pow2(rows, MIN_DOT, 2048), BK=pow2(reduce, MIN_DOT, 256), BO=pow2(out, MIN_DOT, 256))
         return dict(RESIDENT=int(resident), **sides, STAGES=1)
@@ -285,7 +294,7 @@ def product_tiles(rows: int, reduce: int, out: int, vectors: int, dtype: torch.d
         return dict(RESIDENT=1, BM=64, BK=pow2(reduce, MIN_DOT, 64), BO=pow2(out, MIN_DOT, 64), STAGES=3, num_warps=4)
     if not multiplies_fast(dtype):
         tiles = dict(BM=64, BK=pow2(reduce, MIN_DOT, 32), BO=pow2(out, MIN_DOT, 64), STAGES=3)
-    elif vectors < 2:  # without gradients: the weight comes in 16 bits
+    elif narrow:
         tiles = dict(BM=64, BK=pow2(reduce, MIN_DOT, 64), BO=pow2(out, MIN_DOT, 128), STAGES=3)
     elif out <= 64:
         tiles = dict(BM=128, BK=pow2(reduce, MIN_DOT, 32), BO=pow2(out, MIN_DOT, 64), STAGES=3)
@@ -335,7 +344,7 @@ def _launch(
     n, h, w, channels = x.shape
     out = weight.shape[0]
     vectors = (0 if norm is None else 2) + (gate is not None)
-    shape = (n * h * w, channels, out, vectors, x.dtype)
+    shape = (n * h * w, channels, out, vectors, x.dtype, weight.dtype == x.dtype)
     traits = dict(before=in_activation, activation=activation, residual=residual is not None, moments=moments)
     tiles = chosen(launcher, x, product_tiles, shape, **traits)
     images, pixels, part = divide(x, out, gate is not None, moments, channels, vectors, tiles)

@@ -14,6 +14,8 @@ more passes, each at memory's speed.
     a step:      du3 [BM, CO] x Wp [CO, BC] -> da3 [BM, BC], beside u2 [BM, BC];   STAGES - 1 steps are on their way
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -226,6 +228,12 @@ def project_tiles(pixels: int, out: int, channels: int, resident: int) -> dict[s
     return dict(BM=32, BO=pow2(out, MIN_DOT, 64), BC=block, STAGES=3, num_warps=4 if block > 32 else 2)
 
 
+def sums_tiles(pixels: int, out: int, channels: int, resident: int) -> dict[str, int]:
+    """As of `project_tiles`; without a product one warp, whose sums meet without a barrier."""
+    tiles = project_tiles(pixels, out, channels, resident)
+    return tiles if INTERPRETED or resident else tiles | dict(BM=16, num_warps=1)
+
+
 def is_resident(u2: Tensor, weight: Tensor) -> bool:
     """Whether the project convolution's weight stays in shared memory on the way from du3 to u2 [N, H, W, CI]."""
     n, h, w, channels = u2.shape
@@ -246,7 +254,7 @@ def project_bwd_sums(
     From da3 where there is one, else from du3 and the weight, which is then resident.
     """
     n, _, _, channels = u2.shape
-    tiles, parts, pixels = _tiles("project_bwd_sums", da, du, u2, gate, activation)
+    tiles, parts, pixels = _tiles("project_bwd_sums", sums_tiles, da, du, u2, gate, activation)
     rows = 2 if gate is None else 3
     sums = torch.empty(parts, n, rows, channels, dtype=norm.dtype, device=u2.device)
     given = _operands(da, du, weight, u2, norm, gate, activation)
@@ -274,7 +282,7 @@ def project_bwd_data(
     """
     n, _, _, channels = u2.shape
     out = weight.shape[0]
-    tiles, parts, pixels = _tiles("project_bwd_data", da, du, u2, gate, activation)
+    tiles, parts, pixels = _tiles("project_bwd_data", project_tiles, da, du, u2, gate, activation)
     du2 = torch.empty_like(u2) if da is None else da
     a3 = torch.empty_like(u2) if da is not None and weight_gradient else None
     dw = norm.new_empty(parts * n, out, channels) if da is None and weight_gradient else None
@@ -298,12 +306,18 @@ def project_bwd_data(
 
 
 def _tiles(
-    kernel: str, da: Tensor | None, du: Tensor, u2: Tensor, gate: Tensor | None, activation: str
+    kernel: str,
+    formula: Callable[..., dict[str, int]],
+    da: Tensor | None,
+    du: Tensor,
+    u2: Tensor,
+    gate: Tensor | None,
+    activation: str,
 ) -> tuple[dict[str, int], int, int]:
     """(tiles, parts of an image, pixels of a part)."""
     n, h, w, channels = u2.shape
     shape = (h * w, du.shape[3], channels, int(da is None))
-    tiles = chosen(kernel, u2, project_tiles, shape, images=n, activation=activation, gate=gate is not None)
+    tiles = chosen(kernel, u2, formula, shape, images=n, activation=activation, gate=gate is not None)
     return tiles, *parts_of_image(h * w, n * cdiv(channels, tiles["BC"]), tiles["BM"], u2.device)
 
 
