@@ -156,6 +156,14 @@ def test_decodes_the_control_field():
     assert code.rows()["kind"][0] == LDG and code.rows()["bytes"][0] == 512
 
 
+@pytest.mark.parametrize(
+    ("opcode", "size"), [("LDSM.16.M88", 128), ("LDSM.16.M88.2", 256), ("LDSM.16.MT88.4", 512), ("STSM.16.M88.4", 512)]
+)
+def test_matrices_are_counted_by_their_last_digit(opcode, size):
+    """M88 is a matrix of 8 x 8, not eight matrices."""
+    assert Listing(assembled(f"{opcode} R4, [R2]")).rows()["bytes"][0] == size
+
+
 def test_a_predicated_exit_ends_a_loop():
     """At its end, and in its middle: nothing else leads out of it."""
     listing = assembled("MOV R1, R2", "LDG.E R3, [R4]", "FADD R5, R5, R3", "@P0 EXIT", "BRA 0x10")

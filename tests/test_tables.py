@@ -1,6 +1,7 @@
 """Where a launcher's tiles come from: the tables' order, what makes one unusable, and what the formula does instead."""
 
 import json
+import math
 import re
 import warnings
 from functools import partial
@@ -154,10 +155,12 @@ def test_tiles_shrink_where_the_compiler_would_spill_them():
     def asked(kernel, tiles, capability, **sizes):
         return tuning.relieved(kernel, tiles, sizes, capability)
 
-    walk, kind = dict(NB=16, BC=32, R=4, num_warps=4), dict(kernel_size=5, stride=2)
-    assert asked("depthwise_fwd", walk, 80, expand=24, moments=False)["R"] == 3
-    assert asked("depthwise_fwd", walk, 80, expand=24, moments=True, dtype=torch.bfloat16, **kind) == walk
-    assert asked("depthwise_fwd", walk, 80, expand=0, dtype=torch.float32, **kind)["R"] == 1
+    resident, streamed = (
+        dict(RESIDENT=1, BM=64, BK=64, BO=64, STAGES=3),
+        dict(RESIDENT=0, BM=64, BK=64, BO=64, STAGES=3),
+    )
+    assert [asked("pointwise_fwd", resident, chip, reduce=384)["STAGES"] for chip in (80, 86, 90, 100)] == [2, 1, 3, 3]
+    assert [asked("pointwise_fwd", streamed, chip, reduce=384)["STAGES"] for chip in (80, 86, 90)] == [3, 3, 3]
     full = dict(BM=64, BE=64, STAGES=3)
     chips = (80, 86, 89, 90, 100, 120)
     few, some, many = ([asked("expand_pass", full, chip, channels=c) for chip in chips] for c in (16, 24, 40))
@@ -165,6 +168,31 @@ def test_tiles_shrink_where_the_compiler_would_spill_them():
     assert [tiles["BM"] for tiles in few] == [64] * 6 and [tiles["BE"] for tiles in some] == [64] * 6
     assert [tiles["BM"] for tiles in some] == [64, 64, 64, 64, 32, 32]
     assert [(tiles["BM"], tiles["BE"]) for tiles in many] == [(32, 32)] * 3 + [(64, 64), (32, 64), (32, 32)]
+
+
+WALKS = {  # images, height, channels, kernel size, stride, backward
+    "large": (128, 56, 144, 3, 1, False),
+    "large-back": (128, 28, 240, 5, 1, True),
+    "eight": (8, 14, 672, 5, 1, False),
+    "eight-back": (8, 14, 672, 5, 2, True),
+    "one": (1, 7, 1152, 5, 1, False),
+    "one-back": (1, 14, 480, 3, 2, True),
+    "narrow": (1, 112, 16, 3, 1, True),
+}
+
+
+@pytest.mark.parametrize("walk", WALKS.values(), ids=WALKS)
+def test_walks_of_small_batches_are_cut_into_more_programs(monkeypatch, walk):
+    """As many as a GPU runs side by side, or as there can be; whole strides, and two elements a thread for cp.async."""
+    monkeypatch.setattr(tuning, "INTERPRETED", False)
+    images, height, channels, kernel_size, stride, backward = walk
+    tiles = tuning.walk_tiles(images, height, channels, kernel_size, stride, torch.bfloat16, backward)
+    parts = images / tiles["NB"], height / tiles["R"], channels / tiles["BC"]
+    step = stride if backward else 1
+    smallest = tiles["num_warps"] == 1 and tiles["R"] < 4 * step
+    assert math.prod(map(math.ceil, parts)) >= tuning.PROGRAMS or smallest
+    assert tiles["R"] % step == 0 and tiles["BC"] >= tuning.MIN_DOT
+    assert tiles["NB"] * tiles["BC"] == 64 * tiles["num_warps"] or tiles["num_warps"] == 1
 
 
 @pytest.mark.usefixtures("triton_backend")
