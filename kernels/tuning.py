@@ -190,7 +190,7 @@ def walk_tiles(
     block = channel_block(channels)
     count = pow2(images, 1, WALK_TILE // block)
     block = pow2(channels, MIN_DOT, WALK_TILE // count) if count * block < WALK_TILE else block
-    warps = pow2(count * block // 64, 1, 4)
+    warps = pow2(max(1, count * block // 64), 1, 4)
 
     def programs() -> int:
         return cdiv(images, count) * cdiv(height, rows) * cdiv(channels, block)
