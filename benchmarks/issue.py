@@ -174,7 +174,7 @@ def in_loop(kernel: str, arguments: Arguments, code: Code, threads: int) -> floa
     a = arguments
     if not kernel.startswith("_depthwise"):
         return None
-    columns = -(-a["K"] // a["S"]) if "bwd" not in kernel else a["COLUMNS"] * a["S"]
+    columns = a["S"] if "bwd" in kernel else 1
     body = max((code.body(cycle) for cycle in code.innermost), key=len, default=[])
     return len(body) * threads / (columns * a["R"] * a["NB"] * a["BC"]) if body else None
 

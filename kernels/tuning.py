@@ -177,7 +177,7 @@ def walk_tiles(
         tiles = dict(NB=pow2(images, MIN_DOT if expand else 1, 64), BC=pow2(channels, MIN_DOT if expand else 1, 256))
         rows = 4 if height > 2 else 2
         return tiles | dict(BX=pow2(expand, MIN_DOT, 4096) if expand else tiles["BC"], R=rows, STAGES=1)
-    most = WALK_ROWS if stride == 2 and backward else WALK_ROWS - 1
+    most = WALK_ROWS if (stride == 2 if backward else kernel_size == 3 and stride == 1) else WALK_ROWS - 1
     if kernel_size == 5 and stride == 2 and not backward and dtype != torch.bfloat16:
         most = 4
     if expand:  # a matrix product per tile: at least 16 images, and registers for its operands
