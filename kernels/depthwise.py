@@ -246,6 +246,10 @@ def _depthwise_bwd_kernel(
         b_x = ()
         for s in tl.static_range(S):
             b_x = b_x + load_column(p_x, t * S + s, h0, m_x, H, W, CX, R)
+        b_residual = ()
+        if HAS_RESIDUAL:
+            for s in tl.static_range(S):
+                b_residual = b_residual + load_column(residual_ptr + o_u, t * S + s, h0, m, H, W, C, R)
         window = ()
         for i in tl.static_range(ROWS):
             for j in tl.static_range(COLUMNS - 1):
@@ -281,7 +285,7 @@ def _depthwise_bwd_kernel(
                         b_dg_step += b_da * (b_u * b_rstd[None, :] + b_nmr[None, :])
                     o = o_u + ((h0 + r) * W + wi) * C
                     if HAS_RESIDUAL:
-                        b_da += tl.load(residual_ptr + o, mask=m, other=0.0).to(ACC)
+                        b_da += b_residual[s * R + r].to(ACC)
                     tl.store(dx_ptr + o, stored(b_da, dx_ptr.dtype.element_ty), mask=m)
         b_db += b_db_step
         b_dg += b_dg_step
