@@ -1,5 +1,6 @@
 """The operators that run without gradients, with fake implementations; a block is one of them, and at most 4 launches.
 
+A fifth rounds a long weight, in autocast and large batches.
 Images are [N, H, W, C] contiguous. A BatchNorm is its weight, bias, running mean, running variance and eps; its scale
 and shift are computed where they are used, so nothing here is older than those tensors.
 """
