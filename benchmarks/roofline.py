@@ -96,7 +96,7 @@ def work(launch: Launch) -> Work:
         return Work(size, 2 * first * channels, first * load * _tiles(channels) + outputs * store)
     if launch.kernel in ("project_bwd_sums", "project_bwd_data"):
         inputs, data = max(shapes, key=prod), launch.kernel == "project_bwd_data"  # u2
-        resident = len(shapes[1]) == 4 and shapes[1][2:] == (1, 1)  # du3 and the weight in place of da3
+        resident = shapes[1][2:] in ((), (1, 1))  # du3 and the weight in place of da3
         products = (2 if data else 1) * 2 * first * inputs[3] if resident else 0
         return Work(size, products, prod(inputs) * PROJECT[data, resident])
     if launch.kernel == "bn_act_bwd":

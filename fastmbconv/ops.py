@@ -153,13 +153,13 @@ def _(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 @_operator()
 def round_weight(weight: Tensor, x: Tensor) -> Tensor:
-    """A 1x1 convolution's weight in x's dtype, which is another one."""
-    return cast(weight, x.dtype).view(weight.shape)
+    """A 1x1 convolution's weight [O, I, 1, 1] as a matrix [O, I] of its own in x's dtype."""
+    return cast(weight, x.dtype) if weight.dtype != x.dtype else weight.flatten(1).clone()
 
 
 @round_weight.register_fake
 def _(weight: Tensor, x: Tensor) -> Tensor:
-    return weight.new_empty(weight.shape, dtype=x.dtype)
+    return weight.new_empty(weight.shape[:2], dtype=x.dtype)
 
 
 @_operator()

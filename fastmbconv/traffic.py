@@ -66,10 +66,7 @@ class Sizes:
             expand=block.expand_weight is not None,
             se=block.se is not None,
             residual=block.residual,
-            inside=block.expand_weight is not None
-            and block.kernel_size == 3
-            and c <= (128 if block.stride == 1 else 64)
-            and n >= 16,
+            inside=block.expand_weight is not None and block.kernel_size == 3 and c <= 64 and n >= 16,
             project_resident=keeps_project_weight(out_h * out_w, out),
             expand_slices=0 if c > 64 else -(-hidden // (512 if c <= 16 else 256 if c <= 32 else 128)),
             expand_library=multiplies_by_library(n * h * w, c, hidden, 0),

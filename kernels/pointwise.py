@@ -387,7 +387,7 @@ def _launch(
 def pointwise_fwd(
     x: Tensor, weight: Tensor, norm: Tensor | None, gate: Tensor | None, activation: str, moments: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(u [N, H, W, O], partial moments [P, 3, O] if asked) of x [N, H, W, I] and weight [O, I, 1, 1]."""
+    """(u [N, H, W, O], partial moments [P, 3, O] if asked) of x [N, H, W, I] and weight [O, I, 1, 1] or [O, I]."""
     n, h, w, channels = x.shape
     out, vectors = weight.shape[0], (0 if norm is None else 2) + (gate is not None)
     if chosen("pointwise", x, form_tiles, (n * h * w, channels, out, vectors, x.dtype))["LIBRARY"]:

@@ -60,6 +60,7 @@ def arguments(device, dtype=torch.float32):
             (image(c), expand, taps, norm(e), "silu", 1, 1, 1, h, w, *bare(e)),
         ],
         "pointwise": [(image(c), expand)],
+        "round_weight": [(expand, image(c).bfloat16())],
         "expand_norm": [
             (image(c), expand, *batch_norm(e, True)),
             (image(c), expand, *batch_norm(e, False)),
