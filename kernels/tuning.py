@@ -132,15 +132,14 @@ def finalize_tiles(parts: int, channels: int) -> dict[str, int]:
     align = 8 if channels % 8 == 0 else 1
     if INTERPRETED:
         return dict(BP=pow2(parts, 1, 256), BC=pow2(channels, 1, 256), ALIGN=align, STAGES=1)
-    rows = pow2(parts, 32, 128)
-    return dict(BP=rows, BC=4, ALIGN=align, STAGES=3 if parts > rows else 1, num_warps=4)
+    return dict(BP=pow2(parts, 64, 128), BC=4, ALIGN=align, STAGES=3 if parts > 64 else 1, num_warps=4)
 
 
 def weight_tiles(parts: int, width: int) -> dict[str, int]:
     """[BQ partial results, BW columns] of a program that adds up rows of `width`."""
     if INTERPRETED:
         return dict(BQ=pow2(parts, 1, 256), BW=pow2(width, 1, 4096))
-    return dict(BQ=32, BW=pow2(cdiv(width, PROGRAMS), 8, 64))
+    return dict(BQ=32, BW=16 if width <= 16 * PROGRAMS else 64)
 
 
 def channel_block(channels: int) -> int:

@@ -1,4 +1,4 @@
-"""Without gradients and batch statistics: at most four launches of ours a block, eager's numbers, never an old statistic."""
+"""Without gradients and batch statistics: four launches of ours a block at most, eager's numbers, no old statistic."""
 
 import copy
 import timeit
