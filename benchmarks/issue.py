@@ -95,8 +95,13 @@ def _excite_fwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     return 0, _one(_channels_of_parts(a, sums), _over(a, "C", "BC", fixed=True))
 
 
-def _excite_bwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    return 0, _one(_channels_of_parts(a, 3 if a["ROWS"] == 3 else 1))
+def _excite_reduce(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    sums = 3 if a["ROWS"] == 3 else 1
+    return 0, _one(Loop(a["P"]), _over(a, "R", "BR", fixed=True), *[Loop(a["P"])] * (sums - 1))
+
+
+def _excite_expand(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    return 0, _one(replace(_over(a, "R", "BR", fixed=True), inner=(Loop(a["PARTS"], fixed=True),)))
 
 
 def _channels_of_parts(a: Arguments, sums: int) -> Loop:
@@ -105,7 +110,11 @@ def _channels_of_parts(a: Arguments, sums: int) -> Loop:
 
 
 def _excite_finish(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    return 0, _one(_over(a, "N", "BN"))
+    images, blocks = _over(a, "N", "BN"), _over(a, "R", "BR", fixed=True)
+    added = Loop(a["PARTS"], fixed=True)
+    share = 1 / (1 + blocks.trips)
+    pool = replace(images, inner=(replace(blocks, inner=(added,)),))
+    return 0, (Path(share, (pool,)), Path(1 - share, (replace(images, inner=(added,)),)))
 
 
 def _straight(a: Arguments) -> tuple[int, tuple[Path, ...]]:
@@ -139,7 +148,9 @@ MODELS: dict[str, Model] = {
     "_bn_bwd_finalize_kernel": _bn_bwd_finalize,
     "_bn_coef_kernel": _straight,
     "_excite_fwd_kernel": _excite_fwd,
-    "_excite_bwd_kernel": _excite_bwd,
+    "_excite_reduce_kernel": _excite_reduce,
+    "_excite_expand_kernel": _excite_expand,
+    "_excite_bwd_kernel": _excite_reduce,
     "_excite_finish_kernel": _excite_finish,
 }
 

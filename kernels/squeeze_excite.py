@@ -31,6 +31,7 @@ from .traffic import state
 from .tuning import MIN_DOT, PROGRAMS, accumulator, cdiv, channel_block, numeric, pow2, row_tiles
 
 RESIDENT, ONCE, MOST_PARTS = 16, 8, 64  # of the pool: warps of 128 registers, and what weighs as much as 8 tiles
+WHOLE_WEIGHT = 32768  # elements: a larger weight is too much for a program of one image
 
 
 @triton.jit
@@ -196,47 +197,160 @@ def _excite_fwd_kernel(
     store_gate(gate_ptr, wx_ptr, bx_ptr, b_r, n, C, R, ACT, ACC, BR, BC)
 
 
+@triton.jit
+def load_sums(
+    sums_ptr, o_n, row, o_c, m, N, P, C, ROWS: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
+):
+    """[BN, BC]: one of the sums of a block of images, their P parts added one by one."""
+    b_s = tl.zeros((BN, BC), ACC)
+    for p in range(P):
+        p_sum = sums_ptr + ((p * N + o_n) * ROWS + row).to(tl.int64)[:, None] * C + o_c[None, :]
+        b_s += tl.load(p_sum, mask=m, other=0.0)
+    return b_s
+
+
+@triton.jit
+def store_products(
+    parts_ptr, part, weight_ptr, b_v, o_n, o_c, N, R: tl.constexpr, C, stride_c, stride_r, ACC: tl.constexpr,
+    BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """A part [N, R] of v [BN, BC] times a weight of C by R, which has these strides: its BC channels alone."""
+    for r0 in range(0, R, BR):
+        o_r = r0 + tl.arange(0, BR)
+        m_w = (o_c < C)[:, None] & (o_r < R)[None, :]
+        p_w = weight_ptr + o_c[:, None] * stride_c + o_r[None, :] * stride_r
+        b_w = tl.load(p_w, mask=m_w, other=0.0).to(ACC)  # [BC, BR]
+        b_y = dot(b_v, b_w, tl.zeros((BN, BR), ACC), ACC, "ieee")
+        p_out = parts_ptr + (part * N + o_n).to(tl.int64)[:, None] * R + o_r[None, :]
+        tl.store(p_out, b_y, mask=(o_n < N)[:, None] & (o_r < R)[None, :])
+
+
+@triton.jit
+def load_parts(
+    parts_ptr, o_n, o_r, m, N, R, PARTS: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
+):
+    """[BN, BR]: what `store_products` left, its parts added one by one."""
+    b_s = tl.zeros((BN, BR), ACC)
+    for s in range(PARTS):
+        b_s += tl.load(parts_ptr + (s * N + o_n).to(tl.int64)[:, None] * R + o_r[None, :], mask=m, other=0.0)
+    return b_s
+
+
+@kernel
+@triton.jit
+def _excite_reduce_kernel(
+    sums_ptr,
+    wr_ptr,
+    p_ptr,
+    act_sums_ptr,
+    parts_ptr,
+    N,
+    HW,
+    P,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACC: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    m = (o_n < N)[:, None] & (o_c < C)[None, :]
+    o_nc = o_n[:, None] * C + o_c[None, :]  # [BN, BC]
+    b_p = load_sums(sums_ptr, o_n, 0, o_c, m, N, P, C, ROWS, ACC, BN, BC) / HW
+    if p_ptr is not None:
+        b_p = stored(b_p, p_ptr.dtype.element_ty)
+        tl.store(p_ptr + o_nc, b_p, mask=m)
+    store_products(parts_ptr, tl.program_id(1), wr_ptr, b_p.to(ACC), o_n, o_c, N, R, C, 1, C, ACC, BN, BR)
+    if act_sums_ptr is not None:
+        for row in tl.static_range(1, 3):
+            b_s = load_sums(sums_ptr, o_n, row, o_c, m, N, P, C, ROWS, ACC, BN, BC)
+            tl.store(act_sums_ptr + o_nc + (o_n[:, None] + row - 1) * C, b_s, mask=m)
+
+
+@kernel
+@triton.jit
+def _excite_expand_kernel(
+    parts_ptr,
+    br_ptr,
+    wx_ptr,
+    bx_ptr,
+    r_ptr,
+    gate_ptr,
+    N,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    ACT: tl.constexpr,
+    PARTS: tl.constexpr,
+    ACC: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    b_q = tl.zeros((BN, BC), ACC)
+    for r0 in range(0, R, BR):
+        o_r = r0 + tl.arange(0, BR)
+        m_w = (o_r < R)[:, None] & (o_c < C)[None, :]
+        b_w = tl.load(wx_ptr + o_c[None, :] * R + o_r[:, None], mask=m_w, other=0.0).to(ACC)  # [BR, BC]
+        b_bias = tl.load(br_ptr + o_r, mask=o_r < R, other=0.0).to(ACC)
+        m = (o_n < N)[:, None] & (o_r < R)[None, :]
+        b_r = load_parts(parts_ptr, o_n, o_r, m, N, R, PARTS, ACC, BN, BR) + b_bias[None, :]
+        if r_ptr is not None:
+            if tl.program_id(1) == 0:
+                tl.store(r_ptr + o_n[:, None] * R + o_r[None, :], b_r, mask=m)
+        b_q = dot(activate(b_r, ACT, False), b_w, b_q, ACC, "ieee")
+    b_q += tl.load(bx_ptr + o_c, mask=o_c < C, other=0.0).to(ACC)[None, :]
+    m = (o_n < N)[:, None] & (o_c < C)[None, :]
+    tl.store(gate_ptr + o_n[:, None] * C + o_c[None, :], 1.0 / (1.0 + tl.exp(-b_q)), mask=m)
+
+
 @kernel
 @triton.jit
 def _excite_bwd_kernel(
     sums_ptr,
     gate_ptr,
-    r_ptr,
     wx_ptr,
     dq_ptr,
-    dr_ptr,
+    parts_ptr,
     gated_ptr,
     N,
     P,
     C: tl.constexpr,
     R: tl.constexpr,
-    ACT: tl.constexpr,
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
-    BP: tl.constexpr,
+    BN: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    n = tl.program_id(0)
-    o_r = tl.arange(0, BR)
-    m_r = o_r < R
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    m = (o_n < N)[:, None] & (o_c < C)[None, :]
+    o_nc = o_n[:, None] * C + o_c[None, :]  # [BN, BC]
     GATE_ROW: tl.constexpr = 2 if ROWS == 3 else 0
-    b_dz = tl.zeros((BR, BC), ACC)
-    for c0 in range(0, C, BC):
-        o_c = c0 + tl.arange(0, BC)
-        m_c = o_c < C
-        b_gate = tl.load(gate_ptr + n * C + o_c, mask=m_c, other=0.0)
-        b_dq = load_sum(sums_ptr, n, GATE_ROW, o_c, m_c, N, P, C, ROWS, ACC, BP, BC) * b_gate * (1.0 - b_gate)
-        tl.store(dq_ptr + n * C + o_c, b_dq, mask=m_c)
-        if ROWS == 3:
-            for row in tl.static_range(2):
-                b_s = b_gate * load_sum(sums_ptr, n, row, o_c, m_c, N, P, C, 3, ACC, BP, BC)
-                tl.store(gated_ptr + (2 * n + row) * C + o_c, b_s, mask=m_c)
-        m = m_r[:, None] & m_c[None, :]
-        b_w = tl.load(wx_ptr + o_c[None, :] * R + o_r[:, None], mask=m, other=0.0).to(ACC)  # [BR, BC]
-        b_dz += b_w * b_dq[None, :]
-    _, b_g = activate_grad(tl.load(r_ptr + n * R + o_r, mask=m_r, other=0.0), ACT, False)
-    tl.store(dr_ptr + n * R + o_r, tl.sum(b_dz, 1) * b_g, mask=m_r)
+    b_gate = tl.load(gate_ptr + o_nc, mask=m, other=0.0)
+    b_dq = load_sums(sums_ptr, o_n, GATE_ROW, o_c, m, N, P, C, ROWS, ACC, BN, BC) * b_gate * (1.0 - b_gate)
+    tl.store(dq_ptr + o_nc, b_dq, mask=m)
+    store_products(parts_ptr, tl.program_id(1), wx_ptr, b_dq, o_n, o_c, N, R, C, R, 1, ACC, BN, BR)
+    if ROWS == 3:
+        for row in tl.static_range(2):
+            b_s = b_gate * load_sums(sums_ptr, o_n, row, o_c, m, N, P, C, 3, ACC, BN, BC)
+            tl.store(gated_ptr + o_nc + (o_n[:, None] + row) * C, b_s, mask=m)
+
+
+@triton.jit
+def load_dr(
+    dz_ptr, r_ptr, o_n, o_r, N, R, ACT: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr,
+    BR: tl.constexpr,
+):  # fmt: skip
+    """[BN, BR] each: the gradient of the reduced vector before its activation, and the vector after it."""
+    m = (o_n < N)[:, None] & (o_r < R)[None, :]
+    b_z, b_g = activate_grad(tl.load(r_ptr + o_n[:, None] * R + o_r[None, :], mask=m, other=0.0), ACT, False)
+    return load_parts(dz_ptr, o_n, o_r, m, N, R, PARTS, ACC, BN, BR) * b_g, b_z
 
 
 @kernel
@@ -247,7 +361,7 @@ def _excite_finish_kernel(
     p_ptr,
     r_ptr,
     dq_ptr,
-    dr_ptr,
+    dz_ptr,
     wr_ptr,
     norm_ptr,
     offset_ptr,
@@ -263,54 +377,66 @@ def _excite_finish_kernel(
     R: tl.constexpr,
     ACT: tl.constexpr,
     BATCH: tl.constexpr,
+    PARTS: tl.constexpr,
     ACC: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
-    o_r = tl.arange(0, BR)
-    m_c, m_r = o_c < C, o_r < R
-    m_rc = m_r[:, None] & m_c[None, :]
-    b_w = tl.load(wr_ptr + o_r[:, None] * C + o_c[None, :], mask=m_rc, other=0.0).to(ACC)  # [BR, BC]
-    b_dwr = tl.zeros((BR, BC), ACC)
-    b_dwx = tl.zeros((BC, BR), ACC)
-    b_dbr = tl.zeros((BN, BR), ACC)
-    b_dbx = tl.zeros((BN, BC), ACC)
-    b_db = tl.zeros((BN, BC), ACC)
-    b_dg = tl.zeros((BN, BC), ACC)
-    for n0 in range(0, N, BN):
-        o_n = n0 + tl.arange(0, BN)
-        m_nc = (o_n < N)[:, None] & m_c[None, :]
-        m_nr = (o_n < N)[:, None] & m_r[None, :]
-        o_nc = o_n[:, None] * C + o_c[None, :]  # [BN, BC]
-        o_nr = o_n[:, None] * R + o_r[None, :]  # [BN, BR]
-        b_p = tl.load(p_ptr + o_nc, mask=m_nc, other=0.0).to(ACC)
-        b_dq = tl.load(dq_ptr + o_nc, mask=m_nc, other=0.0)
-        b_r = tl.load(r_ptr + o_nr, mask=m_nr, other=0.0)
-        b_dr = tl.load(dr_ptr + o_nr, mask=m_nr, other=0.0)
-        b_dp = dot(b_dr, b_w, tl.zeros((BN, BC), ACC), ACC, "ieee") / HW
-        tl.store(offset_ptr + o_nc, b_dp, mask=m_nc)
+    m_c = o_c < C
+    if tl.program_id(1) == 0:  # the pool's gradient, and what is summed with it
+        b_db = tl.zeros((BN, BC), ACC)
+        b_dg = tl.zeros((BN, BC), ACC)
+        for n0 in range(0, N, BN):
+            o_n = n0 + tl.arange(0, BN)
+            b_dp = tl.zeros((BN, BC), ACC)
+            for r0 in range(0, R, BR):
+                o_r = r0 + tl.arange(0, BR)
+                m_w = (o_r < R)[:, None] & m_c[None, :]
+                b_w = tl.load(wr_ptr + o_r[:, None] * C + o_c[None, :], mask=m_w, other=0.0).to(ACC)  # [BR, BC]
+                b_dr, _ = load_dr(dz_ptr, r_ptr, o_n, o_r, N, R, ACT, PARTS, ACC, BN, BR)
+                b_dp = dot(b_dr, b_w, b_dp, ACC, "ieee")
+            b_dp = b_dp / HW
+            m_nc = (o_n < N)[:, None] & m_c[None, :]
+            o_nc = o_n[:, None] * C + o_c[None, :]  # [BN, BC]
+            tl.store(offset_ptr + o_nc, b_dp, mask=m_nc)
+            if norm_ptr is not None:
+                o_two = o_nc + o_n[:, None] * C  # of [N, 2, C]
+                b_db += tl.load(gated_ptr + o_two, mask=m_nc, other=0.0)
+                b_db += b_dp * tl.load(act_sums_ptr + o_two, mask=m_nc, other=0.0)
+                b_dg += tl.load(gated_ptr + o_two + C, mask=m_nc, other=0.0)
+                b_dg += b_dp * tl.load(act_sums_ptr + o_two + C, mask=m_nc, other=0.0)
         if norm_ptr is not None:
-            o_two = o_nc + o_n[:, None] * C  # of [N, 2, C]
-            b_db += tl.load(gated_ptr + o_two, mask=m_nc, other=0.0)
-            b_db += b_dp * tl.load(act_sums_ptr + o_two, mask=m_nc, other=0.0)
-            b_dg += tl.load(gated_ptr + o_two + C, mask=m_nc, other=0.0)
-            b_dg += b_dp * tl.load(act_sums_ptr + o_two + C, mask=m_nc, other=0.0)
-        b_dwr = dot(tl.trans(b_dr), b_p, b_dwr, ACC, "ieee")
-        b_dwx = dot(tl.trans(b_dq), activate(b_r, ACT, False), b_dwx, ACC, "ieee")
-        b_dbr += b_dr
-        b_dbx += b_dq
-    tl.store(dwr_ptr + o_r[:, None] * C + o_c[None, :], b_dwr, mask=m_rc)
-    tl.store(dwx_ptr + o_c[:, None] * R + o_r[None, :], b_dwx, mask=m_c[:, None] & m_r[None, :])
-    tl.store(dbx_ptr + o_c, sum_rows(b_dbx), mask=m_c)
-    if tl.program_id(0) == 0:
-        tl.store(dbr_ptr + o_r, sum_rows(b_dbr), mask=m_r)
-    if norm_ptr is not None:
-        b_dweight, b_dbias = sum_rows(b_dg), sum_rows(b_db)
-        tl.store(grads_ptr + o_c, b_dweight, mask=m_c)
-        tl.store(grads_ptr + C + o_c, b_dbias, mask=m_c)
-        store_coef(norm_ptr, coef_ptr, o_c, m_c, C, b_dweight, b_dbias, N * HW, BATCH)
+            b_dweight, b_dbias = sum_rows(b_dg), sum_rows(b_db)
+            tl.store(grads_ptr + o_c, b_dweight, mask=m_c)
+            tl.store(grads_ptr + C + o_c, b_dbias, mask=m_c)
+            store_coef(norm_ptr, coef_ptr, o_c, m_c, C, b_dweight, b_dbias, N * HW, BATCH)
+    else:  # the weights' gradients, of a block of reduced channels
+        o_r = (tl.program_id(1) - 1) * BR + tl.arange(0, BR)
+        m_r = o_r < R
+        b_dwr = tl.zeros((BR, BC), ACC)
+        b_dwx = tl.zeros((BC, BR), ACC)
+        b_dbr = tl.zeros((BN, BR), ACC)
+        b_dbx = tl.zeros((BN, BC), ACC)
+        for n0 in range(0, N, BN):
+            o_n = n0 + tl.arange(0, BN)
+            m_nc = (o_n < N)[:, None] & m_c[None, :]
+            o_nc = o_n[:, None] * C + o_c[None, :]  # [BN, BC]
+            b_p = tl.load(p_ptr + o_nc, mask=m_nc, other=0.0).to(ACC)
+            b_dq = tl.load(dq_ptr + o_nc, mask=m_nc, other=0.0)
+            b_dr, b_z = load_dr(dz_ptr, r_ptr, o_n, o_r, N, R, ACT, PARTS, ACC, BN, BR)
+            b_dwr = dot(tl.trans(b_dr), b_p, b_dwr, ACC, "ieee")
+            b_dwx = dot(tl.trans(b_dq), b_z, b_dwx, ACC, "ieee")
+            b_dbr += b_dr
+            b_dbx += b_dq
+        m_rc = m_r[:, None] & m_c[None, :]
+        tl.store(dwr_ptr + o_r[:, None] * C + o_c[None, :], b_dwr, mask=m_rc)
+        tl.store(dwx_ptr + o_c[:, None] * R + o_r[None, :], b_dwx, mask=m_c[:, None] & m_r[None, :])
+        if tl.program_id(0) == 0:
+            tl.store(dbr_ptr + o_r, sum_rows(b_dbr), mask=m_r)
+        if tl.program_id(1) == 1:
+            tl.store(dbx_ptr + o_c, sum_rows(b_dbx), mask=m_c)
 
 
 def pool_tiles(rows: int, channels: int) -> dict[str, int]:
@@ -379,12 +505,18 @@ def excite_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
     return dict(BR=rows, BC=pow2(channels, MIN_DOT, block), num_warps=8 if few else 4)
 
 
-def _finish_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
-    """[BN images a step, BC channels]: few channels, so that there are programs for more multiprocessors."""
-    rows = pow2(reduced, MIN_DOT, 1024)
+def product_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
+    """[BN images, BR reduced channels a step, BC channels] of a program of one product with a weight."""
     if INTERPRETED:
-        return dict(BN=pow2(images, MIN_DOT, 256), BR=rows, BC=pow2(channels, MIN_DOT, 1024))
-    return dict(BN=MIN_DOT, BR=rows, BC=MIN_DOT, num_warps=4 if rows <= 32 else 8)  # with more of them it spills
+        return dict(BN=pow2(images, MIN_DOT, 64), BR=pow2(reduced, MIN_DOT, 1024), BC=pow2(channels, MIN_DOT, 1024))
+    return dict(BN=MIN_DOT, BR=pow2(reduced, MIN_DOT, 64), BC=pow2(channels, MIN_DOT, 64), num_warps=4)
+
+
+def _finish_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
+    """[BN images a step, BR reduced channels, BC channels]: few channels, for programs on more multiprocessors."""
+    if INTERPRETED:
+        return dict(BN=pow2(images, MIN_DOT, 256), BR=pow2(reduced, MIN_DOT, 1024), BC=pow2(channels, MIN_DOT, 1024))
+    return dict(BN=32, BR=pow2(reduced, MIN_DOT, 32), BC=MIN_DOT, num_warps=4)
 
 
 def added_parts(parts: int) -> int:
@@ -416,6 +548,9 @@ def excite_fwd(
         act_sums = sums.new_empty((n, 2, c) if rows == 3 else 0)
         r = sums.new_empty(n, reduced)
         saved = pooled, act_sums, r
+    if c * reduced > WHOLE_WEIGHT:
+        _reduce_and_expand(sums, pixels, reduce_weight, reduce_bias, expand_weight, expand_bias, activation, saved, gate)
+        return saved, gate
     _excite_fwd_kernel[(n,)](
         sums_ptr=sums,
         wr_ptr=reduce_weight,
@@ -441,6 +576,60 @@ def excite_fwd(
     return saved, gate
 
 
+def _reduce_and_expand(
+    sums: Tensor,
+    pixels: int,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    activation: str,
+    saved: tuple[Tensor, Tensor, Tensor] | None,
+    gate: Tensor,
+) -> None:
+    """The same in two launches: a program takes some of a weight's channels for many images, not all for one."""
+    part_count, n, rows, c = sums.shape
+    reduced = reduce_weight.shape[0]
+    pooled, act_sums, r = (None,) * 3 if saved is None else saved
+    acc = numeric(sums.dtype)["ACC"]
+    tiles = product_tiles(n, c, reduced)
+    grid = cdiv(n, tiles["BN"]), cdiv(c, tiles["BC"])
+    parts = sums.new_empty(grid[1], n, reduced)
+    _excite_reduce_kernel[grid](
+        sums_ptr=sums,
+        wr_ptr=reduce_weight,
+        p_ptr=pooled,
+        act_sums_ptr=act_sums if rows == 3 else None,
+        parts_ptr=parts,
+        N=n,
+        HW=pixels,
+        P=part_count,
+        C=c,
+        R=reduced,
+        ROWS=rows,
+        ACC=acc,
+        **tiles,
+    )
+    state("excite_reduce", (sums, reduce_weight), (pooled, act_sums if rows == 3 else None, parts))
+    tiles = product_tiles(n, c, reduced)
+    _excite_expand_kernel[(cdiv(n, tiles["BN"]), cdiv(c, tiles["BC"]))](
+        parts_ptr=parts,
+        br_ptr=reduce_bias,
+        wx_ptr=expand_weight,
+        bx_ptr=expand_bias,
+        r_ptr=r,
+        gate_ptr=gate,
+        N=n,
+        C=c,
+        R=reduced,
+        ACT=activation,
+        PARTS=len(parts),
+        ACC=acc,
+        **tiles,
+    )
+    state("excite_expand", (parts, reduce_bias, expand_weight, expand_bias), (r, gate))
+
+
 def excite_bwd(
     sums: Tensor,
     act_sums: Tensor | None,
@@ -464,40 +653,39 @@ def excite_bwd(
     parts, _, rows, _ = sums.shape
     reduced = r.shape[1]
     dq, offset = torch.empty_like(gate), torch.empty_like(gate)
-    dr = torch.empty_like(r)
     gated = None if norm is None else gate.new_empty(n, 2, c)
     acc = numeric(gate.dtype)["ACC"]
-    _excite_bwd_kernel[(n,)](
+    tiles = product_tiles(n, c, reduced)
+    grid = cdiv(n, tiles["BN"]), cdiv(c, tiles["BC"])
+    dz = gate.new_empty(grid[1], n, reduced)
+    _excite_bwd_kernel[grid](
         sums_ptr=sums,
         gate_ptr=gate,
-        r_ptr=r,
         wx_ptr=expand_weight,
         dq_ptr=dq,
-        dr_ptr=dr,
+        parts_ptr=dz,
         gated_ptr=gated,
         N=n,
         P=parts,
         C=c,
         R=reduced,
-        ACT=activation,
         ROWS=rows,
         ACC=acc,
-        BP=added_parts(parts),
-        **excite_tiles(n, c, reduced),
+        **tiles,
     )
-    state("excite_bwd", (sums, gate, r, expand_weight), (dq, dr, gated))
+    state("excite_bwd", (sums, gate, expand_weight), (dq, dz, gated))
     bn = None if norm is None else (gate.new_empty(2, c), gate.new_empty(4, c))
     grads, coef = (None, None) if bn is None else bn
     d_reduce, d_reduce_bias = gate.new_empty(reduced, c), gate.new_empty(reduced)
     d_expand, d_expand_bias = gate.new_empty(c, reduced), gate.new_empty(c)
     tiles = _finish_tiles(n, c, reduced)
-    _excite_finish_kernel[(cdiv(c, tiles["BC"]),)](
+    _excite_finish_kernel[(cdiv(c, tiles["BC"]), 1 + cdiv(reduced, tiles["BR"]))](
         gated_ptr=gated,
         act_sums_ptr=None if norm is None else act_sums,
         p_ptr=pooled,
         r_ptr=r,
         dq_ptr=dq,
-        dr_ptr=dr,
+        dz_ptr=dz,
         wr_ptr=reduce_weight,
         norm_ptr=norm,
         offset_ptr=offset,
@@ -513,12 +701,13 @@ def excite_bwd(
         R=reduced,
         ACT=activation,
         BATCH=batch_statistics,
+        PARTS=len(dz),
         ACC=acc,
         **tiles,
     )
     state(
         "excite_finish",
-        (gated, None if norm is None else act_sums, pooled, r, dq, dr, reduce_weight, norm),
+        (gated, None if norm is None else act_sums, pooled, r, dq, dz, reduce_weight, norm),
         (offset, grads, coef, d_reduce, d_reduce_bias, d_expand, d_expand_bias),
     )
     return offset, bn, d_reduce, d_reduce_bias, d_expand, d_expand_bias
