@@ -101,7 +101,7 @@ def _excite_reduce(a: Arguments) -> tuple[int, tuple[Path, ...]]:
 
 
 def _excite_expand(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    return 0, _one(replace(_over(a, "R", "BR", fixed=True), inner=(Loop(a["PARTS"], fixed=True),)))
+    return 0, _one(_over(a, "R", "BR", fixed=True))
 
 
 def _channels_of_parts(a: Arguments, sums: int) -> Loop:
@@ -110,11 +110,11 @@ def _channels_of_parts(a: Arguments, sums: int) -> Loop:
 
 
 def _excite_finish(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    images, blocks = _over(a, "N", "BN"), _over(a, "R", "BR", fixed=True)
-    added = Loop(a["PARTS"], fixed=True)
-    share = 1 / (1 + blocks.trips)
-    pool = replace(images, inner=(replace(blocks, inner=(added,)),))
-    return 0, (Path(share, (pool,)), Path(1 - share, (replace(images, inner=(added,)),)))
+    blocks = _over(a, "R", "BR", fixed=True)
+    each = 1 / (1 + 2 * blocks.trips)
+    pool = Path(each, (replace(_over(a, "N", "BN"), inner=(blocks,)),))
+    weights = (Path(blocks.trips * each, (_over(a, "N", "BN"),)) for _ in range(2))
+    return 0, (pool, *weights)
 
 
 def _straight(a: Arguments) -> tuple[int, tuple[Path, ...]]:

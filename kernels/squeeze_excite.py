@@ -231,7 +231,7 @@ def load_parts(
 ):
     """[BN, BR]: what `store_products` left, its parts added one by one."""
     b_s = tl.zeros((BN, BR), ACC)
-    for s in range(PARTS):
+    for s in tl.static_range(PARTS):
         b_s += tl.load(parts_ptr + (s * N + o_n).to(tl.int64)[:, None] * R + o_r[None, :], mask=m, other=0.0)
     return b_s
 
@@ -347,10 +347,10 @@ def load_dr(
     dz_ptr, r_ptr, o_n, o_r, N, R, ACT: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr,
     BR: tl.constexpr,
 ):  # fmt: skip
-    """[BN, BR] each: the gradient of the reduced vector before its activation, and the vector after it."""
+    """[BN, BR]: the gradient of the reduced vector before its activation."""
     m = (o_n < N)[:, None] & (o_r < R)[None, :]
-    b_z, b_g = activate_grad(tl.load(r_ptr + o_n[:, None] * R + o_r[None, :], mask=m, other=0.0), ACT, False)
-    return load_parts(dz_ptr, o_n, o_r, m, N, R, PARTS, ACC, BN, BR) * b_g, b_z
+    _, b_g = activate_grad(tl.load(r_ptr + o_n[:, None] * R + o_r[None, :], mask=m, other=0.0), ACT, False)
+    return load_parts(dz_ptr, o_n, o_r, m, N, R, PARTS, ACC, BN, BR) * b_g
 
 
 @kernel
@@ -385,6 +385,7 @@ def _excite_finish_kernel(
 ):
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     m_c = o_c < C
+    BLOCKS: tl.constexpr = (R + BR - 1) // BR
     if tl.program_id(1) == 0:  # the pool's gradient, and what is summed with it
         b_db = tl.zeros((BN, BC), ACC)
         b_dg = tl.zeros((BN, BC), ACC)
@@ -395,7 +396,7 @@ def _excite_finish_kernel(
                 o_r = r0 + tl.arange(0, BR)
                 m_w = (o_r < R)[:, None] & m_c[None, :]
                 b_w = tl.load(wr_ptr + o_r[:, None] * C + o_c[None, :], mask=m_w, other=0.0).to(ACC)  # [BR, BC]
-                b_dr, _ = load_dr(dz_ptr, r_ptr, o_n, o_r, N, R, ACT, PARTS, ACC, BN, BR)
+                b_dr = load_dr(dz_ptr, r_ptr, o_n, o_r, N, R, ACT, PARTS, ACC, BN, BR)
                 b_dp = dot(b_dr, b_w, b_dp, ACC, "ieee")
             b_dp = b_dp / HW
             m_nc = (o_n < N)[:, None] & m_c[None, :]
@@ -412,30 +413,34 @@ def _excite_finish_kernel(
             tl.store(grads_ptr + o_c, b_dweight, mask=m_c)
             tl.store(grads_ptr + C + o_c, b_dbias, mask=m_c)
             store_coef(norm_ptr, coef_ptr, o_c, m_c, C, b_dweight, b_dbias, N * HW, BATCH)
-    else:  # the weights' gradients, of a block of reduced channels
+    elif tl.program_id(1) <= BLOCKS:  # the reduce weight's gradient, of a block of reduced channels
         o_r = (tl.program_id(1) - 1) * BR + tl.arange(0, BR)
-        m_r = o_r < R
         b_dwr = tl.zeros((BR, BC), ACC)
-        b_dwx = tl.zeros((BC, BR), ACC)
         b_dbr = tl.zeros((BN, BR), ACC)
+        for n0 in range(0, N, BN):
+            o_n = n0 + tl.arange(0, BN)
+            m_nc = (o_n < N)[:, None] & m_c[None, :]
+            b_p = tl.load(p_ptr + o_n[:, None] * C + o_c[None, :], mask=m_nc, other=0.0).to(ACC)  # [BN, BC]
+            b_dr = load_dr(dz_ptr, r_ptr, o_n, o_r, N, R, ACT, PARTS, ACC, BN, BR)
+            b_dwr = dot(tl.trans(b_dr), b_p, b_dwr, ACC, "ieee")
+            b_dbr += b_dr
+        tl.store(dwr_ptr + o_r[:, None] * C + o_c[None, :], b_dwr, mask=(o_r < R)[:, None] & m_c[None, :])
+        if tl.program_id(0) == 0:
+            tl.store(dbr_ptr + o_r, sum_rows(b_dbr), mask=o_r < R)
+    else:  # the expand weight's
+        o_r = (tl.program_id(1) - BLOCKS - 1) * BR + tl.arange(0, BR)
+        b_dwx = tl.zeros((BC, BR), ACC)
         b_dbx = tl.zeros((BN, BC), ACC)
         for n0 in range(0, N, BN):
             o_n = n0 + tl.arange(0, BN)
             m_nc = (o_n < N)[:, None] & m_c[None, :]
-            o_nc = o_n[:, None] * C + o_c[None, :]  # [BN, BC]
-            b_p = tl.load(p_ptr + o_nc, mask=m_nc, other=0.0).to(ACC)
-            b_dq = tl.load(dq_ptr + o_nc, mask=m_nc, other=0.0)
-            b_dr, b_z = load_dr(dz_ptr, r_ptr, o_n, o_r, N, R, ACT, PARTS, ACC, BN, BR)
-            b_dwr = dot(tl.trans(b_dr), b_p, b_dwr, ACC, "ieee")
-            b_dwx = dot(tl.trans(b_dq), b_z, b_dwx, ACC, "ieee")
-            b_dbr += b_dr
+            m_nr = (o_n < N)[:, None] & (o_r < R)[None, :]
+            b_dq = tl.load(dq_ptr + o_n[:, None] * C + o_c[None, :], mask=m_nc, other=0.0)  # [BN, BC]
+            b_r = tl.load(r_ptr + o_n[:, None] * R + o_r[None, :], mask=m_nr, other=0.0)  # [BN, BR]
+            b_dwx = dot(tl.trans(b_dq), activate(b_r, ACT, False), b_dwx, ACC, "ieee")
             b_dbx += b_dq
-        m_rc = m_r[:, None] & m_c[None, :]
-        tl.store(dwr_ptr + o_r[:, None] * C + o_c[None, :], b_dwr, mask=m_rc)
-        tl.store(dwx_ptr + o_c[:, None] * R + o_r[None, :], b_dwx, mask=m_c[:, None] & m_r[None, :])
-        if tl.program_id(0) == 0:
-            tl.store(dbr_ptr + o_r, sum_rows(b_dbr), mask=m_r)
-        if tl.program_id(1) == 1:
+        tl.store(dwx_ptr + o_c[:, None] * R + o_r[None, :], b_dwx, mask=m_c[:, None] & (o_r < R)[None, :])
+        if tl.program_id(1) == BLOCKS + 1:
             tl.store(dbx_ptr + o_c, sum_rows(b_dbx), mask=m_c)
 
 
@@ -510,6 +515,10 @@ def product_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
     if INTERPRETED:
         return dict(BN=pow2(images, MIN_DOT, 64), BR=pow2(reduced, MIN_DOT, 1024), BC=pow2(channels, MIN_DOT, 1024))
     return dict(BN=MIN_DOT, BR=pow2(reduced, MIN_DOT, 64), BC=pow2(channels, MIN_DOT, 64), num_warps=4)
+
+
+def expand_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
+    return product_tiles(images, channels, reduced)
 
 
 def _finish_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
@@ -611,7 +620,7 @@ def _reduce_and_expand(
         **tiles,
     )
     state("excite_reduce", (sums, reduce_weight), (pooled, act_sums if rows == 3 else None, parts))
-    tiles = product_tiles(n, c, reduced)
+    tiles = expand_tiles(n, c, reduced)
     _excite_expand_kernel[(cdiv(n, tiles["BN"]), cdiv(c, tiles["BC"]))](
         parts_ptr=parts,
         br_ptr=reduce_bias,
@@ -679,7 +688,7 @@ def excite_bwd(
     d_reduce, d_reduce_bias = gate.new_empty(reduced, c), gate.new_empty(reduced)
     d_expand, d_expand_bias = gate.new_empty(c, reduced), gate.new_empty(c)
     tiles = _finish_tiles(n, c, reduced)
-    _excite_finish_kernel[(cdiv(c, tiles["BC"]), 1 + cdiv(reduced, tiles["BR"]))](
+    _excite_finish_kernel[(cdiv(c, tiles["BC"]), 1 + 2 * cdiv(reduced, tiles["BR"]))](
         gated_ptr=gated,
         act_sums_ptr=None if norm is None else act_sums,
         p_ptr=pooled,
