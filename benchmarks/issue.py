@@ -21,6 +21,7 @@ from math import ceil, prod
 from typing import Any
 
 from benchmarks.sass import Code, Loop, Path
+from fastmbconv.kernels.squeeze_excite import AT_ONCE
 
 Arguments = dict[str, Any]
 Model = Callable[[Arguments], tuple[int, tuple[Path, ...]]]
@@ -101,20 +102,20 @@ def _excite_reduce(a: Arguments) -> tuple[int, tuple[Path, ...]]:
 
 
 def _excite_expand(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    return 0, _one(_over(a, "R", "BR", fixed=True))
-
-
-def _channels_of_parts(a: Arguments, sums: int) -> Loop:
-    """A loop over channels that adds up the parts of so many sums."""
-    return replace(_over(a, "C", "BC", fixed=True), inner=(_over(a, "P", "BP"),) * sums)
+    return 0, _one(_blocks_of_parts(a))
 
 
 def _excite_finish(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    blocks = _over(a, "R", "BR", fixed=True)
+    images, blocks = _over(a, "N", "BN"), _blocks_of_parts(a)
     each = 1 / (1 + 2 * blocks.trips)
-    pool = Path(each, (replace(_over(a, "N", "BN"), inner=(blocks,)),))
-    weights = (Path(blocks.trips * each, (_over(a, "N", "BN"),)) for _ in range(2))
-    return 0, (pool, *weights)
+    pool = Path(each, (replace(images, inner=(blocks,)),))
+    reduce = Path(blocks.trips * each, (replace(images, inner=blocks.inner),))
+    return 0, (pool, reduce, Path(blocks.trips * each, (replace(images),)))
+
+
+def _blocks_of_parts(a: Arguments) -> Loop:
+    """A loop over blocks of reduced channels that adds up the parts of each."""
+    return replace(_over(a, "R", "BR", fixed=True), inner=(Loop(ceil(a["PARTS"] / AT_ONCE.value)),))
 
 
 def _straight(a: Arguments) -> tuple[int, tuple[Path, ...]]:

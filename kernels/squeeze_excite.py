@@ -31,6 +31,7 @@ from .traffic import state
 from .tuning import MIN_DOT, PROGRAMS, accumulator, cdiv, channel_block, numeric, pow2, row_tiles
 
 RESIDENT, ONCE, MOST_PARTS = 16, 8, 64  # of the pool: warps of 128 registers, and what weighs as much as 8 tiles
+AT_ONCE = tl.constexpr(16)
 WHOLE_WEIGHT = 32768  # elements: a larger weight is too much for a program of one image
 
 
@@ -226,13 +227,14 @@ def store_products(
 
 
 @triton.jit
-def load_parts(
-    parts_ptr, o_n, o_r, m, N, R, PARTS: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
-):
-    """[BN, BR]: what `store_products` left, its parts added one by one."""
+def load_parts(parts_ptr, o_n, o_r, m, N, PARTS, R: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
+    """[BN, BR]: what `store_products` left, its parts added one by one; AT_ONCE of them are on their way."""
     b_s = tl.zeros((BN, BR), ACC)
-    for s in tl.static_range(PARTS):
-        b_s += tl.load(parts_ptr + (s * N + o_n).to(tl.int64)[:, None] * R + o_r[None, :], mask=m, other=0.0)
+    for s0 in range(0, PARTS, AT_ONCE):
+        for s in tl.static_range(AT_ONCE):
+            o_s = (s0 + s) * N + o_n
+            p_part = parts_ptr + o_s.to(tl.int64)[:, None] * R + o_r[None, :]
+            b_s += tl.load(p_part, mask=(o_s < PARTS * N)[:, None] & m, other=0.0)
     return b_s
 
 
@@ -280,10 +282,10 @@ def _excite_expand_kernel(
     r_ptr,
     gate_ptr,
     N,
+    PARTS,
     C: tl.constexpr,
     R: tl.constexpr,
     ACT: tl.constexpr,
-    PARTS: tl.constexpr,
     ACC: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
@@ -298,7 +300,7 @@ def _excite_expand_kernel(
         b_w = tl.load(wx_ptr + o_c[None, :] * R + o_r[:, None], mask=m_w, other=0.0).to(ACC)  # [BR, BC]
         b_bias = tl.load(br_ptr + o_r, mask=o_r < R, other=0.0).to(ACC)
         m = (o_n < N)[:, None] & (o_r < R)[None, :]
-        b_r = load_parts(parts_ptr, o_n, o_r, m, N, R, PARTS, ACC, BN, BR) + b_bias[None, :]
+        b_r = load_parts(parts_ptr, o_n, o_r, m, N, PARTS, R, ACC, BN, BR) + b_bias[None, :]
         if r_ptr is not None:
             if tl.program_id(1) == 0:
                 tl.store(r_ptr + o_n[:, None] * R + o_r[None, :], b_r, mask=m)
@@ -344,13 +346,13 @@ def _excite_bwd_kernel(
 
 @triton.jit
 def load_dr(
-    dz_ptr, r_ptr, o_n, o_r, N, R, ACT: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr,
+    dz_ptr, r_ptr, o_n, o_r, N, PARTS, R: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr,
     BR: tl.constexpr,
 ):  # fmt: skip
     """[BN, BR]: the gradient of the reduced vector before its activation."""
     m = (o_n < N)[:, None] & (o_r < R)[None, :]
     _, b_g = activate_grad(tl.load(r_ptr + o_n[:, None] * R + o_r[None, :], mask=m, other=0.0), ACT, False)
-    return load_parts(dz_ptr, o_n, o_r, m, N, R, PARTS, ACC, BN, BR) * b_g
+    return load_parts(dz_ptr, o_n, o_r, m, N, PARTS, R, ACC, BN, BR) * b_g
 
 
 @kernel
@@ -373,11 +375,11 @@ def _excite_finish_kernel(
     dbx_ptr,
     N,
     HW,
+    PARTS,
     C: tl.constexpr,
     R: tl.constexpr,
     ACT: tl.constexpr,
     BATCH: tl.constexpr,
-    PARTS: tl.constexpr,
     ACC: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
@@ -396,7 +398,7 @@ def _excite_finish_kernel(
                 o_r = r0 + tl.arange(0, BR)
                 m_w = (o_r < R)[:, None] & m_c[None, :]
                 b_w = tl.load(wr_ptr + o_r[:, None] * C + o_c[None, :], mask=m_w, other=0.0).to(ACC)  # [BR, BC]
-                b_dr = load_dr(dz_ptr, r_ptr, o_n, o_r, N, R, ACT, PARTS, ACC, BN, BR)
+                b_dr = load_dr(dz_ptr, r_ptr, o_n, o_r, N, PARTS, R, ACT, ACC, BN, BR)
                 b_dp = dot(b_dr, b_w, b_dp, ACC, "ieee")
             b_dp = b_dp / HW
             m_nc = (o_n < N)[:, None] & m_c[None, :]
@@ -421,7 +423,7 @@ def _excite_finish_kernel(
             o_n = n0 + tl.arange(0, BN)
             m_nc = (o_n < N)[:, None] & m_c[None, :]
             b_p = tl.load(p_ptr + o_n[:, None] * C + o_c[None, :], mask=m_nc, other=0.0).to(ACC)  # [BN, BC]
-            b_dr = load_dr(dz_ptr, r_ptr, o_n, o_r, N, R, ACT, PARTS, ACC, BN, BR)
+            b_dr = load_dr(dz_ptr, r_ptr, o_n, o_r, N, PARTS, R, ACT, ACC, BN, BR)
             b_dwr = dot(tl.trans(b_dr), b_p, b_dwr, ACC, "ieee")
             b_dbr += b_dr
         tl.store(dwr_ptr + o_r[:, None] * C + o_c[None, :], b_dwr, mask=(o_r < R)[:, None] & m_c[None, :])
@@ -510,22 +512,32 @@ def excite_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
     return dict(BR=rows, BC=pow2(channels, MIN_DOT, block), num_warps=8 if few else 4)
 
 
-def product_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
-    """[BN images, BR reduced channels a step, BC channels] of a program of one product with a weight."""
+def parts_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
+    """[BN images, BR reduced channels a step, BC channels] of a program that leaves a part of a product.
+
+    Of many channels it takes more where registers allow: what adds up the parts waits for AT_ONCE of them together.
+    """
     if INTERPRETED:
         return dict(BN=pow2(images, MIN_DOT, 64), BR=pow2(reduced, MIN_DOT, 1024), BC=pow2(channels, MIN_DOT, 1024))
-    return dict(BN=MIN_DOT, BR=pow2(reduced, MIN_DOT, 64), BC=pow2(channels, MIN_DOT, 64), num_warps=4)
+    few = channels <= 64 * AT_ONCE.value or reduced > 64
+    rows, block = pow2(reduced, MIN_DOT, 64), pow2(channels, MIN_DOT, 64 if few else 128)
+    return dict(BN=MIN_DOT, BR=rows, BC=block, num_warps=max(1, rows * block // 1024), num_stages=1)
 
 
 def expand_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
-    return product_tiles(images, channels, reduced)
+    """[BN images, BR reduced channels a step, BC channels], 4 to 8 values a thread of the parts that it adds up."""
+    if INTERPRETED:
+        return dict(BN=pow2(images, MIN_DOT, 64), BR=pow2(reduced, MIN_DOT, 1024), BC=pow2(channels, MIN_DOT, 1024))
+    rows = pow2(reduced, MIN_DOT, 128)
+    return dict(BN=MIN_DOT, BR=rows, BC=pow2(channels, MIN_DOT, 64), num_warps=max(1, rows // 16), num_stages=1)
 
 
 def _finish_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
-    """[BN images a step, BR reduced channels, BC channels]: few channels, for programs on more multiprocessors."""
+    """[BN images a step, BR reduced channels, BC channels]; up to 48 reduced ones are as good as none idle in 16."""
     if INTERPRETED:
         return dict(BN=pow2(images, MIN_DOT, 256), BR=pow2(reduced, MIN_DOT, 1024), BC=pow2(channels, MIN_DOT, 1024))
-    return dict(BN=32, BR=pow2(reduced, MIN_DOT, 32), BC=MIN_DOT, num_warps=4)
+    rows = MIN_DOT if reduced <= 48 else 64
+    return dict(BN=32, BR=rows, BC=32, num_warps=4 if rows == MIN_DOT else 8, num_stages=1)
 
 
 def added_parts(parts: int) -> int:
@@ -601,7 +613,7 @@ def _reduce_and_expand(
     reduced = reduce_weight.shape[0]
     pooled, act_sums, r = (None,) * 3 if saved is None else saved
     acc = numeric(sums.dtype)["ACC"]
-    tiles = product_tiles(n, c, reduced)
+    tiles = parts_tiles(n, c, reduced)
     grid = cdiv(n, tiles["BN"]), cdiv(c, tiles["BC"])
     parts = sums.new_empty(grid[1], n, reduced)
     _excite_reduce_kernel[grid](
@@ -664,7 +676,7 @@ def excite_bwd(
     dq, offset = torch.empty_like(gate), torch.empty_like(gate)
     gated = None if norm is None else gate.new_empty(n, 2, c)
     acc = numeric(gate.dtype)["ACC"]
-    tiles = product_tiles(n, c, reduced)
+    tiles = parts_tiles(n, c, reduced)
     grid = cdiv(n, tiles["BN"]), cdiv(c, tiles["BC"])
     dz = gate.new_empty(grid[1], n, reduced)
     _excite_bwd_kernel[grid](
