@@ -21,7 +21,6 @@ from math import ceil, prod
 from typing import Any
 
 from benchmarks.sass import Code, Loop, Path
-from fastmbconv.kernels.squeeze_excite import AT_ONCE
 
 Arguments = dict[str, Any]
 Model = Callable[[Arguments], tuple[int, tuple[Path, ...]]]
@@ -92,8 +91,8 @@ def _bn_bwd_finalize(a: Arguments) -> tuple[int, tuple[Path, ...]]:
 
 
 def _excite_fwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    sums = 3 if a["ROWS"] == 3 else 1
-    return 0, _one(_channels_of_parts(a, sums), _over(a, "C", "BC", fixed=True))
+    channels, sums = _over(a, "C", "BC", fixed=True), 3 if a["ROWS"] == 3 else 1
+    return 0, _one(replace(channels, inner=(_over(a, "P", "BP"),) * sums), channels)
 
 
 def _excite_reduce(a: Arguments) -> tuple[int, tuple[Path, ...]]:
@@ -107,15 +106,18 @@ def _excite_expand(a: Arguments) -> tuple[int, tuple[Path, ...]]:
 
 def _excite_finish(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     images, blocks = _over(a, "N", "BN"), _blocks_of_parts(a)
-    each = 1 / (1 + 2 * blocks.trips)
-    pool = Path(each, (replace(images, inner=(blocks,)),))
-    reduce = Path(blocks.trips * each, (replace(images, inner=blocks.inner),))
-    return 0, (pool, reduce, Path(blocks.trips * each, (replace(images),)))
+    count = ceil(a["R"] / a["BR"])
+    each = 1 / (1 + 2 * count)
+    reduce = replace(images, inner=(_over(a, "PARTS", "AT_ONCE"),))
+    return 0, (
+        Path(each, (replace(images, inner=(blocks,)),)), Path(count * each, (reduce,)), Path(count * each, (images,))
+    )  # fmt: skip
 
 
 def _blocks_of_parts(a: Arguments) -> Loop:
-    """A loop over blocks of reduced channels that adds up the parts of each."""
-    return replace(_over(a, "R", "BR", fixed=True), inner=(Loop(ceil(a["PARTS"] / AT_ONCE.value)),))
+    """A loop over blocks of reduced channels that adds up the parts of each, or what is left of it for one block."""
+    blocks, parts = _over(a, "R", "BR", fixed=True), _over(a, "PARTS", "AT_ONCE")
+    return parts if blocks.trips == 1 else replace(blocks, inner=(parts,))
 
 
 def _straight(a: Arguments) -> tuple[int, tuple[Path, ...]]:

@@ -31,7 +31,7 @@ from .traffic import state
 from .tuning import MIN_DOT, PROGRAMS, accumulator, cdiv, channel_block, numeric, pow2, row_tiles
 
 RESIDENT, ONCE, MOST_PARTS = 16, 8, 64  # of the pool: warps of 128 registers, and what weighs as much as 8 tiles
-AT_ONCE = tl.constexpr(16)
+AT_ONCE = 16  # parts of a product that are read together
 WHOLE_WEIGHT = 32768  # elements: a larger weight is too much for a program of one image
 
 
@@ -227,7 +227,10 @@ def store_products(
 
 
 @triton.jit
-def load_parts(parts_ptr, o_n, o_r, m, N, PARTS, R: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
+def load_parts(
+    parts_ptr, o_n, o_r, m, N, PARTS, R: tl.constexpr, AT_ONCE: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr,
+    BR: tl.constexpr,
+):  # fmt: skip
     """[BN, BR]: what `store_products` left, its parts added one by one; AT_ONCE of them are on their way."""
     b_s = tl.zeros((BN, BR), ACC)
     for s0 in range(0, PARTS, AT_ONCE):
@@ -286,6 +289,7 @@ def _excite_expand_kernel(
     C: tl.constexpr,
     R: tl.constexpr,
     ACT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     ACC: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
@@ -300,7 +304,7 @@ def _excite_expand_kernel(
         b_w = tl.load(wx_ptr + o_c[None, :] * R + o_r[:, None], mask=m_w, other=0.0).to(ACC)  # [BR, BC]
         b_bias = tl.load(br_ptr + o_r, mask=o_r < R, other=0.0).to(ACC)
         m = (o_n < N)[:, None] & (o_r < R)[None, :]
-        b_r = load_parts(parts_ptr, o_n, o_r, m, N, PARTS, R, ACC, BN, BR) + b_bias[None, :]
+        b_r = load_parts(parts_ptr, o_n, o_r, m, N, PARTS, R, AT_ONCE, ACC, BN, BR) + b_bias[None, :]
         if r_ptr is not None:
             if tl.program_id(1) == 0:
                 tl.store(r_ptr + o_n[:, None] * R + o_r[None, :], b_r, mask=m)
@@ -346,13 +350,13 @@ def _excite_bwd_kernel(
 
 @triton.jit
 def load_dr(
-    dz_ptr, r_ptr, o_n, o_r, N, PARTS, R: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr,
-    BR: tl.constexpr,
+    dz_ptr, r_ptr, o_n, o_r, N, PARTS, R: tl.constexpr, ACT: tl.constexpr, AT_ONCE: tl.constexpr,
+    ACC: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """[BN, BR]: the gradient of the reduced vector before its activation."""
     m = (o_n < N)[:, None] & (o_r < R)[None, :]
     _, b_g = activate_grad(tl.load(r_ptr + o_n[:, None] * R + o_r[None, :], mask=m, other=0.0), ACT, False)
-    return load_parts(dz_ptr, o_n, o_r, m, N, PARTS, R, ACC, BN, BR) * b_g
+    return load_parts(dz_ptr, o_n, o_r, m, N, PARTS, R, AT_ONCE, ACC, BN, BR) * b_g
 
 
 @kernel
@@ -380,6 +384,7 @@ def _excite_finish_kernel(
     R: tl.constexpr,
     ACT: tl.constexpr,
     BATCH: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     ACC: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
@@ -398,7 +403,7 @@ def _excite_finish_kernel(
                 o_r = r0 + tl.arange(0, BR)
                 m_w = (o_r < R)[:, None] & m_c[None, :]
                 b_w = tl.load(wr_ptr + o_r[:, None] * C + o_c[None, :], mask=m_w, other=0.0).to(ACC)  # [BR, BC]
-                b_dr = load_dr(dz_ptr, r_ptr, o_n, o_r, N, PARTS, R, ACT, ACC, BN, BR)
+                b_dr = load_dr(dz_ptr, r_ptr, o_n, o_r, N, PARTS, R, ACT, AT_ONCE, ACC, BN, BR)
                 b_dp = dot(b_dr, b_w, b_dp, ACC, "ieee")
             b_dp = b_dp / HW
             m_nc = (o_n < N)[:, None] & m_c[None, :]
@@ -423,7 +428,7 @@ def _excite_finish_kernel(
             o_n = n0 + tl.arange(0, BN)
             m_nc = (o_n < N)[:, None] & m_c[None, :]
             b_p = tl.load(p_ptr + o_n[:, None] * C + o_c[None, :], mask=m_nc, other=0.0).to(ACC)  # [BN, BC]
-            b_dr = load_dr(dz_ptr, r_ptr, o_n, o_r, N, PARTS, R, ACT, ACC, BN, BR)
+            b_dr = load_dr(dz_ptr, r_ptr, o_n, o_r, N, PARTS, R, ACT, AT_ONCE, ACC, BN, BR)
             b_dwr = dot(tl.trans(b_dr), b_p, b_dwr, ACC, "ieee")
             b_dbr += b_dr
         tl.store(dwr_ptr + o_r[:, None] * C + o_c[None, :], b_dwr, mask=(o_r < R)[:, None] & m_c[None, :])
@@ -519,9 +524,9 @@ def parts_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
     """
     if INTERPRETED:
         return dict(BN=pow2(images, MIN_DOT, 64), BR=pow2(reduced, MIN_DOT, 1024), BC=pow2(channels, MIN_DOT, 1024))
-    few = channels <= 64 * AT_ONCE.value or reduced > 64
+    few = channels <= 64 * AT_ONCE or reduced > 64
     rows, block = pow2(reduced, MIN_DOT, 64), pow2(channels, MIN_DOT, 64 if few else 128)
-    return dict(BN=MIN_DOT, BR=rows, BC=block, num_warps=max(1, rows * block // 1024), num_stages=1)
+    return dict(BN=MIN_DOT, BR=rows, BC=block, num_warps=max(2, rows * block // 1024), num_stages=1)
 
 
 def expand_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
@@ -645,6 +650,7 @@ def _reduce_and_expand(
         R=reduced,
         ACT=activation,
         PARTS=len(parts),
+        AT_ONCE=AT_ONCE,
         ACC=acc,
         **tiles,
     )
@@ -723,6 +729,7 @@ def excite_bwd(
         ACT=activation,
         BATCH=batch_statistics,
         PARTS=len(dz),
+        AT_ONCE=AT_ONCE,
         ACC=acc,
         **tiles,
     )

@@ -25,7 +25,7 @@ KERNEL_MODULES = (
 )  # fmt: skip
 TILES = (
     "walk_tiles", "row_tiles", "product_tiles", "project_tiles", "pass_tiles", "excite_tiles", "_finish_tiles",
-    "pool_tiles", "walk_inference_tiles", "finalize_tiles", "weight_tiles",
+    "parts_tiles", "expand_tiles", "pool_tiles", "walk_inference_tiles", "finalize_tiles", "weight_tiles",
 )  # fmt: skip
 
 
