@@ -108,10 +108,10 @@ def _excite_finish(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     images, blocks = _over(a, "N", "BN"), _blocks_of_parts(a)
     count = ceil(a["R"] / a["BR"])
     each = 1 / (1 + 2 * count)
-    reduce = replace(images, inner=(_over(a, "PARTS", "AT_ONCE"),))
-    return 0, (
-        Path(each, (replace(images, inner=(blocks,)),)), Path(count * each, (reduce,)), Path(count * each, (images,))
-    )  # fmt: skip
+    pool = Path(each, (replace(images, inner=(blocks,)),))
+    reduce = Path(count * each, (replace(images, inner=(_over(a, "PARTS", "AT_ONCE"),)),))
+    expand = Path(count * each, (images,))
+    return 0, (pool, expand, reduce) if count == 1 else (pool, reduce, expand)  # the machine code's order
 
 
 def _blocks_of_parts(a: Arguments) -> Loop:

@@ -524,7 +524,7 @@ def parts_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
     """
     if INTERPRETED:
         return dict(BN=pow2(images, MIN_DOT, 64), BR=pow2(reduced, MIN_DOT, 1024), BC=pow2(channels, MIN_DOT, 1024))
-    few = channels <= 64 * AT_ONCE or reduced > 64
+    few = channels <= (64 if reduced <= 64 else 128) * AT_ONCE
     rows, block = pow2(reduced, MIN_DOT, 64), pow2(channels, MIN_DOT, 64 if few else 128)
     return dict(BN=MIN_DOT, BR=rows, BC=block, num_warps=max(2, rows * block // 1024), num_stages=1)
 

@@ -31,7 +31,6 @@ ROWS = {
     "exact-channel-blocks": Row((2, 32, 2, 2), 16, tiles=dict(BC=16)),
     "pixel-blocks": Row((2, 20, 3, 5), 17, tiles=dict(BC=16, BM=4)),
     "image-blocks": Row((18, 3, 1, 2), 2, tiles=dict(BN=16)),
-    "finish-blocks": Row((18, 40, 2, 2), 37, tiles=dict(BN=16, BR=16, BC=16)),
     "two-launches": Row((2, 13, 2, 3), 5, "relu", whole_weight=0),
     "two-launches-of-blocks": Row((18, 40, 2, 2), 37, tiles=dict(BN=16, BR=16, BC=16), whole_weight=0),
     "two-launches-one-image": Row((1, 20, 3, 5), 17, "relu6", tiles=dict(BC=16, BM=4), whole_weight=0),
