@@ -1,7 +1,7 @@
 """Squeeze-and-excitation: pool over the image, reduce, act, expand, sigmoid; and all of the backward that is [N, C].
 
 p[n, c] = mean of a = act(scale * u + shift); z = act(Wr p + br); gate = sigmoid(Wx z + bx). Per image and channel the
-backward needs five sums over pixels. Two need no gradient, so the pool takes them: its `sums` [P, N, 3, C], over P
+backward needs five sums over pixels. Two need no gradient, so pool.py takes them: its `sums` [P, N, 3, C], over P
 parts of each image, are those of 0 a, 1 act', 2 act' * xhat, of which `act_sums` [N, 2, C] is kept. The others, of
 project_backward.py, are 0 da * act', 1 da * act' * xhat, 2 da * a, where da is the gradient of the projection's input.
 """
@@ -11,112 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm import load_xhat, store_coef
+from .batch_norm import store_coef
 from .launching import kernel
-from .math import (
-    INTERPRETED,
-    activate,
-    activate_grad,
-    activate_grad_halved,
-    activate_halved,
-    dot,
-    halved,
-    stored,
-    sum_rows,
-)
-from .running import Running, given, load_map
-from .tables import processors
-from .tables import tiles as chosen
+from .math import INTERPRETED, activate, activate_grad, dot, stored, sum_rows
 from .traffic import state
-from .tuning import MIN_DOT, PROGRAMS, accumulator, cdiv, channel_block, numeric, pow2, row_tiles
+from .tuning import MIN_DOT, PROGRAMS, cdiv, numeric, pow2
 
-RESIDENT, ONCE, MOST_PARTS = 16, 8, 64  # of the pool: warps of 128 registers, and what weighs as much as 8 tiles
 AT_ONCE = 16  # parts of a product that are read together
-WHOLE_WEIGHT = 32768  # elements: a larger weight is too much for a program of one image
-
-
-@triton.jit
-def add_pixels(
-    s_a, s_g, s_gx, u_ptr, dy_ptr, o, m, maps, ACT: tl.constexpr, HAS_NORM: tl.constexpr, HAS_GRAD: tl.constexpr,
-    HAS_DY: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """The sums with a tile more of a (times dy), act' and act' * xhat; a WHOLE tile has no pixel to leave out."""
-    b_a = tl.load(u_ptr + o, mask=m, other=0.0).to(ACC)
-    if HAS_GRAD:
-        b_x = b_a * maps[2] + maps[3]
-        b_a, b_g = activate_grad_halved(b_a * maps[0] + maps[1], ACT, FAST)
-        b_g = b_g if WHOLE else tl.where(m, b_g, 0.0)
-        s_g += b_g
-        s_gx += b_g * b_x
-    elif HAS_NORM:
-        b_a = activate_halved(b_a * maps[0] + maps[1], ACT, FAST)
-    if HAS_NORM and not WHOLE:
-        b_a = tl.where(m, b_a, 0.0)
-    if HAS_DY:
-        b_a = b_a * tl.load(dy_ptr + o, mask=m, other=0.0).to(ACC)
-    return s_a + b_a, s_g, s_gx
-
-
-@kernel
-@triton.jit
-def _pool_kernel(
-    u_ptr,
-    norm_ptr,
-    bn_weight_ptr,
-    bn_bias_ptr,
-    mean_ptr,
-    var_ptr,
-    dy_ptr,
-    sums_ptr,
-    N,
-    HW,
-    PIXELS,
-    C: tl.constexpr,
-    EPS: tl.constexpr,
-    ACT: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    HAS_GRAD: tl.constexpr,
-    HAS_DY: tl.constexpr,
-    ACC: tl.constexpr,
-    FAST: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    ROWS: tl.constexpr = 3 if HAS_GRAD else 1
-    n, first = tl.program_id(0) % N, tl.program_id(0) // N * PIXELS
-    end = tl.minimum(first + PIXELS, HW)
-    whole = end - (end - first) % BM
-    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
-    m_c = o_c < C
-    maps = ()  # of u to what the activation takes, and to xhat
-    if HAS_NORM:
-        b_scale, b_shift = load_map(norm_ptr, bn_weight_ptr, bn_bias_ptr, mean_ptr, var_ptr, o_c, m_c, C, EPS, ACC)
-        maps = maps + (halved(b_scale, ACT, FAST)[None, :], halved(b_shift, ACT, FAST)[None, :])
-    if HAS_GRAD:
-        b_rstd, b_nmr = load_xhat(norm_ptr, o_c, m_c, C)
-        maps = maps + (b_rstd[None, :], b_nmr[None, :])
-    b_a = tl.zeros((BM, BC), ACC)
-    b_g = tl.zeros((BM, BC), ACC)
-    b_gx = tl.zeros((BM, BC), ACC)
-    o = tl.arange(0, BM)[:, None] * C + o_c[None, :]  # [BM, BC]
-    m = m_c[None, :]
-    for m0 in tl.range(first, whole, BM, num_stages=STAGES):
-        p = o + (n * HW + m0).to(tl.int64) * C
-        b_a, b_g, b_gx = add_pixels(
-            b_a, b_g, b_gx, u_ptr, dy_ptr, p, m, maps, ACT, HAS_NORM, HAS_GRAD, HAS_DY, True, ACC, FAST
-        )  # fmt: skip
-    if whole < end:
-        p = o + (n * HW + whole).to(tl.int64) * C
-        m_end = (whole + tl.arange(0, BM) < end)[:, None] & m
-        b_a, b_g, b_gx = add_pixels(
-            b_a, b_g, b_gx, u_ptr, dy_ptr, p, m_end, maps, ACT, HAS_NORM, HAS_GRAD, HAS_DY, False, ACC, FAST
-        )  # fmt: skip
-    p_out = sums_ptr + tl.program_id(0).to(tl.int64) * ROWS * C + o_c
-    tl.store(p_out, sum_rows(b_a), mask=m_c)
-    if HAS_GRAD:
-        tl.store(p_out + C, sum_rows(b_g), mask=m_c)
-        tl.store(p_out + 2 * C, sum_rows(b_gx), mask=m_c)
+WHOLE_WEIGHT = 32768  # elements: more of them take longer to read for each image than a second launch
 
 
 @triton.jit
@@ -305,7 +207,7 @@ def _excite_expand_kernel(
         b_bias = tl.load(br_ptr + o_r, mask=o_r < R, other=0.0).to(ACC)
         m = (o_n < N)[:, None] & (o_r < R)[None, :]
         b_r = load_parts(parts_ptr, o_n, o_r, m, N, PARTS, R, AT_ONCE, ACC, BN, BR) + b_bias[None, :]
-        if r_ptr is not None:
+        if r_ptr is not None:  # noqa: SIM102: only one of the two is known to the compiler
             if tl.program_id(1) == 0:
                 tl.store(r_ptr + o_n[:, None] * R + o_r[None, :], b_r, mask=m)
         b_q = dot(activate(b_r, ACT, False), b_w, b_q, ACC, "ieee")
@@ -451,62 +353,6 @@ def _excite_finish_kernel(
             tl.store(dbx_ptr + o_c, sum_rows(b_dbx), mask=m_c)
 
 
-def pool_tiles(rows: int, channels: int) -> dict[str, int]:
-    """[BM pixels, BC channels] a step of a single warp: it adds its rows up without shared memory or a barrier."""
-    if INTERPRETED:
-        return row_tiles(rows, channels) | dict(STAGES=1)
-    block = channel_block(channels)
-    return dict(BM=512 // block, BC=block, num_warps=1, STAGES=4)
-
-
-def split_image(pixels: int, columns: int, tile: int, device: torch.device) -> tuple[int, int]:
-    """(parts of an image, pixels of a part, whole tiles) for `columns` programs each, so that it takes least time.
-
-    A program costs its tiles and as much as ONCE more, and a multiprocessor takes RESIDENT programs at a time.
-    """
-    if INTERPRETED:
-        parts = 2 if pixels > tile else 1
-    else:
-        slots = RESIDENT * processors(device)
-        most = max(1, min(pixels // (2 * tile), MOST_PARTS))
-        parts = min(range(1, most + 1), key=lambda p: cdiv(p * columns, slots) * (cdiv(cdiv(pixels, p), tile) + ONCE))
-    part = tile * cdiv(cdiv(pixels, parts), tile)
-    return cdiv(pixels, part), part
-
-
-def pool(u: Tensor, norm: Tensor | Running | None, dy: Tensor | None, activation: str) -> Tensor:
-    """[P, N, 3, C]: per image and channel, over P parts of the image, the sums of a, act' and act' * xhat.
-
-    The latter two with `norm` as [4, C]; else [P, N, 1, C], the sums of a, with `dy` of a * dy.
-    """
-    n, h, w, c = u.shape
-    gradient = isinstance(norm, Tensor)
-    traits = dict(images=n, activation=activation, norm=norm is not None, gradient=gradient, dy=dy is not None)
-    tiles = chosen("pool", u, pool_tiles, (h * w, c), **traits)
-    columns = cdiv(c, tiles["BC"])
-    parts, pixels = split_image(h * w, n * columns, tiles["BM"], u.device)
-    sums = torch.empty(parts, n, 3 if gradient else 1, c, dtype=accumulator(u.dtype), device=u.device)
-    _pool_kernel[(parts * n, columns)](
-        u_ptr=u,
-        norm_ptr=None if isinstance(norm, Running) else norm,
-        **given(norm),
-        dy_ptr=dy,
-        sums_ptr=sums,
-        N=n,
-        HW=h * w,
-        PIXELS=pixels,
-        C=c,
-        ACT=activation,
-        HAS_NORM=norm is not None,
-        HAS_GRAD=gradient,
-        HAS_DY=dy is not None,
-        **numeric(u.dtype),
-        **tiles,
-    )
-    state("pool", (u, *(norm.tensors if isinstance(norm, Running) else (norm,)), dy), (sums,))
-    return sums
-
-
 def excite_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
     """[BR, BC]: all reduced channels and a step's others; training and inference."""
     rows = pow2(reduced, MIN_DOT, 1024)
@@ -575,7 +421,9 @@ def excite_fwd(
         r = sums.new_empty(n, reduced)
         saved = pooled, act_sums, r
     if c * reduced > WHOLE_WEIGHT:
-        _reduce_and_expand(sums, pixels, reduce_weight, reduce_bias, expand_weight, expand_bias, activation, saved, gate)
+        _reduce_and_expand(
+            sums, pixels, reduce_weight, reduce_bias, expand_weight, expand_bias, activation, saved, gate
+        )
         return saved, gate
     _excite_fwd_kernel[(n,)](
         sums_ptr=sums,
