@@ -207,7 +207,7 @@ def _excite_expand_kernel(
         b_bias = tl.load(br_ptr + o_r, mask=o_r < R, other=0.0).to(ACC)
         m = (o_n < N)[:, None] & (o_r < R)[None, :]
         b_r = load_parts(parts_ptr, o_n, o_r, m, N, PARTS, R, AT_ONCE, ACC, BN, BR) + b_bias[None, :]
-        if r_ptr is not None:  # noqa: SIM102: only one of the two is known to the compiler
+        if r_ptr is not None:  # noqa: SIM102  only this is known to the compiler
             if tl.program_id(1) == 0:
                 tl.store(r_ptr + o_n[:, None] * R + o_r[None, :], b_r, mask=m)
         b_q = dot(activate(b_r, ACT, False), b_w, b_q, ACC, "ieee")
