@@ -91,21 +91,33 @@ def _bn_bwd_finalize(a: Arguments) -> tuple[int, tuple[Path, ...]]:
 
 
 def _excite_fwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    channels, sums = _over(a, "C", "BC", fixed=True), 3 if a["ROWS"] == 3 else 1
+    return 0, _one(replace(channels, inner=(_over(a, "P", "BP"),) * sums), channels)
+
+
+def _excite_reduce(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     sums = 3 if a["ROWS"] == 3 else 1
-    return 0, _one(_channels_of_parts(a, sums), _over(a, "C", "BC", fixed=True))
+    return 0, _one(Loop(a["P"]), _over(a, "R", "BR", fixed=True), *[Loop(a["P"])] * (sums - 1))
 
 
-def _excite_bwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    return 0, _one(_channels_of_parts(a, 3 if a["ROWS"] == 3 else 1))
-
-
-def _channels_of_parts(a: Arguments, sums: int) -> Loop:
-    """A loop over channels that adds up the parts of so many sums."""
-    return replace(_over(a, "C", "BC", fixed=True), inner=(_over(a, "P", "BP"),) * sums)
+def _excite_expand(a: Arguments) -> tuple[int, tuple[Path, ...]]:
+    return 0, _one(_blocks_of_parts(a))
 
 
 def _excite_finish(a: Arguments) -> tuple[int, tuple[Path, ...]]:
-    return 0, _one(_over(a, "N", "BN"))
+    images, blocks = _over(a, "N", "BN"), _blocks_of_parts(a)
+    count = ceil(a["R"] / a["BR"])
+    each = 1 / (1 + 2 * count)
+    pool = Path(each, (replace(images, inner=(blocks,)),))
+    reduce = Path(count * each, (replace(images, inner=(_over(a, "PARTS", "AT_ONCE"),)),))
+    expand = Path(count * each, (images,))
+    return 0, (pool, expand, reduce) if count == 1 else (pool, reduce, expand)  # the machine code's order
+
+
+def _blocks_of_parts(a: Arguments) -> Loop:
+    """A loop over blocks of reduced channels that adds up the parts of each, or what is left of it for one block."""
+    blocks, parts = _over(a, "R", "BR", fixed=True), _over(a, "PARTS", "AT_ONCE")
+    return parts if blocks.trips == 1 else replace(blocks, inner=(parts,))
 
 
 def _straight(a: Arguments) -> tuple[int, tuple[Path, ...]]:
@@ -139,7 +151,9 @@ MODELS: dict[str, Model] = {
     "_bn_bwd_finalize_kernel": _bn_bwd_finalize,
     "_bn_coef_kernel": _straight,
     "_excite_fwd_kernel": _excite_fwd,
-    "_excite_bwd_kernel": _excite_bwd,
+    "_excite_reduce_kernel": _excite_reduce,
+    "_excite_expand_kernel": _excite_expand,
+    "_excite_bwd_kernel": _excite_reduce,
     "_excite_finish_kernel": _excite_finish,
 }
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastmbconv.kernels import batch_norm, depthwise_inference, ends, squeeze_excite
 from fastmbconv.kernels import pointwise as pointwise_kernels
+from fastmbconv.kernels import pool as pool_kernels
 from fastmbconv.kernels.running import Running
 from fastmbconv.ops import _operator
 
@@ -122,7 +123,7 @@ def dense_inference(
     gate = None
     if reduce_weight is not None:
         assert reduce_bias is not None and se_expand_weight is not None and se_expand_bias is not None
-        sums = squeeze_excite.pool(u, bn1, None, activation)
+        sums = pool_kernels.pool(u, bn1, None, activation)
         _, gate = squeeze_excite.excite_fwd(
             sums, u.shape[1] * u.shape[2], reduce_weight, reduce_bias, se_expand_weight, se_expand_bias, se_activation
         )

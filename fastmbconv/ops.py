@@ -28,6 +28,7 @@ from fastmbconv.kernels import (
     synchronised,
 )
 from fastmbconv.kernels import pointwise as pointwise_kernels
+from fastmbconv.kernels import pool as pool_kernels
 from fastmbconv.kernels.launching import writing
 from fastmbconv.kernels.library import cast
 from fastmbconv.kernels.traffic import summed
@@ -310,7 +311,7 @@ def pool_excite(
     `act_sums` are those of act' and act' * xhat, for the backward; empty without norm.
     """
     n, h, w, c = u.shape
-    sums = squeeze_excite.pool(u, norm, None, activation)
+    sums = pool_kernels.pool(u, norm, None, activation)
     kept, gate = squeeze_excite.excite_fwd(
         sums, h * w, reduce_weight, reduce_bias, expand_weight, expand_bias, se_activation, u.dtype
     )
@@ -508,7 +509,7 @@ def squeeze_excite_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, gradients of the reduce weight and bias and of the expand weight and bias) of x * gate."""
     n, h, w, c = x.shape
-    sums = squeeze_excite.pool(x, None, dy, "none")
+    sums = pool_kernels.pool(x, None, dy, "none")
     offset, _, *grads = squeeze_excite.excite_bwd(
         sums, None, pooled, r, gate, reduce_weight, expand_weight, h * w, se_activation
     )

@@ -1,7 +1,7 @@
 """Squeeze-and-excitation: pool over the image, reduce, act, expand, sigmoid; and all of the backward that is [N, C].
 
 p[n, c] = mean of a = act(scale * u + shift); z = act(Wr p + br); gate = sigmoid(Wx z + bx). Per image and channel the
-backward needs five sums over pixels. Two need no gradient, so the pool takes them: its `sums` [P, N, 3, C], over P
+backward needs five sums over pixels. Two need no gradient, so pool.py takes them: its `sums` [P, N, 3, C], over P
 parts of each image, are those of 0 a, 1 act', 2 act' * xhat, of which `act_sums` [N, 2, C] is kept. The others, of
 project_backward.py, are 0 da * act', 1 da * act' * xhat, 2 da * a, where da is the gradient of the projection's input.
 """
@@ -11,110 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm import load_xhat, store_coef
+from .batch_norm import store_coef
 from .launching import kernel
-from .math import (
-    INTERPRETED,
-    activate,
-    activate_grad,
-    activate_grad_halved,
-    activate_halved,
-    dot,
-    halved,
-    stored,
-    sum_rows,
-)
-from .running import Running, given, load_map
-from .tables import processors
-from .tables import tiles as chosen
+from .math import INTERPRETED, activate, activate_grad, dot, stored, sum_rows
 from .traffic import state
-from .tuning import MIN_DOT, PROGRAMS, accumulator, cdiv, channel_block, numeric, pow2, row_tiles
+from .tuning import MIN_DOT, PROGRAMS, cdiv, numeric, pow2
 
-RESIDENT, ONCE, MOST_PARTS = 16, 8, 64  # of the pool: warps of 128 registers, and what weighs as much as 8 tiles
-
-
-@triton.jit
-def add_pixels(
-    s_a, s_g, s_gx, u_ptr, dy_ptr, o, m, maps, ACT: tl.constexpr, HAS_NORM: tl.constexpr, HAS_GRAD: tl.constexpr,
-    HAS_DY: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """The sums with a tile more of a (times dy), act' and act' * xhat; a WHOLE tile has no pixel to leave out."""
-    b_a = tl.load(u_ptr + o, mask=m, other=0.0).to(ACC)
-    if HAS_GRAD:
-        b_x = b_a * maps[2] + maps[3]
-        b_a, b_g = activate_grad_halved(b_a * maps[0] + maps[1], ACT, FAST)
-        b_g = b_g if WHOLE else tl.where(m, b_g, 0.0)
-        s_g += b_g
-        s_gx += b_g * b_x
-    elif HAS_NORM:
-        b_a = activate_halved(b_a * maps[0] + maps[1], ACT, FAST)
-    if HAS_NORM and not WHOLE:
-        b_a = tl.where(m, b_a, 0.0)
-    if HAS_DY:
-        b_a = b_a * tl.load(dy_ptr + o, mask=m, other=0.0).to(ACC)
-    return s_a + b_a, s_g, s_gx
-
-
-@kernel
-@triton.jit
-def _pool_kernel(
-    u_ptr,
-    norm_ptr,
-    bn_weight_ptr,
-    bn_bias_ptr,
-    mean_ptr,
-    var_ptr,
-    dy_ptr,
-    sums_ptr,
-    N,
-    HW,
-    PIXELS,
-    C: tl.constexpr,
-    EPS: tl.constexpr,
-    ACT: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    HAS_GRAD: tl.constexpr,
-    HAS_DY: tl.constexpr,
-    ACC: tl.constexpr,
-    FAST: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    ROWS: tl.constexpr = 3 if HAS_GRAD else 1
-    n, first = tl.program_id(0) % N, tl.program_id(0) // N * PIXELS
-    end = tl.minimum(first + PIXELS, HW)
-    whole = end - (end - first) % BM
-    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
-    m_c = o_c < C
-    maps = ()  # of u to what the activation takes, and to xhat
-    if HAS_NORM:
-        b_scale, b_shift = load_map(norm_ptr, bn_weight_ptr, bn_bias_ptr, mean_ptr, var_ptr, o_c, m_c, C, EPS, ACC)
-        maps = maps + (halved(b_scale, ACT, FAST)[None, :], halved(b_shift, ACT, FAST)[None, :])
-    if HAS_GRAD:
-        b_rstd, b_nmr = load_xhat(norm_ptr, o_c, m_c, C)
-        maps = maps + (b_rstd[None, :], b_nmr[None, :])
-    b_a = tl.zeros((BM, BC), ACC)
-    b_g = tl.zeros((BM, BC), ACC)
-    b_gx = tl.zeros((BM, BC), ACC)
-    o = tl.arange(0, BM)[:, None] * C + o_c[None, :]  # [BM, BC]
-    m = m_c[None, :]
-    for m0 in tl.range(first, whole, BM, num_stages=STAGES):
-        p = o + (n * HW + m0).to(tl.int64) * C
-        b_a, b_g, b_gx = add_pixels(
-            b_a, b_g, b_gx, u_ptr, dy_ptr, p, m, maps, ACT, HAS_NORM, HAS_GRAD, HAS_DY, True, ACC, FAST
-        )  # fmt: skip
-    if whole < end:
-        p = o + (n * HW + whole).to(tl.int64) * C
-        m_end = (whole + tl.arange(0, BM) < end)[:, None] & m
-        b_a, b_g, b_gx = add_pixels(
-            b_a, b_g, b_gx, u_ptr, dy_ptr, p, m_end, maps, ACT, HAS_NORM, HAS_GRAD, HAS_DY, False, ACC, FAST
-        )  # fmt: skip
-    p_out = sums_ptr + tl.program_id(0).to(tl.int64) * ROWS * C + o_c
-    tl.store(p_out, sum_rows(b_a), mask=m_c)
-    if HAS_GRAD:
-        tl.store(p_out + C, sum_rows(b_g), mask=m_c)
-        tl.store(p_out + 2 * C, sum_rows(b_gx), mask=m_c)
+AT_ONCE = 16  # parts of a product that are read together
+WHOLE_WEIGHT = 32768  # elements: more of them take longer to read for each image than a second launch
 
 
 @triton.jit
@@ -196,47 +100,165 @@ def _excite_fwd_kernel(
     store_gate(gate_ptr, wx_ptr, bx_ptr, b_r, n, C, R, ACT, ACC, BR, BC)
 
 
+@triton.jit
+def load_sums(
+    sums_ptr, o_n, row, o_c, m, N, P, C, ROWS: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
+):
+    """[BN, BC]: one of the sums of a block of images, their P parts added one by one."""
+    b_s = tl.zeros((BN, BC), ACC)
+    for p in range(P):
+        p_sum = sums_ptr + ((p * N + o_n) * ROWS + row).to(tl.int64)[:, None] * C + o_c[None, :]
+        b_s += tl.load(p_sum, mask=m, other=0.0)
+    return b_s
+
+
+@triton.jit
+def store_products(
+    parts_ptr, part, weight_ptr, b_v, o_n, o_c, N, R: tl.constexpr, C, stride_c, stride_r, ACC: tl.constexpr,
+    BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """A part [N, R] of v [BN, BC] times a weight of C by R, which has these strides: its BC channels alone."""
+    for r0 in range(0, R, BR):
+        o_r = r0 + tl.arange(0, BR)
+        m_w = (o_c < C)[:, None] & (o_r < R)[None, :]
+        p_w = weight_ptr + o_c[:, None] * stride_c + o_r[None, :] * stride_r
+        b_w = tl.load(p_w, mask=m_w, other=0.0).to(ACC)  # [BC, BR]
+        b_y = dot(b_v, b_w, tl.zeros((BN, BR), ACC), ACC, "ieee")
+        p_out = parts_ptr + (part * N + o_n).to(tl.int64)[:, None] * R + o_r[None, :]
+        tl.store(p_out, b_y, mask=(o_n < N)[:, None] & (o_r < R)[None, :])
+
+
+@triton.jit
+def load_parts(
+    parts_ptr, o_n, o_r, m, N, PARTS, R: tl.constexpr, AT_ONCE: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr,
+    BR: tl.constexpr,
+):  # fmt: skip
+    """[BN, BR]: what `store_products` left, its parts added one by one; AT_ONCE of them are on their way."""
+    b_s = tl.zeros((BN, BR), ACC)
+    for s0 in range(0, PARTS, AT_ONCE):
+        for s in tl.static_range(AT_ONCE):
+            o_s = (s0 + s) * N + o_n
+            p_part = parts_ptr + o_s.to(tl.int64)[:, None] * R + o_r[None, :]
+            b_s += tl.load(p_part, mask=(o_s < PARTS * N)[:, None] & m, other=0.0)
+    return b_s
+
+
+@kernel
+@triton.jit
+def _excite_reduce_kernel(
+    sums_ptr,
+    wr_ptr,
+    p_ptr,
+    act_sums_ptr,
+    parts_ptr,
+    N,
+    HW,
+    P,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACC: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    m = (o_n < N)[:, None] & (o_c < C)[None, :]
+    o_nc = o_n[:, None] * C + o_c[None, :]  # [BN, BC]
+    b_p = load_sums(sums_ptr, o_n, 0, o_c, m, N, P, C, ROWS, ACC, BN, BC) / HW
+    if p_ptr is not None:
+        b_p = stored(b_p, p_ptr.dtype.element_ty)
+        tl.store(p_ptr + o_nc, b_p, mask=m)
+    store_products(parts_ptr, tl.program_id(1), wr_ptr, b_p.to(ACC), o_n, o_c, N, R, C, 1, C, ACC, BN, BR)
+    if act_sums_ptr is not None:
+        for row in tl.static_range(1, 3):
+            b_s = load_sums(sums_ptr, o_n, row, o_c, m, N, P, C, ROWS, ACC, BN, BC)
+            tl.store(act_sums_ptr + o_nc + (o_n[:, None] + row - 1) * C, b_s, mask=m)
+
+
+@kernel
+@triton.jit
+def _excite_expand_kernel(
+    parts_ptr,
+    br_ptr,
+    wx_ptr,
+    bx_ptr,
+    r_ptr,
+    gate_ptr,
+    N,
+    PARTS,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    ACT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    ACC: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    b_q = tl.zeros((BN, BC), ACC)
+    for r0 in range(0, R, BR):
+        o_r = r0 + tl.arange(0, BR)
+        m_w = (o_r < R)[:, None] & (o_c < C)[None, :]
+        b_w = tl.load(wx_ptr + o_c[None, :] * R + o_r[:, None], mask=m_w, other=0.0).to(ACC)  # [BR, BC]
+        b_bias = tl.load(br_ptr + o_r, mask=o_r < R, other=0.0).to(ACC)
+        m = (o_n < N)[:, None] & (o_r < R)[None, :]
+        b_r = load_parts(parts_ptr, o_n, o_r, m, N, PARTS, R, AT_ONCE, ACC, BN, BR) + b_bias[None, :]
+        if r_ptr is not None:  # noqa: SIM102  only this is known to the compiler
+            if tl.program_id(1) == 0:
+                tl.store(r_ptr + o_n[:, None] * R + o_r[None, :], b_r, mask=m)
+        b_q = dot(activate(b_r, ACT, False), b_w, b_q, ACC, "ieee")
+    b_q += tl.load(bx_ptr + o_c, mask=o_c < C, other=0.0).to(ACC)[None, :]
+    m = (o_n < N)[:, None] & (o_c < C)[None, :]
+    tl.store(gate_ptr + o_n[:, None] * C + o_c[None, :], 1.0 / (1.0 + tl.exp(-b_q)), mask=m)
+
+
 @kernel
 @triton.jit
 def _excite_bwd_kernel(
     sums_ptr,
     gate_ptr,
-    r_ptr,
     wx_ptr,
     dq_ptr,
-    dr_ptr,
+    parts_ptr,
     gated_ptr,
     N,
     P,
     C: tl.constexpr,
     R: tl.constexpr,
-    ACT: tl.constexpr,
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
-    BP: tl.constexpr,
+    BN: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    n = tl.program_id(0)
-    o_r = tl.arange(0, BR)
-    m_r = o_r < R
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    m = (o_n < N)[:, None] & (o_c < C)[None, :]
+    o_nc = o_n[:, None] * C + o_c[None, :]  # [BN, BC]
     GATE_ROW: tl.constexpr = 2 if ROWS == 3 else 0
-    b_dz = tl.zeros((BR, BC), ACC)
-    for c0 in range(0, C, BC):
-        o_c = c0 + tl.arange(0, BC)
-        m_c = o_c < C
-        b_gate = tl.load(gate_ptr + n * C + o_c, mask=m_c, other=0.0)
-        b_dq = load_sum(sums_ptr, n, GATE_ROW, o_c, m_c, N, P, C, ROWS, ACC, BP, BC) * b_gate * (1.0 - b_gate)
-        tl.store(dq_ptr + n * C + o_c, b_dq, mask=m_c)
-        if ROWS == 3:
-            for row in tl.static_range(2):
-                b_s = b_gate * load_sum(sums_ptr, n, row, o_c, m_c, N, P, C, 3, ACC, BP, BC)
-                tl.store(gated_ptr + (2 * n + row) * C + o_c, b_s, mask=m_c)
-        m = m_r[:, None] & m_c[None, :]
-        b_w = tl.load(wx_ptr + o_c[None, :] * R + o_r[:, None], mask=m, other=0.0).to(ACC)  # [BR, BC]
-        b_dz += b_w * b_dq[None, :]
-    _, b_g = activate_grad(tl.load(r_ptr + n * R + o_r, mask=m_r, other=0.0), ACT, False)
-    tl.store(dr_ptr + n * R + o_r, tl.sum(b_dz, 1) * b_g, mask=m_r)
+    b_gate = tl.load(gate_ptr + o_nc, mask=m, other=0.0)
+    b_dq = load_sums(sums_ptr, o_n, GATE_ROW, o_c, m, N, P, C, ROWS, ACC, BN, BC) * b_gate * (1.0 - b_gate)
+    tl.store(dq_ptr + o_nc, b_dq, mask=m)
+    store_products(parts_ptr, tl.program_id(1), wx_ptr, b_dq, o_n, o_c, N, R, C, R, 1, ACC, BN, BR)
+    if ROWS == 3:
+        for row in tl.static_range(2):
+            b_s = b_gate * load_sums(sums_ptr, o_n, row, o_c, m, N, P, C, 3, ACC, BN, BC)
+            tl.store(gated_ptr + o_nc + (o_n[:, None] + row) * C, b_s, mask=m)
+
+
+@triton.jit
+def load_dr(
+    dz_ptr, r_ptr, o_n, o_r, N, PARTS, R: tl.constexpr, ACT: tl.constexpr, AT_ONCE: tl.constexpr,
+    ACC: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """[BN, BR]: the gradient of the reduced vector before its activation."""
+    m = (o_n < N)[:, None] & (o_r < R)[None, :]
+    _, b_g = activate_grad(tl.load(r_ptr + o_n[:, None] * R + o_r[None, :], mask=m, other=0.0), ACT, False)
+    return load_parts(dz_ptr, o_n, o_r, m, N, PARTS, R, AT_ONCE, ACC, BN, BR) * b_g
 
 
 @kernel
@@ -247,7 +269,7 @@ def _excite_finish_kernel(
     p_ptr,
     r_ptr,
     dq_ptr,
-    dr_ptr,
+    dz_ptr,
     wr_ptr,
     norm_ptr,
     offset_ptr,
@@ -259,114 +281,76 @@ def _excite_finish_kernel(
     dbx_ptr,
     N,
     HW,
+    PARTS,
     C: tl.constexpr,
     R: tl.constexpr,
     ACT: tl.constexpr,
     BATCH: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     ACC: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
-    o_r = tl.arange(0, BR)
-    m_c, m_r = o_c < C, o_r < R
-    m_rc = m_r[:, None] & m_c[None, :]
-    b_w = tl.load(wr_ptr + o_r[:, None] * C + o_c[None, :], mask=m_rc, other=0.0).to(ACC)  # [BR, BC]
-    b_dwr = tl.zeros((BR, BC), ACC)
-    b_dwx = tl.zeros((BC, BR), ACC)
-    b_dbr = tl.zeros((BN, BR), ACC)
-    b_dbx = tl.zeros((BN, BC), ACC)
-    b_db = tl.zeros((BN, BC), ACC)
-    b_dg = tl.zeros((BN, BC), ACC)
-    for n0 in range(0, N, BN):
-        o_n = n0 + tl.arange(0, BN)
-        m_nc = (o_n < N)[:, None] & m_c[None, :]
-        m_nr = (o_n < N)[:, None] & m_r[None, :]
-        o_nc = o_n[:, None] * C + o_c[None, :]  # [BN, BC]
-        o_nr = o_n[:, None] * R + o_r[None, :]  # [BN, BR]
-        b_p = tl.load(p_ptr + o_nc, mask=m_nc, other=0.0).to(ACC)
-        b_dq = tl.load(dq_ptr + o_nc, mask=m_nc, other=0.0)
-        b_r = tl.load(r_ptr + o_nr, mask=m_nr, other=0.0)
-        b_dr = tl.load(dr_ptr + o_nr, mask=m_nr, other=0.0)
-        b_dp = dot(b_dr, b_w, tl.zeros((BN, BC), ACC), ACC, "ieee") / HW
-        tl.store(offset_ptr + o_nc, b_dp, mask=m_nc)
+    m_c = o_c < C
+    BLOCKS: tl.constexpr = (R + BR - 1) // BR
+    if tl.program_id(1) == 0:  # the pool's gradient, and what is summed with it
+        b_db = tl.zeros((BN, BC), ACC)
+        b_dg = tl.zeros((BN, BC), ACC)
+        for n0 in range(0, N, BN):
+            o_n = n0 + tl.arange(0, BN)
+            b_dp = tl.zeros((BN, BC), ACC)
+            for r0 in range(0, R, BR):
+                o_r = r0 + tl.arange(0, BR)
+                m_w = (o_r < R)[:, None] & m_c[None, :]
+                b_w = tl.load(wr_ptr + o_r[:, None] * C + o_c[None, :], mask=m_w, other=0.0).to(ACC)  # [BR, BC]
+                b_dr = load_dr(dz_ptr, r_ptr, o_n, o_r, N, PARTS, R, ACT, AT_ONCE, ACC, BN, BR)
+                b_dp = dot(b_dr, b_w, b_dp, ACC, "ieee")
+            b_dp = b_dp / HW
+            m_nc = (o_n < N)[:, None] & m_c[None, :]
+            o_nc = o_n[:, None] * C + o_c[None, :]  # [BN, BC]
+            tl.store(offset_ptr + o_nc, b_dp, mask=m_nc)
+            if norm_ptr is not None:
+                o_two = o_nc + o_n[:, None] * C  # of [N, 2, C]
+                b_db += tl.load(gated_ptr + o_two, mask=m_nc, other=0.0)
+                b_db += b_dp * tl.load(act_sums_ptr + o_two, mask=m_nc, other=0.0)
+                b_dg += tl.load(gated_ptr + o_two + C, mask=m_nc, other=0.0)
+                b_dg += b_dp * tl.load(act_sums_ptr + o_two + C, mask=m_nc, other=0.0)
         if norm_ptr is not None:
-            o_two = o_nc + o_n[:, None] * C  # of [N, 2, C]
-            b_db += tl.load(gated_ptr + o_two, mask=m_nc, other=0.0)
-            b_db += b_dp * tl.load(act_sums_ptr + o_two, mask=m_nc, other=0.0)
-            b_dg += tl.load(gated_ptr + o_two + C, mask=m_nc, other=0.0)
-            b_dg += b_dp * tl.load(act_sums_ptr + o_two + C, mask=m_nc, other=0.0)
-        b_dwr = dot(tl.trans(b_dr), b_p, b_dwr, ACC, "ieee")
-        b_dwx = dot(tl.trans(b_dq), activate(b_r, ACT, False), b_dwx, ACC, "ieee")
-        b_dbr += b_dr
-        b_dbx += b_dq
-    tl.store(dwr_ptr + o_r[:, None] * C + o_c[None, :], b_dwr, mask=m_rc)
-    tl.store(dwx_ptr + o_c[:, None] * R + o_r[None, :], b_dwx, mask=m_c[:, None] & m_r[None, :])
-    tl.store(dbx_ptr + o_c, sum_rows(b_dbx), mask=m_c)
-    if tl.program_id(0) == 0:
-        tl.store(dbr_ptr + o_r, sum_rows(b_dbr), mask=m_r)
-    if norm_ptr is not None:
-        b_dweight, b_dbias = sum_rows(b_dg), sum_rows(b_db)
-        tl.store(grads_ptr + o_c, b_dweight, mask=m_c)
-        tl.store(grads_ptr + C + o_c, b_dbias, mask=m_c)
-        store_coef(norm_ptr, coef_ptr, o_c, m_c, C, b_dweight, b_dbias, N * HW, BATCH)
-
-
-def pool_tiles(rows: int, channels: int) -> dict[str, int]:
-    """[BM pixels, BC channels] a step of a single warp: it adds its rows up without shared memory or a barrier."""
-    if INTERPRETED:
-        return row_tiles(rows, channels) | dict(STAGES=1)
-    block = channel_block(channels)
-    return dict(BM=512 // block, BC=block, num_warps=1, STAGES=4)
-
-
-def split_image(pixels: int, columns: int, tile: int, device: torch.device) -> tuple[int, int]:
-    """(parts of an image, pixels of a part, whole tiles) for `columns` programs each, so that it takes least time.
-
-    A program costs its tiles and as much as ONCE more, and a multiprocessor takes RESIDENT programs at a time.
-    """
-    if INTERPRETED:
-        parts = 2 if pixels > tile else 1
-    else:
-        slots = RESIDENT * processors(device)
-        most = max(1, min(pixels // (2 * tile), MOST_PARTS))
-        parts = min(range(1, most + 1), key=lambda p: cdiv(p * columns, slots) * (cdiv(cdiv(pixels, p), tile) + ONCE))
-    part = tile * cdiv(cdiv(pixels, parts), tile)
-    return cdiv(pixels, part), part
-
-
-def pool(u: Tensor, norm: Tensor | Running | None, dy: Tensor | None, activation: str) -> Tensor:
-    """[P, N, 3, C]: per image and channel, over P parts of the image, the sums of a, act' and act' * xhat.
-
-    The latter two with `norm` as [4, C]; else [P, N, 1, C], the sums of a, with `dy` of a * dy.
-    """
-    n, h, w, c = u.shape
-    gradient = isinstance(norm, Tensor)
-    traits = dict(images=n, activation=activation, norm=norm is not None, gradient=gradient, dy=dy is not None)
-    tiles = chosen("pool", u, pool_tiles, (h * w, c), **traits)
-    columns = cdiv(c, tiles["BC"])
-    parts, pixels = split_image(h * w, n * columns, tiles["BM"], u.device)
-    sums = torch.empty(parts, n, 3 if gradient else 1, c, dtype=accumulator(u.dtype), device=u.device)
-    _pool_kernel[(parts * n, columns)](
-        u_ptr=u,
-        norm_ptr=None if isinstance(norm, Running) else norm,
-        **given(norm),
-        dy_ptr=dy,
-        sums_ptr=sums,
-        N=n,
-        HW=h * w,
-        PIXELS=pixels,
-        C=c,
-        ACT=activation,
-        HAS_NORM=norm is not None,
-        HAS_GRAD=gradient,
-        HAS_DY=dy is not None,
-        **numeric(u.dtype),
-        **tiles,
-    )
-    state("pool", (u, *(norm.tensors if isinstance(norm, Running) else (norm,)), dy), (sums,))
-    return sums
+            b_dweight, b_dbias = sum_rows(b_dg), sum_rows(b_db)
+            tl.store(grads_ptr + o_c, b_dweight, mask=m_c)
+            tl.store(grads_ptr + C + o_c, b_dbias, mask=m_c)
+            store_coef(norm_ptr, coef_ptr, o_c, m_c, C, b_dweight, b_dbias, N * HW, BATCH)
+    elif tl.program_id(1) <= BLOCKS:  # the reduce weight's gradient, of a block of reduced channels
+        o_r = (tl.program_id(1) - 1) * BR + tl.arange(0, BR)
+        b_dwr = tl.zeros((BR, BC), ACC)
+        b_dbr = tl.zeros((BN, BR), ACC)
+        for n0 in range(0, N, BN):
+            o_n = n0 + tl.arange(0, BN)
+            m_nc = (o_n < N)[:, None] & m_c[None, :]
+            b_p = tl.load(p_ptr + o_n[:, None] * C + o_c[None, :], mask=m_nc, other=0.0).to(ACC)  # [BN, BC]
+            b_dr = load_dr(dz_ptr, r_ptr, o_n, o_r, N, PARTS, R, ACT, AT_ONCE, ACC, BN, BR)
+            b_dwr = dot(tl.trans(b_dr), b_p, b_dwr, ACC, "ieee")
+            b_dbr += b_dr
+        tl.store(dwr_ptr + o_r[:, None] * C + o_c[None, :], b_dwr, mask=(o_r < R)[:, None] & m_c[None, :])
+        if tl.program_id(0) == 0:
+            tl.store(dbr_ptr + o_r, sum_rows(b_dbr), mask=o_r < R)
+    else:  # the expand weight's
+        o_r = (tl.program_id(1) - BLOCKS - 1) * BR + tl.arange(0, BR)
+        b_dwx = tl.zeros((BC, BR), ACC)
+        b_dbx = tl.zeros((BN, BC), ACC)
+        for n0 in range(0, N, BN):
+            o_n = n0 + tl.arange(0, BN)
+            m_nc = (o_n < N)[:, None] & m_c[None, :]
+            m_nr = (o_n < N)[:, None] & (o_r < R)[None, :]
+            b_dq = tl.load(dq_ptr + o_n[:, None] * C + o_c[None, :], mask=m_nc, other=0.0)  # [BN, BC]
+            b_r = tl.load(r_ptr + o_n[:, None] * R + o_r[None, :], mask=m_nr, other=0.0)  # [BN, BR]
+            b_dwx = dot(tl.trans(b_dq), activate(b_r, ACT, False), b_dwx, ACC, "ieee")
+            b_dbx += b_dq
+        tl.store(dwx_ptr + o_c[:, None] * R + o_r[None, :], b_dwx, mask=m_c[:, None] & (o_r < R)[None, :])
+        if tl.program_id(1) == BLOCKS + 1:
+            tl.store(dbx_ptr + o_c, sum_rows(b_dbx), mask=m_c)
 
 
 def excite_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
@@ -379,12 +363,32 @@ def excite_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
     return dict(BR=rows, BC=pow2(channels, MIN_DOT, block), num_warps=8 if few else 4)
 
 
-def _finish_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
-    """[BN images a step, BC channels]: few channels, so that there are programs for more multiprocessors."""
-    rows = pow2(reduced, MIN_DOT, 1024)
+def parts_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
+    """[BN images, BR reduced channels a step, BC channels] of a program that leaves a part of a product.
+
+    Of many channels it takes more where registers allow: what adds up the parts waits for AT_ONCE of them together.
+    """
     if INTERPRETED:
-        return dict(BN=pow2(images, MIN_DOT, 256), BR=rows, BC=pow2(channels, MIN_DOT, 1024))
-    return dict(BN=MIN_DOT, BR=rows, BC=MIN_DOT, num_warps=4 if rows <= 32 else 8)  # with more of them it spills
+        return dict(BN=pow2(images, MIN_DOT, 64), BR=pow2(reduced, MIN_DOT, 1024), BC=pow2(channels, MIN_DOT, 1024))
+    few = channels <= (64 if reduced <= 64 else 128) * AT_ONCE
+    rows, block = pow2(reduced, MIN_DOT, 64), pow2(channels, MIN_DOT, 64 if few else 128)
+    return dict(BN=MIN_DOT, BR=rows, BC=block, num_warps=max(2, rows * block // 1024), num_stages=1)
+
+
+def expand_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
+    """[BN images, BR reduced channels a step, BC channels], 4 to 8 values a thread of the parts that it adds up."""
+    if INTERPRETED:
+        return dict(BN=pow2(images, MIN_DOT, 64), BR=pow2(reduced, MIN_DOT, 1024), BC=pow2(channels, MIN_DOT, 1024))
+    rows = pow2(reduced, MIN_DOT, 128)
+    return dict(BN=MIN_DOT, BR=rows, BC=pow2(channels, MIN_DOT, 64), num_warps=max(1, rows // 16), num_stages=1)
+
+
+def _finish_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
+    """[BN images a step, BR reduced channels, BC channels]; up to 48 reduced ones are as good as none idle in 16."""
+    if INTERPRETED:
+        return dict(BN=pow2(images, MIN_DOT, 256), BR=pow2(reduced, MIN_DOT, 1024), BC=pow2(channels, MIN_DOT, 1024))
+    rows = MIN_DOT if reduced <= 48 else 64
+    return dict(BN=32, BR=rows, BC=32, num_warps=4 if rows == MIN_DOT else 8, num_stages=1)
 
 
 def added_parts(parts: int) -> int:
@@ -416,6 +420,11 @@ def excite_fwd(
         act_sums = sums.new_empty((n, 2, c) if rows == 3 else 0)
         r = sums.new_empty(n, reduced)
         saved = pooled, act_sums, r
+    if c * reduced > WHOLE_WEIGHT:
+        _reduce_and_expand(
+            sums, pixels, reduce_weight, reduce_bias, expand_weight, expand_bias, activation, saved, gate
+        )
+        return saved, gate
     _excite_fwd_kernel[(n,)](
         sums_ptr=sums,
         wr_ptr=reduce_weight,
@@ -441,6 +450,61 @@ def excite_fwd(
     return saved, gate
 
 
+def _reduce_and_expand(
+    sums: Tensor,
+    pixels: int,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    activation: str,
+    saved: tuple[Tensor, Tensor, Tensor] | None,
+    gate: Tensor,
+) -> None:
+    """The same in two launches: a program takes some of a weight's channels for many images, not all for one."""
+    part_count, n, rows, c = sums.shape
+    reduced = reduce_weight.shape[0]
+    pooled, act_sums, r = (None,) * 3 if saved is None else saved
+    acc = numeric(sums.dtype)["ACC"]
+    tiles = parts_tiles(n, c, reduced)
+    grid = cdiv(n, tiles["BN"]), cdiv(c, tiles["BC"])
+    parts = sums.new_empty(grid[1], n, reduced)
+    _excite_reduce_kernel[grid](
+        sums_ptr=sums,
+        wr_ptr=reduce_weight,
+        p_ptr=pooled,
+        act_sums_ptr=act_sums if rows == 3 else None,
+        parts_ptr=parts,
+        N=n,
+        HW=pixels,
+        P=part_count,
+        C=c,
+        R=reduced,
+        ROWS=rows,
+        ACC=acc,
+        **tiles,
+    )
+    state("excite_reduce", (sums, reduce_weight), (pooled, act_sums if rows == 3 else None, parts))
+    tiles = expand_tiles(n, c, reduced)
+    _excite_expand_kernel[(cdiv(n, tiles["BN"]), cdiv(c, tiles["BC"]))](
+        parts_ptr=parts,
+        br_ptr=reduce_bias,
+        wx_ptr=expand_weight,
+        bx_ptr=expand_bias,
+        r_ptr=r,
+        gate_ptr=gate,
+        N=n,
+        C=c,
+        R=reduced,
+        ACT=activation,
+        PARTS=len(parts),
+        AT_ONCE=AT_ONCE,
+        ACC=acc,
+        **tiles,
+    )
+    state("excite_expand", (parts, reduce_bias, expand_weight, expand_bias), (r, gate))
+
+
 def excite_bwd(
     sums: Tensor,
     act_sums: Tensor | None,
@@ -464,40 +528,39 @@ def excite_bwd(
     parts, _, rows, _ = sums.shape
     reduced = r.shape[1]
     dq, offset = torch.empty_like(gate), torch.empty_like(gate)
-    dr = torch.empty_like(r)
     gated = None if norm is None else gate.new_empty(n, 2, c)
     acc = numeric(gate.dtype)["ACC"]
-    _excite_bwd_kernel[(n,)](
+    tiles = parts_tiles(n, c, reduced)
+    grid = cdiv(n, tiles["BN"]), cdiv(c, tiles["BC"])
+    dz = gate.new_empty(grid[1], n, reduced)
+    _excite_bwd_kernel[grid](
         sums_ptr=sums,
         gate_ptr=gate,
-        r_ptr=r,
         wx_ptr=expand_weight,
         dq_ptr=dq,
-        dr_ptr=dr,
+        parts_ptr=dz,
         gated_ptr=gated,
         N=n,
         P=parts,
         C=c,
         R=reduced,
-        ACT=activation,
         ROWS=rows,
         ACC=acc,
-        BP=added_parts(parts),
-        **excite_tiles(n, c, reduced),
+        **tiles,
     )
-    state("excite_bwd", (sums, gate, r, expand_weight), (dq, dr, gated))
+    state("excite_bwd", (sums, gate, expand_weight), (dq, dz, gated))
     bn = None if norm is None else (gate.new_empty(2, c), gate.new_empty(4, c))
     grads, coef = (None, None) if bn is None else bn
     d_reduce, d_reduce_bias = gate.new_empty(reduced, c), gate.new_empty(reduced)
     d_expand, d_expand_bias = gate.new_empty(c, reduced), gate.new_empty(c)
     tiles = _finish_tiles(n, c, reduced)
-    _excite_finish_kernel[(cdiv(c, tiles["BC"]),)](
+    _excite_finish_kernel[(cdiv(c, tiles["BC"]), 1 + 2 * cdiv(reduced, tiles["BR"]))](
         gated_ptr=gated,
         act_sums_ptr=None if norm is None else act_sums,
         p_ptr=pooled,
         r_ptr=r,
         dq_ptr=dq,
-        dr_ptr=dr,
+        dz_ptr=dz,
         wr_ptr=reduce_weight,
         norm_ptr=norm,
         offset_ptr=offset,
@@ -513,12 +576,14 @@ def excite_bwd(
         R=reduced,
         ACT=activation,
         BATCH=batch_statistics,
+        PARTS=len(dz),
+        AT_ONCE=AT_ONCE,
         ACC=acc,
         **tiles,
     )
     state(
         "excite_finish",
-        (gated, None if norm is None else act_sums, pooled, r, dq, dr, reduce_weight, norm),
+        (gated, None if norm is None else act_sums, pooled, r, dq, dz, reduce_weight, norm),
         (offset, grads, coef, d_reduce, d_reduce_bias, d_expand, d_expand_bias),
     )
     return offset, bn, d_reduce, d_reduce_bias, d_expand, d_expand_bias

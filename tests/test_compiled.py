@@ -81,7 +81,7 @@ CLAMPS = {
     "_bn_finalize_kernel", "_bn_merge_kernel", "_depthwise_fwd_kernel", "_moments_kernel", "_pointwise_kernel",
 }  # fmt: skip
 # Of these the activation's value is not used, its derivative is.
-DERIVATIVES = {"_bn_act_bwd_kernel", "_bn_act_bwd_reduce_kernel", "_excite_bwd_kernel"}
+DERIVATIVES = {"_bn_act_bwd_kernel", "_bn_act_bwd_reduce_kernel"}
 
 
 @compiler

@@ -19,7 +19,7 @@ from blocks import (  # noqa: F401
 from parity import assert_parity
 
 from fastmbconv import ops, reference
-from fastmbconv.kernels import pointwise, project_backward, squeeze_excite
+from fastmbconv.kernels import pointwise, pool, project_backward
 
 SMALL = dict(BM=16, BK=16, BO=16)
 STREAMED = dict(RESIDENT=0, **SMALL)
@@ -185,7 +185,7 @@ def test_grids_of_the_largest_images_are_launchable(monkeypatch):
 
     for module, name in (
         (pointwise, "_pointwise_kernel"),
-        (squeeze_excite, "_pool_kernel"),
+        (pool, "_pool_kernel"),
         *((project_backward, f"_project_bwd_{part}_kernel") for part in ("sums", "data")),
     ):
         monkeypatch.setattr(module, name, Kernel())
@@ -195,7 +195,7 @@ def test_grids_of_the_largest_images_are_launchable(monkeypatch):
     pointwise.pointwise_fwd(large, weight, None, None, "none", False)
     pointwise.pointwise_fwd(large, weight, None, None, "none", True)
     norm, gate = torch.empty(4, 192, device="meta"), torch.empty(256, 192, device="meta")
-    squeeze_excite.pool(large, norm, None, "silu")
+    pool.pool(large, norm, None, "silu")
     project_backward.project_bwd_sums(None, small, weight, large, norm, gate, "silu")
     project_backward.project_bwd_data(None, small, weight, large, norm, norm, gate, gate, "silu", True)
     assert len(grids) == 5

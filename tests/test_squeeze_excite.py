@@ -9,6 +9,7 @@ from parity import assert_parity
 
 from fastmbconv import functional, ops, reference
 from fastmbconv.block import SqueezeExcite
+from fastmbconv.kernels import squeeze_excite as kernels
 
 
 class Row(NamedTuple):
@@ -16,6 +17,7 @@ class Row(NamedTuple):
     reduced: int
     activation: str = "silu"
     tiles: dict[str, int] = {}
+    whole_weight: int | None = None  # a larger one takes two launches
 
 
 ROWS = {
@@ -29,8 +31,12 @@ ROWS = {
     "exact-channel-blocks": Row((2, 32, 2, 2), 16, tiles=dict(BC=16)),
     "pixel-blocks": Row((2, 20, 3, 5), 17, tiles=dict(BC=16, BM=4)),
     "image-blocks": Row((18, 3, 1, 2), 2, tiles=dict(BN=16)),
+    "two-launches": Row((2, 13, 2, 3), 5, "relu", whole_weight=0),
+    "two-launches-of-blocks": Row((18, 40, 2, 2), 37, tiles=dict(BN=16, BR=16, BC=16), whole_weight=0),
+    "two-launches-one-image": Row((1, 20, 3, 5), 17, "relu6", tiles=dict(BC=16, BM=4), whole_weight=0),
+    "many-parts": Row((3, 277, 1, 2), 3, tiles=dict(BC=16), whole_weight=0),
 }
-KERNELS = {"odd-channels", "pixel-blocks"}
+KERNELS = {"odd-channels", "pixel-blocks", "two-launches-of-blocks"}
 
 
 def rows():
@@ -54,6 +60,12 @@ def outcome(function, x, weights, dy, activation):
     return {"y": y.detach(), **{n: t.grad for n, t in zip(names, (x, *weights), strict=True)}}
 
 
+def prepare(row, monkeypatch):
+    shrink(monkeypatch, **row.tiles)
+    if row.whole_weight is not None:
+        monkeypatch.setattr(kernels, "WHOLE_WEIGHT", row.whole_weight)
+
+
 def assert_row(row, dtype, device):
     x, dy = (normal(*row.image, dtype=dtype, device=device) for _ in range(2))
     weights = excite(row.image[1], row.reduced, dtype, device)
@@ -67,19 +79,23 @@ def assert_row(row, dtype, device):
 
 @pytest.mark.parametrize("row", rows())
 def test_both_directions(row, device, triton_backend, monkeypatch):
-    shrink(monkeypatch, **row.tiles)
+    prepare(row, monkeypatch)
     assert_row(row, PRECISE, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-def test_narrow_types(dtype, device, triton_backend):
-    assert_row(ROWS["odd-channels"], dtype, device)
+@pytest.mark.parametrize("name", ["odd-channels", "two-launches"])
+def test_narrow_types(name, dtype, device, triton_backend, monkeypatch):
+    prepare(ROWS[name], monkeypatch)
+    assert_row(ROWS[name], dtype, device)
 
 
+@pytest.mark.parametrize("whole_weight", [0, 60], ids=["two-launches", "one"])
 @pytest.mark.parametrize("activation", ["silu", "relu6"])
-def test_pool_normalises_and_activates_first(activation, device, monkeypatch):
+def test_pool_normalises_and_activates_first(activation, whole_weight, device, monkeypatch):
     """Pixels beyond the image add nothing, though act(shift) is not zero there."""
     shrink(monkeypatch, BM=4, BC=16)
+    monkeypatch.setattr(kernels, "WHOLE_WEIGHT", whole_weight)
     u = normal(3, 20, 3, 3, dtype=PRECISE, device=device)
     norm = norm_vectors(20, PRECISE, device)
     weights = excite(20, 3, PRECISE, device)
