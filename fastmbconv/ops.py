@@ -21,6 +21,7 @@ from fastmbconv import flops, ranks
 from fastmbconv.kernels import (
     batch_norm,
     depthwise,
+    excite_backward,
     expand_backward,
     moments,
     project_backward,
@@ -409,7 +410,7 @@ def project_bwd(
     offset, excite_grads = None, tuple(norm.new_empty(0) for _ in range(4))
     if gate is not None:
         assert pooled is not None and r is not None and reduce_weight is not None and expand_weight is not None
-        offset, bn, *grads = squeeze_excite.excite_bwd(
+        offset, bn, *grads = excite_backward.excite_bwd(
             sums, act_sums, pooled, r, gate, reduce_weight, expand_weight, h * w, se_activation, norm, batch_statistics
         )
         assert bn is not None
@@ -510,7 +511,7 @@ def squeeze_excite_bwd(
     """(dx, gradients of the reduce weight and bias and of the expand weight and bias) of x * gate."""
     n, h, w, c = x.shape
     sums = pool_kernels.pool(x, None, dy, "none")
-    offset, _, *grads = squeeze_excite.excite_bwd(
+    offset, _, *grads = excite_backward.excite_bwd(
         sums, None, pooled, r, gate, reduce_weight, expand_weight, h * w, se_activation
     )
     return batch_norm.bn_act_fwd(dy, None, gate, offset, None, None, "none"), *grads

@@ -20,8 +20,8 @@ HALVES = [pytest.param(torch.float16, id="fp16"), pytest.param(torch.bfloat16, i
 FLOATS = [pytest.param(torch.float32, id="fp32"), *HALVES]
 PRECISE = torch.float64 if INTERPRETED else torch.float32  # the widest type that the kernels take here
 KERNEL_MODULES = (
-    "depthwise", "pointwise", "batch_norm", "pool", "squeeze_excite", "project_backward", "expand_backward",
-    "depthwise_inference", "ends",
+    "depthwise", "pointwise", "batch_norm", "pool", "squeeze_excite", "excite_backward", "project_backward",
+    "expand_backward", "depthwise_inference", "ends",
 )  # fmt: skip
 TILES = (
     "walk_tiles", "row_tiles", "product_tiles", "project_tiles", "pass_tiles", "excite_tiles", "_finish_tiles",
