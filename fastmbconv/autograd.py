@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmbconv import dispatch, eager_backward, ops
-from fastmbconv.kernels.pointwise import fetches_weight_often
+from fastmbconv.kernels.pointwise import rounds_weight
 from fastmbconv.kernels.tuning import walks_expansion
 
 _TWICE = f"double backward: fastmbconv's kernels have first derivatives only; {dispatch.WAY_OUT}"
@@ -111,7 +111,7 @@ def _runner(x: Tensor) -> Any:
 
 def _rounded(run: Any, weight: Tensor, x: Tensor, gate: Tensor | None) -> Tensor:
     """A projection's weight for both directions: in x's dtype where they fetch it again and again."""
-    often = fetches_weight_often(weight.shape[1], 2 if gate is None else 3, x.dtype)
+    often = rounds_weight(weight.shape[1], weight.shape[0], 2 if gate is None else 3, x.dtype)
     return run.round_weight(weight, x) if often and weight.dtype != x.dtype else weight
 
 

@@ -25,6 +25,7 @@ from .launching import kernel
 from .library import cast, multiply
 from .math import INTERPRETED, activate_halved, at_least, dot, halved, stored, sum_rows
 from .moments import moments as moments_of
+from .project_backward import FEW_OUTPUTS
 from .running import Running, given, load_affine, load_map
 from .tables import processors
 from .tables import tiles as chosen
@@ -273,6 +274,11 @@ def fetches_weight_often(reduce: int, vectors: int, dtype: torch.dtype) -> bool:
     return multiplies_fast(dtype) and (reduce > MOST_INPUTS or reduce * vectors > MOST_VECTORS)
 
 
+def rounds_weight(reduce: int, out: int, vectors: int, dtype: torch.dtype) -> bool:
+    """Whether a weight is rounded once for both directions: with few outputs the backward fetches it once a program."""
+    return out > FEW_OUTPUTS and fetches_weight_often(reduce, vectors, dtype)
+
+
 def form_tiles(rows: int, reduce: int, out: int, vectors: int, dtype: torch.dtype) -> dict[str, int]:
     """LIBRARY 1: act(BN(x)) gate by a pass, the product by the library, moments by a pass; for many long products."""
     many = out > MOST_OUTPUTS and rows * reduce * out >= MANY_MULTIPLICATIONS
@@ -294,10 +300,10 @@ def product_tiles(
         return dict(RESIDENT=1, BM=64, BK=pow2(reduce, MIN_DOT, 64), BO=pow2(out, MIN_DOT, 64), STAGES=3, num_warps=4)
     if not multiplies_fast(dtype):
         tiles = dict(BM=64, BK=pow2(reduce, MIN_DOT, 32), BO=pow2(out, MIN_DOT, 64), STAGES=3)
+    elif out <= FEW_OUTPUTS and not (narrow and vectors < 2):
+        tiles = dict(BM=128, BK=pow2(reduce, MIN_DOT, 32), BO=pow2(out, MIN_DOT, 64), STAGES=3)
     elif narrow:
         tiles = dict(BM=64, BK=pow2(reduce, MIN_DOT, 64), BO=pow2(out, MIN_DOT, 128), STAGES=3)
-    elif out <= 64:
-        tiles = dict(BM=128, BK=pow2(reduce, MIN_DOT, 32), BO=pow2(out, MIN_DOT, 64), STAGES=3)
     elif out <= 128:  # fp32 weights of so many outputs go through shared memory once, not twice
         tiles = dict(BM=64, BK=pow2(reduce, MIN_DOT, 64), BO=128, STAGES=1)
     else:
