@@ -26,6 +26,7 @@ if __name__ == "__main__":  # as in benchmarks/traffic.py
 from benchmarks.registry import BATCHES
 from benchmarks.simulator.assumed import count_flops
 from benchmarks.traffic import DTYPE, Row, moved, rows_of
+from fastmbconv.kernels.pointwise import fetches_weight_often
 from fastmbconv.kernels.traffic import Launch
 
 TILE = 64  # columns of a matrix product's tile: its other operand is loaded again for every such tile
@@ -51,10 +52,11 @@ GPUS = {
 
 # Issued instructions per element, loops in sm_90 machine code of the kernels in bf16 (benchmarks/static.py).
 # Depthwise by (kernel size, stride): forward per output, backward per input.
-WALK_FORWARD = {(3, 1): 24, (5, 1): 49, (3, 2): 47, (5, 2): 86}
-WALK_BACKWARD = {(3, 1): 45, (5, 1): 84, (3, 2): 21, (5, 2): 34}
-POOL, OUTPUT, REDUCE = 22, 10, 8.5  # per element read
-LOAD_PLAIN, LOAD_ACTIVATED, STORE_PLAIN, STORE_MOMENTS = 6, 17, 8, 20  # 1x1 convolution: per input and tile, per output
+WALK_FORWARD = {(3, 1): 28, (5, 1): 47, (3, 2): 56, (5, 2): 77}
+WALK_BACKWARD = {(3, 1): 49, (5, 1): 94, (3, 2): 25, (5, 2): 36}
+POOL, OUTPUT, REDUCE = 16, 10, 8.5  # per element read
+# 1x1 convolution: per input and tile of outputs, or per activated input, by whether the weight is resident; per output.
+LOAD_PLAIN, LOAD_ACTIVATED, STORE_PLAIN, STORE_MOMENTS = 2, {True: 8, False: 17}, 8, 12
 # Behind the projection, per element of u2, by (data gradient or sums, weight resident or da3 read).
 PROJECT = {(False, True): 22, (True, True): 32, (False, False): 27, (True, False): 27}
 AFFINE = 13  # per element of du
@@ -88,12 +90,16 @@ def work(launch: Launch) -> Work:
     if launch.kernel in ("pool", "bn_act_fwd", "bn_act_bwd_reduce"):
         return Work(size, 0, first * {"pool": POOL, "bn_act_fwd": OUTPUT}.get(launch.kernel, REDUCE))
     if launch.kernel == "pointwise":
-        load = LOAD_ACTIVATED if (4, shapes[0][3]) in shapes else LOAD_PLAIN
         channels = shapes[1][0]
+        activated = (4, shapes[0][3]) in shapes
+        resident = not fetches_weight_often(
+            shapes[0][3], 2 * activated + ((shapes[0][0], shapes[0][3]) in shapes), DTYPE
+        )
+        load = LOAD_ACTIVATED[resident] if activated else LOAD_PLAIN * _tiles(channels)
         outputs = first // shapes[0][3] * channels
         moments = len(launch.writes) == 2 or len(out) == 3  # [P, 3, O]: nothing but moments
         store = STORE_MOMENTS if moments else STORE_PLAIN
-        return Work(size, 2 * first * channels, first * load * _tiles(channels) + outputs * store)
+        return Work(size, 2 * first * channels, first * load + outputs * store)
     if launch.kernel in ("project_bwd_sums", "project_bwd_data"):
         inputs, data = max(shapes, key=prod), launch.kernel == "project_bwd_data"  # u2
         resident = shapes[1][2:] in ((), (1, 1))  # du3 and the weight in place of da3
