@@ -42,7 +42,11 @@ MATRIX = ("HMMA", "HGMMA", "IMMA", "QGMMA", "DMMA", "UTCHMMA")
 LOCAL = ("LDL", "STL")
 MODELS = [f"b{number}" for number in range(8)]
 FEW = 4
-TINY = [Shape("tiny", 0, 16, 14, 24, 24, 6, 3, 1), Shape("tiny", 0, 16, 14, 24, 80, 6, 3, 2)]
+TINY = [
+    Shape("tiny", 0, 16, 14, 24, 24, 6, 3, 1),
+    Shape("tiny", 0, 16, 14, 24, 80, 6, 3, 2),
+    Shape("tiny", 0, 16, 7, 192, 192, 6, 3, 1),  # large weights of squeeze-and-excitation
+]
 HELD = (  # the shipped walks that tests hold to their budget
     Shape("b0", 2, 128, 56, 24, 24, 6, 3, 1),
     Shape("b0", 3, 128, 28, 40, 40, 6, 5, 1),

@@ -297,7 +297,11 @@ def product_tiles(
         sides = dict(BM=pow2(rows, MIN_DOT, 2048), BK=pow2(reduce, MIN_DOT, 256), BO=pow2(out, MIN_DOT, 256))
         return dict(RESIDENT=int(resident), **sides, STAGES=1)
     if resident:
-        return dict(RESIDENT=1, BM=64, BK=pow2(reduce, MIN_DOT, 64), BO=pow2(out, MIN_DOT, 64), STAGES=3, num_warps=4)
+        block = (
+            32 if vectors > 2 and out > FEW_OUTPUTS else 64
+        )  # with more, and the bound between two of them, it spills
+        sides = dict(BM=64, BK=pow2(reduce, MIN_DOT, 64), BO=pow2(out, MIN_DOT, block))
+        return dict(RESIDENT=1, **sides, STAGES=3, num_warps=4)
     if not multiplies_fast(dtype):
         tiles = dict(BM=64, BK=pow2(reduce, MIN_DOT, 32), BO=pow2(out, MIN_DOT, 64), STAGES=3)
     elif out <= FEW_OUTPUTS and not (narrow and vectors < 2):
