@@ -208,7 +208,7 @@ FILEs by `python -m benchmarks.simulate --json`; how: `benchmarks/roofline.py`, 
 
 Microseconds of one block, forward and backward, bf16. *eager*: the bytes of its activations; *bytes*, *issue*,
 *tensor*: what each ceiling alone asks of the fused block; *floor*: every launch at the slowest of its three; *gain*:
-eager's floor over fused's. The floor is that of these kernels at these tile sizes, not of every design: where *issue* is
+eager's floor over fused's. It is the floor of these kernels at these tile sizes, not of every design: where *issue* is
 the largest, fewer instructions help and fewer bytes don't. Instructions per element are static counts for sm_90, used
 for sm_80 as well. Those of the matrix products grow with their tiles of 64 columns. *simulated*: read off machine code
 with latency, occupancy, spills and the gaps between kernels, library products as assumed; "-" where there is none.
