@@ -157,7 +157,7 @@ def _excite_finish_kernel(
             tl.store(dbx_ptr + o_c, sum_rows(b_dbx), mask=m_c)
 
 
-def _finish_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
+def finish_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
     """[BN images a step, BR reduced channels, BC channels]; up to 48 reduced ones are as good as none idle in 16."""
     if INTERPRETED:
         return dict(BN=pow2(images, MIN_DOT, 256), BR=pow2(reduced, MIN_DOT, 1024), BC=pow2(channels, MIN_DOT, 1024))
@@ -213,7 +213,7 @@ def excite_bwd(
     grads, coef = (None, None) if bn is None else bn
     d_reduce, d_reduce_bias = gate.new_empty(reduced, c), gate.new_empty(reduced)
     d_expand, d_expand_bias = gate.new_empty(c, reduced), gate.new_empty(c)
-    tiles = _finish_tiles(n, c, reduced)
+    tiles = finish_tiles(n, c, reduced)
     _excite_finish_kernel[(cdiv(c, tiles["BC"]), 1 + 2 * cdiv(reduced, tiles["BR"]))](
         gated_ptr=gated,
         act_sums_ptr=None if norm is None else act_sums,

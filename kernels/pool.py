@@ -113,7 +113,7 @@ def pool_tiles(rows: int, channels: int) -> dict[str, int]:
 
 
 def split_image(pixels: int, columns: int, tile: int, device: torch.device) -> tuple[int, int]:
-    """(parts of an image, pixels of a part, whole tiles) for `columns` programs each, so that it takes least time.
+    """(parts of an image, pixels of a part, of whole tiles) for `columns` programs each, so that it takes least time.
 
     A program costs its tiles and as much as ONCE more, and a multiprocessor takes RESIDENT programs at a time.
     """

@@ -15,6 +15,7 @@ from .math import INTERPRETED
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 MIN_DOT = 16  # smallest tile side that tl.dot takes
 PROGRAMS = 264  # two for each multiprocessor of an H100: where a batch is small, fewer leave some idle
+PRODUCTS = ("pointwise_fwd", "pointwise_moments", "pointwise_inference")  # launchers of pointwise.py's kernel
 SMALL_SHARED = (86, 89, 120, 121)  # compute capabilities with 99 KB of shared memory a program
 
 # Of a walk: elements of a register tile for 4 warps, two a thread, so that 16-bit loads may go through shared memory
@@ -214,7 +215,7 @@ def relieved(kernel: str, tiles: dict[str, int], sizes: dict[str, Any], capabili
         if capability // 10 not in (9, 10) and channels > 32:
             tiles = tiles | dict(BE=min(tiles["BE"], 32))
         return tiles
-    if "RESIDENT" in tiles and "BK" in tiles and (capability in SMALL_SHARED or capability < 90):
+    if kernel in PRODUCTS and (capability in SMALL_SHARED or capability < 90):
         shared = 99 << 10 if capability in SMALL_SHARED else 163 << 10
         rows = sizes["reduce"] if tiles["RESIDENT"] else tiles["BK"]
         block = 2 * rows * tiles["BM"] + (0 if tiles["RESIDENT"] else 4 * rows * tiles["BO"])

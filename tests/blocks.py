@@ -24,7 +24,7 @@ KERNEL_MODULES = (
     "expand_backward", "depthwise_inference", "ends",
 )  # fmt: skip
 TILES = (
-    "walk_tiles", "row_tiles", "product_tiles", "project_tiles", "pass_tiles", "excite_tiles", "_finish_tiles",
+    "walk_tiles", "row_tiles", "product_tiles", "project_tiles", "pass_tiles", "excite_tiles", "finish_tiles",
     "parts_tiles", "expand_tiles", "pool_tiles", "walk_inference_tiles", "finalize_tiles", "weight_tiles",
 )  # fmt: skip
 
@@ -116,14 +116,19 @@ def assert_outcomes(ours, eager, truth):
         assert_parity(name, value, eager[name], truth[name])
 
 
-def assert_module_parity(module, x, dy):
-    """Kernels and eager in the module's dtype, both against eager in float64."""
+def outcomes(module, x, dy):
+    """Of the kernels and of eager in the module's dtype, and of eager in float64."""
     eager, truth = copy.deepcopy(module), copy.deepcopy(module).double()
     for owner in (eager, truth):
         owner.drop_path = module.drop_path
     theirs = outcome(eager, eager.forward_eager, x, dy)
     exact = outcome(truth, truth.forward_eager, x.double(), dy.double())
-    ours = outcome(module, fused(module), x, dy)
+    return outcome(module, fused(module), x, dy), theirs, exact
+
+
+def assert_module_parity(module, x, dy):
+    """Kernels and eager in the module's dtype, both against eager in float64."""
+    ours, theirs, exact = outcomes(module, x, dy)
     assert_outcomes(ours, theirs, exact)
     return ours
 

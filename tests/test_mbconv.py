@@ -16,6 +16,7 @@ from blocks import (  # noqa: F401
     make_block,
     normal,
     outcome,
+    outcomes,
     shrink,
 )
 from torch import nn
@@ -170,16 +171,23 @@ def test_values_far_from_the_others_keep_their_digits(
     move, kernel_size, resident, memory, device, monkeypatch, request
 ):
     """Of every gradient and statistic: sums about one pivot lost them."""
-    if request.node.callspec.id == "image-resident":
-        # dWe follows from two sums that cancel to a hundredth: ours in fp32, eager's on a CPU in double.
-        request.applymarker(pytest.mark.xfail(strict=False, reason="3 to 5 times eager's error at 5 of 6 draws"))
     torch.manual_seed(1)
     row = Row(block(8, kernel_size, expand_ratio=4), (4, 8, 6, 6), resident=resident)
     forced(monkeypatch, row)
     module, x, dy = build(row, torch.float32, device)
     module.memory = memory
     move(x)
-    assert_module_parity(module, x, dy)
+    found = outcomes(module, x, dy)
+    if request.node.callspec.id == "image-resident":
+        alone = [{"d expand_conv.weight": one.pop("d expand_conv.weight")} for one in found]
+        try:
+            assert_outcomes(*alone)
+        except AssertionError as error:
+            assert_outcomes(*found)
+            # It follows from two sums that cancel to a hundredth: ours in fp32, eager's on a CPU in double.
+            pytest.xfail(f"2.8 to 5 times eager's error at 5 of 6 draws: {error}")
+        found = [rest | one for rest, one in zip(found, alone, strict=True)]
+    assert_outcomes(*found)
 
 
 @pytest.mark.kernels
