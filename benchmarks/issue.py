@@ -31,14 +31,14 @@ def _depthwise_fwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     first = min(a["PL"] // a["S"], columns - 1)
     rounds = a["WO"] + columns - 1 - first
     inside = a["WO"] * a["HO"] / (rounds * ceil(a["HO"] / a["R"]) * a["R"])
-    return a["N"] * a["HO"] * a["WO"] * a["C"], _one(Loop(rounds, guarded=inside))
+    return a["N"] * a["HO"] * a["WO"] * a["C"], _one(Loop(rounds, fixed=True, guarded=inside))
 
 
 def _depthwise_bwd(a: Arguments) -> tuple[int, tuple[Path, ...]]:
     rounds = ceil(a["W"] / a["S"])
     strips = ceil(a["H"] / a["R"])
     inside = a["W"] * a["H"] / (rounds * a["S"] * strips * a["R"])
-    return a["N"] * a["H"] * a["W"] * a["C"], _one(Loop(rounds, guarded=inside))
+    return a["N"] * a["H"] * a["W"] * a["C"], _one(Loop(rounds, fixed=True, guarded=inside))
 
 
 def _depthwise_inference(a: Arguments) -> tuple[int, tuple[Path, ...]]:
@@ -46,7 +46,7 @@ def _depthwise_inference(a: Arguments) -> tuple[int, tuple[Path, ...]]:
         return _depthwise_fwd(a)
     rounds = a["SPAN"] - 1 + -(-a["K"] // a["S"])
     inside = a["WO"] * a["HO"] / (rounds * a["SPANS"] * ceil(a["HO"] / a["R"]) * a["R"])
-    return a["N"] * a["HO"] * a["WO"] * a["C"], _one(Loop(rounds, guarded=inside))
+    return a["N"] * a["HO"] * a["WO"] * a["C"], _one(Loop(rounds, fixed=True, guarded=inside))
 
 
 def _pointwise(a: Arguments) -> tuple[int, tuple[Path, ...]]:

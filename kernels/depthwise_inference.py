@@ -20,11 +20,14 @@ from .walk import (
     accumulated,
     expanded,
     first_step,
+    image_row,
     load_column,
     load_expand,
     load_taps,
+    rows_to_load,
     shifted,
     tile_mask,
+    walks_inward,
 )
 
 FEWEST_COLUMNS = 4
@@ -70,6 +73,9 @@ def _depthwise_inference_kernel(
     S: tl.constexpr,
     PT: tl.constexpr,
     PL: tl.constexpr,
+    TOP: tl.constexpr,
+    ROWS: tl.constexpr,
+    INWARD: tl.constexpr,
     EPS1: tl.constexpr,
     EPS2: tl.constexpr,
     ACT: tl.constexpr,
@@ -90,13 +96,13 @@ def _depthwise_inference_kernel(
     WHOLE: tl.constexpr = SPAN >= WO  # else a span begins and ends inside the image
     FIRST: tl.constexpr = first_step(PL, S, J) if WHOLE else 0
     LAST: tl.constexpr = (WO if WHOLE else SPAN) + J - 1
-    ROWS: tl.constexpr = (R - 1) * S + K
     POOLED: tl.constexpr = parts_ptr is not None
     columns = (C + BC - 1) // BC
     part = tl.program_id(0) // columns % (STRIPS * SPANS)
     o_n = tl.program_id(0) // columns // (STRIPS * SPANS) * NB + tl.arange(0, NB)
     o_c = tl.program_id(0) % columns * BC + tl.arange(0, BC)
-    h0 = part // SPANS * R
+    strip = part // SPANS
+    h0 = 0 if INWARD else strip * (R * S)  # what is not of the image lies above this row of it, or below H
     w0 = 0 if WHOLE else part % SPANS * SPAN
     m_c = o_c < C
     m = tile_mask(o_n, o_c, N, C, EVEN, NB, BC)
@@ -112,7 +118,7 @@ def _depthwise_inference_kernel(
         b_we = 0
     b_scale2, b_shift2 = load_affine(bn2_weight_ptr, bn2_bias_ptr, mean2_ptr, var2_ptr, o_c, m_c, EPS2, ACC)
     b_scale2, b_shift2 = halved(b_scale2, ACT, FAST), halved(b_shift2, ACT, FAST)
-    b_taps = load_taps(w_ptr, o_c, m_c, K, ACC, NB, BC)
+    b_taps = load_taps(w_ptr, o_c, m_c, strip, K, ACC, NB, BC, INWARD)
     b_w = ()
     for i in tl.static_range(K * K):
         b_w = b_w + (b_taps[i] * b_scale2[None, :],)
@@ -124,21 +130,21 @@ def _depthwise_inference_kernel(
         t = w0 + step
         b_x = ()
         for s in tl.static_range(S):
-            b_x = b_x + load_column(p_x, t * S + s - PL, h0 * S - PT, m_x, H, W, CX, ROWS)
+            b_x = b_x + load_column(p_x, t * S + s - PL, strip, TOP, m_x, H, W, CX, ROWS, R * S, INWARD)
         for s in tl.static_range(S):
             wi = t * S + s - PL
             for i in tl.static_range(ROWS):
-                hi = h0 * S + i - PT
+                hi = h0 + TOP + i
                 b_v = expanded(b_x[s * ROWS + i], b_we, NB, BC, EXPAND, PRECISION, ACC)
                 if EXPAND:
                     b_v = activate_halved(b_v * b_scale + b_shift, ACT, FAST)
-                b_v = tl.where((hi >= 0) & (hi < H) & (wi >= 0) & (wi < W), b_v, 0.0)
-                acc = accumulated(acc, b_v, b_w, i, s, K, S, J, R)
+                b_v = tl.where((INWARD | ((hi >= 0) & (hi < H))) & ((wi >= 0) & (wi < W)), b_v, 0.0)
+                acc = accumulated(acc, b_v, b_w, TOP + PT + i, s, K, S, J, R)
         wo = t - (J - 1)
         if (wo >= w0) & (WHOLE | (wo < WO)):
             for r in tl.static_range(R):
-                if EVEN_ROWS | (h0 + r < HO):
-                    p_out = p_y + ((h0 + r) * WO + wo) * C
+                if EVEN_ROWS | (strip * R + r < HO):
+                    p_out = p_y + (image_row(strip, r, HO, R, INWARD) * WO + wo) * C
                     b_sum = store_activated(p_out, acc[r * J], b_sum, m, POOLED, ACT, FAST)
         acc = shifted(acc, tl.zeros((NB, BC), ACC) + b_shift2[None, :], J, R)
     if POOLED:
@@ -183,7 +189,10 @@ def depthwise_inference(
     expand = 0 if expand_weight is None else channels
     shape = (n, out_height, out_width, c, k, stride, x.dtype, expand)
     tiles = chosen("depthwise_inference", x, walk_inference_tiles, shape, activation=activation, pooled=pooled)
+    tiles = tiles | dict(R=min(tiles["R"], out_height))
     strips, spans = cdiv(out_height, tiles["R"]), cdiv(out_width, tiles["SPAN"])
+    inward = walks_inward(strips, k, stride, pad_top, h, out_height)
+    top, rows = rows_to_load(-pad_top, (tiles["R"] - 1) * stride + k, h, inward)
     y = torch.empty(n, out_height, out_width, c, dtype=x.dtype, device=x.device)
     parts = torch.empty(strips * spans, n, c, dtype=accumulator(x.dtype), device=x.device) if pooled else None
     first = (None,) * 4 if bn1 is None else bn1.tensors
@@ -215,6 +224,9 @@ def depthwise_inference(
         S=stride,
         PT=pad_top,
         PL=pad_left,
+        TOP=top,
+        ROWS=rows,
+        INWARD=inward,
         EPS1=0.0 if bn1 is None else bn1.eps,
         EPS2=bn2.eps,
         ACT=activation,

@@ -178,8 +178,8 @@ def walk_tiles(
         rows = 4 if height > 2 else 2
         return tiles | dict(BX=pow2(expand, MIN_DOT, 4096) if expand else tiles["BC"], R=rows, STAGES=1)
     most = WALK_ROWS if (stride == 2 if backward else kernel_size == 3 and stride == 1) else WALK_ROWS - 1
-    if kernel_size == 5 and stride == 2 and not backward and dtype != torch.bfloat16:
-        most = 4
+    if kernel_size == 5 and stride == 2 and not backward and (height > most or dtype != torch.bfloat16):
+        most = 4  # more are no faster, take three times as long to compile, and spill without the fast activation
     if expand:  # a matrix product per tile: at least 16 images, and registers for its operands
         most = 2 if backward else 4 if stride == 1 else 3 if expand <= MIN_DOT else 2
     step = stride if backward else 1

@@ -59,6 +59,22 @@ ROWS = {
     "tiled-rows-k5-strided": Row(5, 2, "same", (2, 3, 10, 3), "silu", tiles=dict(R=2)),
     "tiled-rows-k3-strided": Row(3, 2, 1, (2, 3, 9, 4), None, residual=True, tiles=dict(R=2)),
     "tiled-rows-unpadded-strided": Row(3, 2, 0, (1, 3, 10, 4), "silu", tiles=dict(R=2)),
+    # A program that holds the whole height loads no padding; with rows beyond the image too.
+    "one-strip": Row(5, 1, 2, (2, 3, 7, 3), "silu", tiles=dict(R=7)),
+    "one-strip-residual": Row(3, 1, 1, (2, 3, 5, 4), None, residual=True, tiles=dict(R=7)),
+    "one-strip-strided": Row(5, 2, 2, (2, 3, 7, 5), "silu", tiles=dict(R=8)),
+    "one-strip-strided-residual": Row(3, 2, 1, (2, 3, 7, 4), None, residual=True, tiles=dict(R=8)),
+    "one-strip-same-strided": Row(5, 2, "same", (2, 3, 8, 4), "silu", tiles=dict(R=8)),
+    "one-strip-unpadded-strided": Row(3, 2, 0, (2, 3, 6, 8), "silu", tiles=dict(R=6)),
+    "one-strip-fully-padded": Row(5, 1, 4, (2, 3, 3, 3), "silu", tiles=dict(R=8)),
+    # Two programs that meet in the middle, the second upside down; and three, of which none is.
+    "two-strips": Row(5, 1, 2, (2, 3, 8, 3), "silu", tiles=dict(R=4)),
+    "two-strips-odd": Row(5, 1, 2, (3, 3, 7, 3), "silu", tiles=dict(R=4)),
+    "two-strips-residual": Row(3, 1, 1, (2, 3, 6, 4), None, residual=True, tiles=dict(R=3)),
+    "two-strips-smaller-than-the-kernel": Row(5, 1, 2, (2, 3, 3, 3), "silu", tiles=dict(R=2)),
+    "two-strips-fully-padded": Row(3, 1, 2, (2, 3, 6, 4), "silu", tiles=dict(R=4)),
+    "two-strips-strided": Row(5, 2, 2, (2, 3, 8, 4), "silu", tiles=dict(R=4)),
+    "three-strips": Row(5, 1, 2, (2, 3, 9, 3), "silu", tiles=dict(R=3)),
     "tiled-everywhere": Row(3, 1, 1, (3, 20, 5, 3), "silu", tiles=dict(NB=2, BC=16, R=2)),
     "tiled-everywhere-strided": Row(3, 2, "same", (3, 20, 6, 3), "silu", tiles=dict(NB=2, BC=16, R=2)),
 }
