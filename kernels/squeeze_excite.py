@@ -17,6 +17,7 @@ from .tuning import MIN_DOT, PROGRAMS, cdiv, numeric, pow2
 
 AT_ONCE = 16  # parts of a product that are read together
 WHOLE_WEIGHT = 32768  # elements: more of them take longer to read for each image than a second launch
+FEW_IMAGES = 32
 
 
 @triton.jit
@@ -165,8 +166,9 @@ def _excite_reduce_kernel(
     m = (o_n < N)[:, None] & (o_c < C)[None, :]
     o_nc = o_n[:, None] * C + o_c[None, :]  # [BN, BC]
     b_p = load_sums(sums_ptr, o_n, 0, o_c, m, N, P, C, ROWS, ACC, BN, BC) / HW
-    b_p = stored(b_p, p_ptr.dtype.element_ty)
-    tl.store(p_ptr + o_nc, b_p, mask=m)
+    if p_ptr is not None:  # as above
+        b_p = stored(b_p, p_ptr.dtype.element_ty)
+        tl.store(p_ptr + o_nc, b_p, mask=m)
     store_products(parts_ptr, tl.program_id(1), wr_ptr, b_p.to(ACC), o_n, o_c, N, R, C, 1, C, ACC, BN, BR)
     if act_sums_ptr is not None:
         for row in tl.static_range(1, 3):
@@ -204,7 +206,7 @@ def _excite_expand_kernel(
         b_bias = tl.load(br_ptr + o_r, mask=o_r < R, other=0.0).to(ACC)
         m = (o_n < N)[:, None] & (o_r < R)[None, :]
         b_r = load_parts(parts_ptr, o_n, o_r, m, N, PARTS, R, AT_ONCE, ACC, BN, BR) + b_bias[None, :]
-        if tl.program_id(1) == 0:
+        if r_ptr is not None and tl.program_id(1) == 0:
             tl.store(r_ptr + o_n[:, None] * R + o_r[None, :], b_r, mask=m)
         b_q = dot(activate(b_r, ACT, False), b_w, b_q, ACC, "ieee")
     b_q += tl.load(bx_ptr + o_c, mask=o_c < C, other=0.0).to(ACC)[None, :]
@@ -271,9 +273,10 @@ def excite_fwd(
         act_sums = sums.new_empty((n, 2, c) if rows == 3 else 0)
         r = sums.new_empty(n, reduced)
         saved = pooled, act_sums, r
-    if saved is not None and c * reduced > WHOLE_WEIGHT:  # without gradients a block keeps to its four launches
+    # Without gradients, and with few images, a block waits for its host, and keeps to four launches.
+    if c * reduced > WHOLE_WEIGHT and (saved is not None or n >= FEW_IMAGES):
         _reduce_and_expand(
-            sums, pixels, reduce_weight, reduce_bias, expand_weight, expand_bias, activation, saved, gate
+            sums, pixels, reduce_weight, reduce_bias, expand_weight, expand_bias, activation, pooled, act_sums, r, gate
         )
         return saved, gate
     _excite_fwd_kernel[(n,)](
@@ -309,13 +312,14 @@ def _reduce_and_expand(
     expand_weight: Tensor,
     expand_bias: Tensor,
     activation: str,
-    saved: tuple[Tensor, Tensor, Tensor],
+    pooled: Tensor | None,
+    act_sums: Tensor | None,
+    r: Tensor | None,
     gate: Tensor,
 ) -> None:
     """The same in two launches: a program takes some of a weight's channels for many images, not all for one."""
     part_count, n, rows, c = sums.shape
     reduced = reduce_weight.shape[0]
-    pooled, act_sums, r = saved
     acc = numeric(sums.dtype)["ACC"]
     tiles = parts_tiles(n, c, reduced)
     grid = cdiv(n, tiles["BN"]), cdiv(c, tiles["BC"])

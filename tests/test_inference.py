@@ -1,4 +1,4 @@
-"""Without gradients and batch statistics: four launches of ours a block at most, eager's numbers, no old statistic."""
+"""Without gradients and batch statistics: four launches a small batch at most, eager's numbers, no old statistic."""
 
 import copy
 import timeit
@@ -26,6 +26,7 @@ import fastmbconv
 from benchmarks.launches import counted
 from fastmbconv import dispatch, functional, inference_ops, reference
 from fastmbconv.ends import ConvBNAct
+from fastmbconv.kernels import squeeze_excite
 from fastmbconv.mbconv import MBConv
 
 interpreted = pytest.mark.skipif(not dispatch.interpreted(), reason="about CPU tensors under the interpreter")
@@ -71,7 +72,8 @@ WIDE = {
 }
 KERNELS = {"residual", "k5-same-strided", "no-se-relu6", "many-programs", "many-programs-strided"}
 BLOCK_KERNELS = {
-    "_depthwise_inference_kernel", "_pointwise_kernel", "_excite_fwd_kernel",
+    "_depthwise_inference_kernel", "_pointwise_kernel", "_excite_fwd_kernel", "_excite_reduce_kernel",
+    "_excite_expand_kernel",
 }  # fmt: skip
 
 
@@ -102,6 +104,13 @@ def test_parity(row, device, monkeypatch):
     module, x = build(row, PRECISE, device)
     found = assert_block(module, x)
     assert found == row.launches or not x.is_cpu and found <= 4
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(PRECISE, id="precise"), *HALVES])
+def test_excite_of_many_images_takes_two_launches(dtype, device, monkeypatch):
+    monkeypatch.setattr(squeeze_excite, "WHOLE_WEIGHT", 0)
+    monkeypatch.setattr(squeeze_excite, "FEW_IMAGES", 3)
+    assert assert_block(*build(ROWS["many-programs"], dtype, device)) == 5
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="fp32"), *HALVES])

@@ -105,8 +105,9 @@ def inferred_counting_all_above_20_px(row):
 def test_inference_moves_at_most_the_design_s_passes(report):
     assert not beyond(report, inferred_counting_all_above_20_px, INFERENCE)
     for row in report:
-        launches = [one for one in row["launches"] if one["phase"] == "inference" and one["kernel"] != "copy"]
-        assert len(launches) <= 4, row["name"]
+        launches = [one["kernel"] for one in row["launches"] if one["phase"] == "inference"]
+        rest = ("copy", "excite_expand")  # a long weight's, rounded; the second half of a wide block's excite
+        assert sum(kernel not in rest for kernel in launches) <= 4, row["name"]
 
 
 def test_inference_moves_less_than_eager_with_folded_batch_norms(report):
