@@ -297,9 +297,7 @@ def product_tiles(
         sides = dict(BM=pow2(rows, MIN_DOT, 2048), BK=pow2(reduce, MIN_DOT, 256), BO=pow2(out, MIN_DOT, 256))
         return dict(RESIDENT=int(resident), **sides, STAGES=1)
     if resident:
-        block = (
-            32 if vectors > 2 and out > FEW_OUTPUTS else 64
-        )  # with more, and the bound between two of them, it spills
+        block = 32 if vectors > 2 and out > FEW_OUTPUTS else 64  # 64 would spill where both are many
         sides = dict(BM=64, BK=pow2(reduce, MIN_DOT, 64), BO=pow2(out, MIN_DOT, block))
         return dict(RESIDENT=1, **sides, STAGES=3, num_warps=4)
     if not multiplies_fast(dtype):

@@ -17,7 +17,7 @@ from .tuning import MIN_DOT, PROGRAMS, cdiv, numeric, pow2
 
 AT_ONCE = 16  # parts of a product that are read together
 WHOLE_WEIGHT = 32768  # elements: more of them take longer to read for each image than a second launch
-FEW_IMAGES = 32
+FEW_IMAGES = 32  # without gradients; fewer are taken to wait for the host, not for the GPU (not measured)
 
 
 @triton.jit
@@ -166,7 +166,7 @@ def _excite_reduce_kernel(
     m = (o_n < N)[:, None] & (o_c < C)[None, :]
     o_nc = o_n[:, None] * C + o_c[None, :]  # [BN, BC]
     b_p = load_sums(sums_ptr, o_n, 0, o_c, m, N, P, C, ROWS, ACC, BN, BC) / HW
-    if p_ptr is not None:  # as above
+    if p_ptr is not None:  # as in _excite_fwd_kernel
         b_p = stored(b_p, p_ptr.dtype.element_ty)
         tl.store(p_ptr + o_nc, b_p, mask=m)
     store_products(parts_ptr, tl.program_id(1), wr_ptr, b_p.to(ACC), o_n, o_c, N, R, C, 1, C, ACC, BN, BR)
@@ -273,7 +273,7 @@ def excite_fwd(
         act_sums = sums.new_empty((n, 2, c) if rows == 3 else 0)
         r = sums.new_empty(n, reduced)
         saved = pooled, act_sums, r
-    # Without gradients, and with few images, a block waits for its host, and keeps to four launches.
+    # Without gradients and with few images a block keeps to four launches.
     if c * reduced > WHOLE_WEIGHT and (saved is not None or n >= FEW_IMAGES):
         _reduce_and_expand(
             sums, pixels, reduce_weight, reduce_bias, expand_weight, expand_bias, activation, pooled, act_sums, r, gate
