@@ -33,7 +33,7 @@ import fastmbconv
 from benchmarks import registry
 from benchmarks.launches import caught
 from benchmarks.static import Specialised
-from fastmbconv import ahead, functional
+from fastmbconv import ahead
 from fastmbconv.kernels.launching import Written
 
 STAGES = ("code", "ttir", "ttgir", "llir", "ptx", "cubin")
@@ -63,7 +63,7 @@ def distinct(model: str, batch: int, dtype: torch.dtype, arch: int) -> dict[str,
             block = shape.block().describe()
             x = torch.empty(batch, shape.in_channels, shape.size, shape.size, dtype=dtype)
             x = x.to(memory_format=torch.channels_last)
-            for one in ahead.model_launches(x, block, "fast", functional._train_ahead):
+            for one in ahead.model_launches(x, block, "fast", "train"):
                 found.setdefault(
                     Specialised.of(shape.name, one.function, (), {"grid": (1,), **one.arguments}, arch).key, one
                 )

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from fastmbconv.block import Block, Memory
 if TYPE_CHECKING:
     from fastmbconv.kernels.launching import Written
 
-Step = Callable[[Tensor, Block, Memory], Tensor]  # a block's call, backward included; its output
+Step = Literal["train", "infer"]  # what a block's call launches
 Next = Callable[[], tuple[Block, Memory] | None]
 
 _log = logging.getLogger(__name__)
@@ -88,23 +88,36 @@ def model_launches(x: Tensor, block: Block, memory: Memory, step: Step) -> list[
                 break
             passed.add(id(block.depthwise_weight))
             _seen.add(key(x, block, memory, step))
-            x = step(x, block, memory)
+            x = STEPS[step](x, block, memory)
             describe = _following.get(block.depthwise_weight)
             following = None if describe is None else describe()
     return launches
 
 
-def train(arguments: tuple[Any, ...]) -> Tensor:
-    """A block's output, after the forward and the backward of an MBConvFunction of these arguments."""
-    from fastmbconv.autograd import MBConvFunction
+def train(x: Tensor, block: Block, memory: Memory) -> Tensor:
+    """A training step's launches, forward and backward; no seed is drawn, no batch counted. The output."""
+    from fastmbconv import functional
+    from fastmbconv.fused import mbconv
 
-    saved: list[Any] = []
-    ctx = SimpleNamespace(save_for_backward=lambda *tensors: saved.extend(tensors))
-    y = MBConvFunction.forward(ctx, *arguments)
-    ctx.saved_tensors = saved
-    ctx.needs_input_grad = (True,) * len(arguments)
-    MBConvFunction.backward(ctx, y)
+    compute = functional.compute_dtype(x)
+    lean = functional.keeps_nothing(x, block, memory, compute)
+    weights, statistics, settings = mbconv.describe(block, block.residual and compute == x.dtype, lean)
+    drops = block.residual and block.drop is not None
+    keep = x.new_empty(x.shape[0], dtype=torch.float32) if drops else None
+    image = x.to(compute).permute(0, 2, 3, 1).contiguous()
+    y, saved = mbconv.forward(image, None, keep, weights, statistics, settings)
+    mbconv.backward(y, image, keep, saved, weights, settings, (True,) * (1 + len(weights)))
     return y.permute(0, 3, 1, 2)
+
+
+def infer(x: Tensor, block: Block, memory: Memory) -> Tensor:
+    """An inference's."""
+    from fastmbconv import functional
+
+    return functional.infer_mbconv(x, block)
+
+
+STEPS: dict[str, Callable[[Tensor, Block, Memory], Tensor]] = {"train": train, "infer": infer}
 
 
 def submit(launches: Iterable[Written], threads: int | None = None) -> list[Compiled]:

@@ -59,9 +59,9 @@ class BatchNorm:
         return self.training or self.running_mean is None
 
     @property
-    def shared(self) -> ProcessGroup | None:
-        """The processes that this call's statistics are taken over; None: this one alone."""
-        return self.process_group if self.training else None
+    def group(self) -> str | None:
+        """Names the processes that this call's statistics are taken over; None: this one alone."""
+        return self.process_group.group_name if self.training and self.process_group is not None else None
 
     @property
     def updates(self) -> bool:

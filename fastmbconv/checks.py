@@ -138,7 +138,7 @@ def _check_batch_norm(name: str, bn: BatchNorm, channels: int, x: Tensor, values
         _check_device(f"{name}.{part}", tensor, x)
     if bn.eps < 0:
         raise ValueError(f"{name}.eps is {bn.eps}: expected >= 0")
-    if bn.batch_statistics and bn.shared is None and values == 1:
+    if bn.batch_statistics and bn.group is None and values == 1:
         raise ValueError(f"{name}: expected more than 1 value per channel when training, x has shape {tuple(x.shape)}")
 
 

@@ -28,18 +28,13 @@ from torch import Tensor
 from fastmbconv import checks, dispatch, reference
 from fastmbconv.block import DenseBlock
 from fastmbconv.functional import (
-    _affine,
-    _channels_last,
-    _compute_dtype,
-    _count_batch,
-    _excite,
-    _frozen,
-    _infers,
-    _keep,
-    _nhwc,
-    _running,
-    _setting,
-    _use_kernels,
+    compute_dtype,
+    count_batch,
+    draw_keep,
+    infers,
+    run_fused,
+    run_inference,
+    use_kernels,
 )
 
 
@@ -57,39 +52,21 @@ def dense_mbconv(x: Tensor, block: DenseBlock, *, eager: Callable[[Tensor], Tens
     Raises:
         ValueError, RuntimeError: as `functional.mbconv` does.
     """
-    if not _use_kernels(dispatch.supports(block, x), x):
+    if not use_kernels(dispatch.supports(block, x), x):
         return reference.dense_mbconv(x, block) if eager is None else eager(x)
     checks.check_dense_input(x, block)
     u = block.conv(x.contiguous(memory_format=torch.channels_last))
     checks.check_dense(x, u, block)
     # As in eager under autocast: the branch is computed in autocast's dtype, a wider shortcut is added in its own.
-    compute = _compute_dtype(x)
+    compute = compute_dtype(x)
     wide = block.residual and compute != x.dtype
     shortcut = x if block.residual and not wide else None
-    if _infers(block, (block.bn1, block.bn2), u, x, block.project_weight):
-        y = _inference(u, shortcut, block)
-        return x + y if wide else y
-    from fastmbconv.autograd import DenseFunction
+    from fastmbconv.fused import dense
 
+    weights, statistics, settings = dense.describe(block, shortcut is not None)
     with torch.autocast(x.device.type, enabled=False):
-        keep = _keep(x, block, compute)
-        _count_batch(block.bn1)
-        _count_batch(block.bn2)
-        y = DenseFunction.apply(
-            _channels_last(u), shortcut, *_affine(block.bn1), *_excite(block.se), block.project_weight,
-            *_affine(block.bn2), keep, block.activation, "none" if block.se is None else block.se.activation,
-            _setting(block.bn1), None if block.bn2 is None else _setting(block.bn2),
-            *_running(block.bn1), *_running(block.bn2),
-        ).permute(0, 3, 1, 2)  # fmt: skip
-        return x + y if wide else y
-
-
-def _inference(u: Tensor, shortcut: Tensor | None, block: DenseBlock) -> Tensor:
-    from fastmbconv import inference_ops
-
-    with torch.autocast(u.device.type, enabled=False):
-        return inference_ops.dense_inference(
-            _nhwc(u, u.dtype), None if shortcut is None else _nhwc(shortcut, u.dtype), *_frozen(block.bn1),
-            *_excite(block.se), block.project_weight, *_frozen(block.bn2), block.activation,
-            "none" if block.se is None else block.se.activation,
-        ).permute(0, 3, 1, 2)  # fmt: skip
+        if infers(block, (block.bn1, block.bn2), u, x, block.project_weight):
+            return run_inference(settings, x, u, shortcut, weights, statistics, wide)
+        keep = draw_keep(x, block, compute)
+        count_batch(block.bn1, block.bn2)
+        return run_fused(settings, x, u, shortcut, keep, weights, statistics, wide)

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from fastmbconv.block import Padding
+from fastmbconv.call import geometry, unpack
+from fastmbconv.fused import dense, mbconv
+
+Weights = Sequence[Tensor | None]
 Formula = Callable[..., int]
 FORMULAS: dict[str, Formula] = {}
-NOTHING = (  # no convolution, or one that another operator counts
-    "expand_norm", "pointwise", "image_norm", "bn_act", "bn_bwd", "bn_act_bwd", "bn_act_inference", "round_weight",
-)  # fmt: skip
 
 
 def register(name: str) -> None:
@@ -77,82 +79,101 @@ def _excite_backward(x: Tensor, reduce_weight: Tensor | None, expand_weight: Ten
     return _pointwise_backward(x, reduce_weight, 1, 1) + _pointwise_backward(x, expand_weight, 1, 1)
 
 
-def _nothing(*args: Any) -> int:
+@_formula
+def mbconv_forward(x: Tensor, shortcut: Any, keep: Any, weights: Weights, *args: Any) -> int:
+    return _mbconv(x, weights, *_stride_and_padding(args[2:]))
+
+
+@_formula
+def mbconv_infer(x: Tensor, shortcut: Any, weights: Weights, *args: Any) -> int:
+    return _mbconv(x, weights, *_stride_and_padding(args[1:]))
+
+
+@_formula
+def mbconv_backward(dy: Tensor, x: Tensor, keep: Any, saved: Any, weights: Weights, needs: Any, *args: Any) -> int:
+    """A part that is frozen is counted as the others: it is computed on the way."""
+    w = mbconv.Weights(*weights)  # type: ignore[arg-type]
+    hidden, inner = w.depthwise.shape[0], _image(x, w.depthwise.shape[0])
+    frozen = not any(needs[:5])
+    count = _pointwise_backward(dy, w.project) + _excite_backward(dy, w.reduce, w.se_expand)
+    if not frozen:
+        count += _backward(_image(dy, hidden), inner, w.depthwise, hidden)
+        count += _pointwise_backward(x, w.expand) if needs[0] or needs[1] else 0
+    return count
+
+
+@_formula
+def dense_forward(u: Tensor, shortcut: Any, keep: Any, weights: Weights, *args: Any) -> int:
+    w = dense.Weights(*weights)
+    return _excite(u, w.reduce, w.se_expand) + _pointwise(u, w.project)
+
+
+@_formula
+def dense_infer(u: Tensor, shortcut: Any, weights: Weights, *args: Any) -> int:
+    return dense_forward(u, shortcut, None, weights)
+
+
+@_formula
+def dense_backward(dy: Tensor, u: Tensor, keep: Any, saved: Any, weights: Weights, *args: Any) -> int:
+    w = dense.Weights(*weights)
+    return _excite_backward(u, w.reduce, w.se_expand) + _pointwise_backward(u, w.project)
+
+
+@_formula
+def depthwise_bn_act_forward(x: Tensor, shortcut: Any, keep: Any, weights: Weights, *args: Any) -> int:
+    return _depthwise_alone(x, weights, args[2:])
+
+
+@_formula
+def depthwise_bn_act_infer(x: Tensor, shortcut: Any, weights: Weights, *args: Any) -> int:
+    return _depthwise_alone(x, weights, args[1:])
+
+
+@_formula
+def depthwise_bn_act_backward(dy: Tensor, x: Tensor, keep: Any, saved: Any, weights: Weights, *args: Any) -> int:
+    taps = weights[0]
+    assert taps is not None
+    return _backward(_image(dy, dy.shape[3]), _image(x, x.shape[3]), taps, x.shape[3])
+
+
+@_formula
+def squeeze_excite_forward(x: Tensor, shortcut: Any, keep: Any, weights: Weights, *args: Any) -> int:
+    return _excite(x, weights[0], weights[2])
+
+
+@_formula
+def squeeze_excite_backward(dy: Tensor, x: Tensor, keep: Any, saved: Any, weights: Weights, *args: Any) -> int:
+    return _excite_backward(x, weights[0], weights[2])
+
+
+@_formula
+def bn_act_infer(u: Tensor, *args: Any) -> int:
     return 0
 
 
-FORMULAS |= dict.fromkeys(NOTHING, _nothing)
-
-
 @_formula
-def pointwise_bn(x: Tensor, weight: Tensor, *args: Any) -> int:
-    return _pointwise(x, weight)
+def pointwise_bn_act_pool_infer(x: Tensor, shortcut: Any, weights: Weights, *args: Any) -> int:
+    return _pointwise(x, weights[0])
 
 
-@_formula
-def depthwise_bn(
-    x: Tensor, expand_weight: Tensor | None, weight: Tensor, in_norm: Any, activation: str,
-    stride: int, pad_top: int, pad_left: int, out_height: int, out_width: int, *args: Any,
-) -> int:  # fmt: skip
-    """With `expand_weight` the block's expansion is in here; `expand_norm` before it took its statistics."""
-    return _pointwise(x, expand_weight) + _depthwise(x, weight, out_height, out_width)
+def _stride_and_padding(settings: Sequence[Any]) -> tuple[int, Padding]:
+    own = unpack("", *settings)
+    return own.stride, own.padding
 
 
-@_formula
-def pool_excite(
-    u: Tensor, norm: Any, reduce_weight: Tensor, reduce_bias: Any, expand_weight: Tensor, *args: Any
-) -> int:
-    return _excite(u, reduce_weight, expand_weight)
-
-
-@_formula
-def project_bwd(
-    dy: Tensor, u3: Any, coef: Any, keep: Any, weight: Tensor, u2: Tensor, norm: Any, gate: Any, act_sums: Any,
-    pooled: Any, r: Any, reduce_weight: Tensor | None, expand_weight: Tensor | None, *args: Any,
-) -> int:  # fmt: skip
-    excite = 0 if gate is None else _excite_backward(u2, reduce_weight, expand_weight)
-    return _pointwise_backward(u2, weight) + excite
-
-
-@_formula
-def depthwise_bwd(dy: Tensor, x: Tensor, expand_weight: Any, weight: Tensor, *args: Any) -> int:
-    c = weight.shape[0]
-    return _backward(_image(dy, c), _image(x, c), weight, c)
-
-
-@_formula
-def expand_bwd(dv: Tensor, u: Any, x: Tensor, weight: Tensor, *args: Any) -> int:
-    return _pointwise_backward(x, weight)
-
-
-@_formula
-def squeeze_excite_bwd(
-    dy: Tensor, x: Tensor, pooled: Any, r: Any, gate: Any, reduce_weight: Tensor, expand_weight: Tensor, *args: Any
-) -> int:
-    return _excite_backward(x, reduce_weight, expand_weight)
-
-
-@_formula
-def mbconv_inference(x: Tensor, *args: Any) -> int:
-    expand_weight, weight, project_weight, size = args[0], args[6], args[16], args[-2:]
+def _mbconv(x: Tensor, weights: Weights, stride: int, padding: Padding) -> int:
+    w = mbconv.Weights(*weights)  # type: ignore[arg-type]
+    size = geometry(x.shape[1], x.shape[2], w.depthwise.shape[-1], stride, padding)[3:]
     return (
-        _pointwise(x, expand_weight)
-        + _depthwise(x, weight, *size)
-        + _excite(x, args[12], args[14])
-        + _pointwise(x, project_weight, *size)
+        _pointwise(x, w.expand)
+        + _depthwise(x, w.depthwise, *size)
+        + _excite(x, w.reduce, w.se_expand)
+        + _pointwise(x, w.project, *size)
     )
 
 
-@_formula
-def dense_inference(u: Tensor, *args: Any) -> int:
-    return _excite(u, args[6], args[8]) + _pointwise(u, args[10])
-
-
-@_formula
-def depthwise_bn_act_inference(x: Tensor, weight: Tensor, *args: Any) -> int:
-    return _depthwise(x, weight, *args[-2:])
-
-
-@_formula
-def pointwise_pool(x: Tensor, weight: Tensor, *args: Any) -> int:
-    return _pointwise(x, weight)
+def _depthwise_alone(x: Tensor, weights: Weights, settings: Sequence[Any]) -> int:
+    taps = weights[0]
+    assert taps is not None
+    stride, padding = _stride_and_padding(settings)
+    return _depthwise(x, taps, *geometry(x.shape[1], x.shape[2], taps.shape[-1], stride, padding)[3:])

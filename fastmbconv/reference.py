@@ -28,8 +28,8 @@ def batch_norm(x: Tensor, bn: BatchNorm) -> Tensor:
     if bn.updates and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
         momentum = 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
-    if bn.shared is not None:
-        return _synchronised(x, bn, momentum, bn.shared.group_name)
+    if bn.group is not None:
+        return _synchronised(x, bn, momentum, bn.group)
     return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.batch_statistics, momentum, bn.eps)
 
 

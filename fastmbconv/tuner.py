@@ -23,7 +23,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import fastmbconv
-from fastmbconv import dispatch, inference_ops, ops  # noqa: F401 (they bring every launcher in)
+from fastmbconv import dispatch, fused  # noqa: F401 (it brings every launcher in)
 from fastmbconv.block import Block, Memory
 from fastmbconv.device_timer import DeviceTimer
 from fastmbconv.kernels import library, tables, traffic

@@ -13,6 +13,7 @@ from torch import nn
 import fastmbconv
 from fastmbconv import dispatch, functional
 from fastmbconv.block import BatchNorm
+from fastmbconv.call import Norm, NormSettings
 from fastmbconv.mbconv import MBConv
 
 INTERPRETED = dispatch.interpreted()
@@ -78,6 +79,11 @@ def make_block(*args, dtype=torch.float32, device="cpu", **kwargs):
 
 def batch_norms(module):
     return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def norm_data(weight=None, bias=None, running=(None, None, None), eps=1e-3, momentum=0.1, training=True):
+    """A BatchNorm of a call: batch statistics while training or without `running`, which training moves."""
+    return Norm(weight, bias, *running, NormSettings(eps, momentum, training, running[0] is not None, None))
 
 
 def bn_module(channels, dtype=torch.float64, device="cpu", **kwargs):

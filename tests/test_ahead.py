@@ -17,7 +17,7 @@ from test_triton_versions import DEPS, GIVEN
 from torch import nn
 
 import fastmbconv
-from fastmbconv import ahead, functional
+from fastmbconv import ahead
 from fastmbconv.kernels.launching import kernel, written
 from fastmbconv.mbconv import MBConv
 
@@ -44,7 +44,7 @@ def test_ahead_are_the_launches_of_the_step(settings, device, triton_backend):
     module, x = MBConv(8, 8, **settings).to(device), image(device)
     state = {name: value.clone() for name, value in module.state_dict().items()}
     seed = torch.get_rng_state()
-    expected = ahead.model_launches(x, module.describe(), "fast", functional._train_ahead)
+    expected = ahead.model_launches(x, module.describe(), "fast", "train")
     assert torch.equal(seed, torch.get_rng_state())
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
     with written() as launches:  # the backward runs in this thread on a CPU, in another one on a GPU
@@ -58,7 +58,7 @@ def test_ahead_are_the_launches_of_the_step(settings, device, triton_backend):
 
 def test_what_is_ahead_holds_no_memory(device, triton_backend):
     """A whole model's launches are noted before the first one compiles: its tensors together don't fit a GPU."""
-    launches = ahead.model_launches(image(device), MBConv(8, 8).to(device).describe(), "fast", functional._train_ahead)
+    launches = ahead.model_launches(image(device), MBConv(8, 8).to(device).describe(), "fast", "train")
     tensors = [v for one in launches for v in one.arguments.values() if isinstance(v, torch.Tensor)]
     assert len(tensors) > 100
     assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == 0
@@ -70,16 +70,16 @@ def test_the_blocks_after_the_first_are_ahead_too(device, triton_backend):
     each, h = [], x
     for block in model:
         alone = fastmbconv.fuse(copy.deepcopy(block))  # a copy is followed by nobody
-        each += named(ahead.model_launches(h, alone.describe(), "fast", functional._train_ahead))
+        each += named(ahead.model_launches(h, alone.describe(), "fast", "train"))
         h = block(h).detach()
-    assert named(ahead.model_launches(x, model[0].describe(), "fast", functional._train_ahead)) == each
+    assert named(ahead.model_launches(x, model[0].describe(), "fast", "train")) == each
 
 
 def test_a_block_that_is_gone_ends_the_chain(device, triton_backend):
     model = fastmbconv.fuse(nn.Sequential(MBConv(8, 8), MBConv(8, 8)).to(device))
-    both = ahead.model_launches(image(device), model[0].describe(), "fast", functional._train_ahead)
+    both = ahead.model_launches(image(device), model[0].describe(), "fast", "train")
     del model[1]
-    one = ahead.model_launches(image(device), model[0].describe(), "fast", functional._train_ahead)
+    one = ahead.model_launches(image(device), model[0].describe(), "fast", "train")
     assert len(both) == 2 * len(one)
 
 
@@ -162,7 +162,7 @@ def test_a_step_of_b0_compiles_nothing_in_its_own_thread(folder, rehearsed):
 def test_ahead_are_the_launches_of_an_inference(device, triton_backend):
     module, x = MBConv(8, 8).to(device).eval(), image(device)
     with torch.no_grad():
-        expected = ahead.model_launches(x, module.describe(), "fast", functional._infer_ahead)
+        expected = ahead.model_launches(x, module.describe(), "fast", "infer")
         with written() as launches:
             module(x)
     assert named(launches) == named(expected)
@@ -171,5 +171,5 @@ def test_ahead_are_the_launches_of_an_inference(device, triton_backend):
 def test_training_and_inference_of_a_block_are_ahead_apart(device):
     """A frozen block is the same block in both, and its kernels are others."""
     block, x = MBConv(8, 8).to(device).eval().describe(), image(device)
-    steps = (functional._train_ahead, functional._infer_ahead)
+    steps = ("train", "infer")
     assert len({ahead.key(x, block, "fast", step) for step in steps}) == 2

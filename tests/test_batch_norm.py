@@ -5,7 +5,9 @@ import torch
 from blocks import HALVES, PRECISE, bn_module, nchw, nhwc, norm_vectors, normal, shrink
 from parity import assert_parity
 
-from fastmbconv import ops, reference
+from fastmbconv import reference
+from fastmbconv.call import NormSettings
+from fastmbconv.fused import stages
 from fastmbconv.kernels import batch_norm
 
 ACC = torch.float64 if torch.float64 == PRECISE else torch.float32
@@ -190,7 +192,7 @@ def test_elementwise_pass(image, activation, has_norm, parts, tiles, dtype, devi
         return v if extra["residual"] is None else v + extra["residual"].to(kind)
 
     residual = None if extra["residual"] is None else nhwc(extra["residual"])
-    y = ops.bn_act(nhwc(u), norm, extra["gate"], extra["keep"], residual, activation)
+    y = batch_norm.bn_act_fwd(nhwc(u), norm, extra["gate"], None, extra["keep"], residual, activation)
     assert_parity("y", nchw(y), eager(dtype), eager(torch.float64))
 
 
@@ -233,8 +235,9 @@ def test_backward(image, activation, batch, has_keep, tiles, group, dtype, devic
         y.backward(dy.to(kind))
         return {"du": x.grad, "dweight": g.grad, "dbias": b.grad}
 
-    grads, coef = ops.bn_bwd(nhwc(dy), nhwc(u), norm, keep, activation, batch)
-    du = ops.bn_act_bwd(nhwc(dy), nhwc(u), norm, coef, keep, activation)
+    settings = NormSettings(1e-3, 0.1, batch, True, None)
+    grads, coef = stages.bn_backward(nhwc(dy), nhwc(u), norm, keep, activation, settings)
+    du = batch_norm.bn_act_bwd(nhwc(dy), nhwc(u), norm, coef, keep, activation)
     theirs, truth = eager(dtype), eager(torch.float64)
     for name, value in {"du": nchw(du), "dweight": grads[0], "dbias": grads[1]}.items():
         assert_parity(name, value, theirs[name], truth[name])

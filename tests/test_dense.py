@@ -158,7 +158,7 @@ def test_which_calls_infer(device):
     def infers():
         with fastmbconv.backend("triton"), launches() as seen:
             y = module(x)
-        return any("dense_inference" in name for name in seen), y
+        return any("dense_infer" in name for name in seen), y
 
     assert not infers()[0]  # its weights want gradients
     with torch.no_grad():

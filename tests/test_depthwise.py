@@ -4,11 +4,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from blocks import HALVES, PRECISE, nchw, nhwc, norm_vectors, normal, shrink
+from blocks import HALVES, PRECISE, nchw, nhwc, norm_data, norm_vectors, normal, shrink
 from parity import assert_parity
 
-from fastmbconv import ops, reference
+from fastmbconv import reference
 from fastmbconv.block import pads
+from fastmbconv.call import Geometry
+from fastmbconv.fused import stages
 from fastmbconv.kernels import depthwise
 
 
@@ -112,14 +114,12 @@ def kernels(x, weight, norm, residual, dy, row):
     k, (_, c, h, w) = row.k, x.shape
     (top, _), (left, _) = (pads(s, k, row.stride, row.padding) for s in (h, w))
     in_norm, activation = (None, "none") if row.activation is None else (norm, row.activation)
-    u, out_norm = ops.depthwise_bn(
-        nhwc(x), None, weight, in_norm, activation, row.stride, top, left, *dy.shape[2:], None, None, None, None, None,
-        1e-3, 0.1, True, False,
-    )  # fmt: skip
-    dv, dw, grads, coef = ops.depthwise_bwd(
-        nhwc(dy), nhwc(x), None, weight, in_norm, None if residual is None else nhwc(residual), activation, row.stride,
-        top, left, True,
-    )  # fmt: skip
+    place, bn = Geometry(row.stride, top, left, *dy.shape[2:]), norm_data()
+    u, out_norm = stages.depthwise_bn(nhwc(x), None, weight, in_norm, activation, place, bn)
+    added = None if residual is None else nhwc(residual)
+    dv, dw, grads, coef = stages.depthwise_backward(
+        nhwc(dy), nhwc(x), None, weight, in_norm, added, activation, place, bn.settings
+    )
     result = {"u": nchw(u), "dw": dw, "dv": nchw(dv), "mean": out_norm[0], "rstd": out_norm[1]}
     torch.testing.assert_close(out_norm[2], out_norm[1], rtol=0, atol=0)
     torch.testing.assert_close(out_norm[3], -out_norm[0] * out_norm[1])
@@ -171,9 +171,8 @@ def test_statistics_of_a_large_mean_do_not_cancel(device, monkeypatch):
     weight = torch.zeros(3, 1, 3, 3, device=device)
     weight[:, :, 1, 1] = 1.0
     x = normal(3, 3, 5, 4, dtype=torch.float32, device=device, mean=1000.0)
-    u, norm = ops.depthwise_bn(
-        nhwc(x), None, weight, None, "none", 1, 1, 1, 5, 4, None, None, None, None, None, 1e-9, 0.1, True, False
-    )
+    bn = norm_data(eps=1e-9)
+    u, norm = stages.depthwise_bn(nhwc(x), None, weight, None, "none", Geometry(1, 1, 1, 5, 4), bn)
     assert torch.equal(nchw(u), x)
     truth = x.double()
     torch.testing.assert_close(norm[0].double(), truth.mean((0, 2, 3)), rtol=1e-7, atol=0)
@@ -200,8 +199,6 @@ def test_nan_stays_in_its_channel(device, monkeypatch):
     x = normal(3, 20, 4, 3, dtype=torch.float32, device=device)
     weight = normal(20, 1, 3, 3, dtype=torch.float32, device=device)
     x[2, 19, 3, 2] = float("nan")
-    u, norm = ops.depthwise_bn(
-        nhwc(x), None, weight, None, "none", 1, 1, 1, 4, 3, None, None, None, None, None, 1e-3, 0.1, True, False
-    )
+    u, norm = stages.depthwise_bn(nhwc(x), None, weight, None, "none", Geometry(1, 1, 1, 4, 3), norm_data())
     assert torch.equal(nchw(u).isnan(), reference.depthwise(x, weight, 1, 1).isnan())
     assert norm[:, :19].isfinite().all() and norm[:, 19].isnan().all()

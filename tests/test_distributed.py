@@ -15,9 +15,10 @@ from torch import distributed as dist
 from torch import nn
 
 import fastmbconv
-from fastmbconv import functional, ops
+from fastmbconv import call, functional, ops
 from fastmbconv import ranks as ranks_module
 from fastmbconv.block import BatchNorm
+from fastmbconv.fused import mbconv
 from fastmbconv.kernels.launching import written
 from fastmbconv.mbconv import MBConv
 
@@ -253,10 +254,15 @@ def test_without_processes_a_synchronised_norm_is_a_plain_one(device, triton_bac
 
 def test_operators_that_talk_pass_opcheck(alone, device):
     """Their fake implementations say nothing to anybody, and have the kernels' shapes."""
-    u, norm = torch.randn(2, 3, 2, 4, device=device), torch.rand(4, 4, device=device) + 0.5
-    running = [t.to(device) for t in (torch.zeros(4), torch.ones(4), torch.tensor(0))]
-    for operator, arguments in (
-        (ops.image_norm, (u, None, None, *running, 1e-3, 0.1, True, True, alone.group_name)),
-        (ops.bn_bwd, (u, u, norm, None, "silu", True, alone.group_name)),
+    module = MBConv(3, 3, expand_ratio=2).to(device).requires_grad_(False)
+    x = torch.randn(2, 4, 3, 3, device=device)
+    weights, statistics, settings = mbconv.describe(talking(module, alone), True, False)
+    lists = [list(weights), call.moved(settings, statistics), call.read(settings, statistics), *call.pack(settings)]
+    y, saved = ops.forward(settings, x, None, None, weights, statistics)
+    kept = [tensor for tensor in saved if tensor is not None]
+    needs = [True, *(weight is not None for weight in weights)]
+    for name, arguments in (
+        ("mbconv_forward", (x, None, None, *lists)),
+        ("mbconv_backward", (torch.randn_like(y), x, None, kept, list(weights), needs, *call.pack(settings))),
     ):
-        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(ops.OPERATORS[name], arguments, test_utils=("test_schema", "test_faketensor"))

@@ -10,7 +10,6 @@ import triton.language as tl
 from blocks import HALVES, PRECISE, nchw, nhwc, normal, shrink
 from parity import assert_parity
 
-from fastmbconv import ops
 from fastmbconv.kernels import expand_backward, tuning
 from fastmbconv.kernels.launching import written
 
@@ -108,7 +107,7 @@ def assert_row(row, dtype, device):
     r = -p * d_bias / count if row.batch else torch.zeros_like(p)
     coef = torch.stack((p, q, r, mean)).to(wide)
     u1 = nhwc(F.conv2d(x, weight)) if row.kept else None
-    dx, dw = ops.expand_bwd(
+    dx, dw = expand_backward.expand_bwd(
         nhwc(dv), u1, nhwc(x), weight, coef, None if residual is None else nhwc(residual), row.batch
     )
     theirs, truth = eager(dtype), eager(torch.float64)
@@ -141,7 +140,7 @@ def test_what_lies_behind_the_last_pixel_adds_nothing(device):
     weight = torch.eye(16, dtype=torch.float16, device=device)[..., None, None]
     p, q, r, mean = torch.zeros(4, 16, device=device)
     coef = torch.stack((p, q + 1e3, r, mean + 100))
-    dx, dw = ops.expand_bwd(torch.zeros_like(x), x, x, weight, coef, None, True)
+    dx, dw = expand_backward.expand_bwd(torch.zeros_like(x), x, x, weight, coef, None, True)
     assert not dx.any() and not dw.any()
 
 

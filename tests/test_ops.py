@@ -2,128 +2,168 @@
 
 import contextlib
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 import triton.language as tl
-from blocks import BatchNorm, bn_module, make_block, nhwc, norm_vectors, normal, outcome
+from blocks import BatchNorm, bn_module, make_block, nhwc, normal, outcome
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmbconv
 from benchmarks.launches import caught
-from fastmbconv import ahead, functional, ops
-from fastmbconv.block import SqueezeExcite
+from fastmbconv import call, functional, ops
+from fastmbconv.block import Block, DenseBlock, SqueezeExcite
+from fastmbconv.fused import PARTS, mbconv, single
+from fastmbconv.fused import dense as dense_part
 from fastmbconv.kernels import expand_backward, launching
 from fastmbconv.mbconv import MBConv
 
-NAMES = sorted(name for name in vars(ops) if isinstance(getattr(ops, name), torch._library.custom_ops.CustomOpDef))
+NAMES = sorted(ops.OPERATORS)
 
 
-def arguments(device, dtype=torch.float32):
-    """One or more calls of each operator, every optional tensor there once and missing once."""
+def calls(device, dtype=torch.float32):
+    """(settings, x, shortcut, keep, weights, statistics) by part, every optional tensor there once and missing once."""
     n, h, w, c, e, r, o = 2, 3, 2, 3, 5, 2, 4
 
     def image(channels, height=h, width=w):
         return nhwc(normal(n, channels, height, width, dtype=dtype, device=device))
 
-    def vectors(*shape):
-        return normal(*shape, dtype=torch.float32, device=device)
+    def weight(*shape):
+        return normal(*shape, dtype=dtype, device=device)
 
-    def norm(channels):
-        return norm_vectors(channels, dtype, device)
+    def norm(channels, training=True, **options):
+        return BatchNorm.of(bn_module(channels, torch.float32, device, **options).train(training).requires_grad_(False))
 
-    def batch_norm(channels, update):
-        bn = bn_module(channels, torch.float32, device)
-        running = (bn.running_mean, bn.running_var, bn.num_batches_tracked)
-        return (bn.weight.detach(), bn.bias.detach(), *running, 1e-3, 0.1, update, update)
+    def bare(channels, training=True):
+        return norm(channels, training, affine=False, track_running_stats=not training)
 
-    def bare(channels):
-        return (None,) * 5 + (1e-3, None, True, False)
+    def block(expands, training=True, se=True, stride=1, padding=1, act="silu"):
+        make = norm if se else bare
+        return Block(
+            weight(e, c, 1, 1) if expands else None,
+            make(e, training) if expands else None,
+            weight(e, 1, 3, 3),
+            make(e, training),
+            excite if se else None,
+            weight(o, e, 1, 1),
+            make(o, training),
+            stride,
+            padding,
+            act,
+            False,
+        )
 
-    expand, project = vectors(e, c, 1, 1).to(dtype), vectors(o, e, 1, 1).to(dtype)
-    taps = vectors(e, 1, 3, 3).to(dtype)
-    excite = [t.to(dtype) for t in (vectors(r, e, 1, 1), vectors(r), vectors(e, r, 1, 1), vectors(e))]
-    pooled, reduced, gate = vectors(n, e), vectors(n, r), vectors(n, e).sigmoid()
-    act_sums = vectors(n, 2, e)
+    def dense(projects, se, training=True):
+        make, none = (norm if se else bare), None
+        project = (weight(o, e, 1, 1), make(o, training)) if projects else (none, none)
+        return DenseBlock(
+            nn.Identity(), weight(e, 4, 3, 3), 1, 1, make(e, training), excite if se else none, *project, "silu", False
+        )
+
+    excite = SqueezeExcite(weight(r, e, 1, 1), weight(r), weight(e, r, 1, 1), weight(e), "relu")
     keep = torch.tensor([0.0, 2.0], device=device)
+    reduced, alone = SqueezeExcite(weight(r, e, 1, 1), weight(r), weight(e, r, 1, 1), weight(e)), norm(e, momentum=None)
+
+    def of_mbconv(x, keep, block, lean=False):
+        weights, statistics, settings = mbconv.describe(block, x.shape[3] == o, lean)
+        return settings, x, None, keep, weights, statistics
+
+    def of_dense(x, shortcut, keep, block):
+        weights, statistics, settings = dense_part.describe(block, shortcut is not None)
+        return settings, x, shortcut, keep, weights, statistics
+
+    def of_single(part, x, weights, bn, act="silu"):
+        return call.single(part, bn, act)._replace(padding=1), x, None, None, weights, call.statistics(bn)
+
+    eval_block = replace(block(True, False), project_weight=weight(c, e, 1, 1), bn3=norm(c, False))
+    taps, affine = weight(e, 1, 3, 3), call.affine
     return {
-        "pointwise_bn": [
-            (image(c), expand, None, None, "none", *batch_norm(e, True)),
-            (image(e), project, norm(e), gate, "silu", *batch_norm(o, False)),
-            (image(e), project, norm(e), None, "relu6", *bare(o)),
+        "mbconv": [
+            of_mbconv(image(c), keep, block(True)),
+            of_mbconv(image(c), None, block(True, padding="same", stride=2), lean=True),
+            of_mbconv(image(e), None, block(False, se=False, act="relu6")),
+            of_mbconv(image(c), None, eval_block),
+            of_mbconv(image(e), None, block(False, False, se=False, stride=2, padding=(0, 1))),
         ],
-        "depthwise_bn": [
-            (image(e), None, taps, norm(e), "silu", 1, 1, 1, h, w, *batch_norm(e, True)),
-            (image(e), None, taps, None, "none", 2, 1, 1, 2, 1, *bare(e)),
-            (image(c), expand, taps, norm(e), "silu", 1, 1, 1, h, w, *bare(e)),
+        "dense": [
+            of_dense(image(e), image(o), keep, dense(True, True)),
+            of_dense(image(e), None, None, dense(True, False)),
+            of_dense(image(e), image(e), None, dense(False, False)),
+            of_dense(image(e), image(o), None, dense(True, True, False)),
+            of_dense(image(e), None, None, dense(False, False, False)),
         ],
-        "pointwise": [(image(c), expand)],
-        "round_weight": [(expand, image(c).bfloat16())],
-        "expand_norm": [
-            (image(c), expand, *batch_norm(e, True)),
-            (image(c), expand, *batch_norm(e, False)),
+        "depthwise_bn_act": [
+            of_single("depthwise_bn_act", image(e), single.DepthwiseWeights(taps, *affine(bn)), bn)
+            for bn in (alone, norm(e, False), bare(e))
         ],
-        "pool_excite": [
-            (image(e), norm(e), *excite, "silu", "silu"),
-            (image(e), None, *excite, "none", "relu"),
+        "squeeze_excite": [
+            (call.Settings("squeeze_excite", "none"), image(e), None, None, call.excite(reduced), ()),
         ],
         "bn_act": [
-            (image(o), norm(o), None, keep, image(o), "none"),
-            (image(e), None, gate, None, None, "none"),
+            of_single("bn_act", image(e), single.NormWeights(*affine(bn)), bn, "relu")
+            for bn in (norm(e, False), bare(e, False))
         ],
-        "bn_bwd": [
-            (image(o), image(o), norm(o), keep, "none", True),
-            (image(e), image(e), norm(e), None, "silu", False),
-        ],
-        "bn_act_bwd": [
-            (image(e), image(e), norm(e), vectors(4, e), None, "silu"),
-            (image(e), image(e), norm(e), vectors(4, e), keep, "relu"),
-        ],
-        "image_norm": [(image(e), *batch_norm(e, True)), (image(e), *batch_norm(e, False))],
-        "project_bwd": [
-            (image(o), image(o), vectors(4, o), keep, project, image(e), norm(e), gate, act_sums, pooled, reduced,
-             excite[0], excite[2], "silu", "silu", True, True),
-            (image(o), image(o), vectors(4, o), None, project, image(e), norm(e), *(None,) * 6, "silu", "none", False,
-             False),
-        ],
-        "depthwise_bwd": [
-            (image(e), image(e), None, taps, norm(e), None, "silu", 1, 1, 1, True),
-            (image(e), image(e), None, taps, None, image(e), "none", 1, 1, 1, False),
-            (image(e), image(c), expand, taps, norm(e), None, "silu", 1, 1, 1, True),
-        ],
-        "expand_bwd": [
-            (image(e), image(e), image(c), expand, vectors(4, e), image(c), True),
-            (image(e), None, image(c), expand, vectors(4, e), None, False),
-        ],
-        "squeeze_excite_bwd": [
-            (image(e), image(e), pooled, reduced, gate, excite[0], excite[2], "silu"),
+        "pointwise_bn_act_pool": [
+            of_single("pointwise_bn_act_pool", image(c), single.DepthwiseWeights(weight(e, c, 1, 1), *affine(bn)), bn)
+            for bn in (norm(e, False),)
         ],
     }  # fmt: skip
 
 
+def arguments(device, dtype=torch.float32):
+    """The same as operators take them, by operator."""
+    found = {name: [] for name in NAMES}
+    for name, rows in calls(device, dtype).items():
+        part = PARTS[name]
+        for settings, x, shortcut, keep, weights, statistics in rows:
+            packed, weights = call.pack(settings), part.weights(*weights)
+            lists = call.moved(settings, statistics), call.read(settings, statistics)
+            if part.forward is not None:
+                found[f"{name}_forward"].append((x, shortcut, keep, list(weights), *lists, *packed))
+                y, saved = ops.forward(settings, x, shortcut, keep, weights, statistics)
+                kept = [tensor for tensor in saved if tensor is not None]
+                for needs in ([True] * (1 + len(weights)), [False] * (len(weights) - 1) + [True] * 2):
+                    there = [each and t is not None for each, t in zip(needs, (x, *weights), strict=True)]
+                    dy = torch.randn_like(y)
+                    found[f"{name}_backward"].append((dy, x, keep, kept, list(weights), there, *packed))
+            if part.infer is not None and not lists[0] and all(own is None or own.tracked for own in settings.norms):
+                found[f"{name}_infer"].append((x, shortcut, list(weights), lists[1], *packed))
+    return found
+
+
 def test_every_operator_has_a_row(device):
-    assert sorted(arguments(device)) == NAMES
+    assert sorted(name for name, rows in arguments(device).items() if rows) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name, device):
     """No hidden mutation or alias, and the fake implementation's shapes, strides and dtypes are the kernels' own."""
     for args in arguments(device)[name]:
-        torch.library.opcheck(getattr(ops, name), args, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(ops.OPERATORS[name], args, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float16, id="fp16"), pytest.param(torch.bfloat16, id="bf16")])
 def test_fake_dtypes_in_half_precision(dtype, device):
-    for name, calls in arguments(device, dtype).items():
-        torch.library.opcheck(getattr(ops, name), calls[0], test_utils="test_faketensor")
+    for name, rows in arguments(device, dtype).items():
+        torch.library.opcheck(ops.OPERATORS[name], rows[0], test_utils="test_faketensor")
 
 
-@pytest.mark.parametrize("name", ["depthwise_bn", "project_bwd"])
+@pytest.mark.parametrize("name", ["mbconv_forward", "mbconv_backward", "dense_forward", "mbconv_infer"])
 def test_opcheck_under_aot_dispatch(name, device):
     """With symbolic shapes: a new batch size compiles nothing new."""
-    torch.library.opcheck(getattr(ops, name), arguments(device)[name][0], test_utils="test_aot_dispatch_dynamic")
+    torch.library.opcheck(ops.OPERATORS[name], arguments(device)[name][0], test_utils="test_aot_dispatch_dynamic")
+
+
+def test_a_call_crosses_an_operator_whole(device):
+    for rows in calls(device).values():
+        for settings, *_, statistics in rows:
+            assert call.unpack(settings.part, *call.pack(settings)) == settings
+            back = call.joined(settings, call.moved(settings, statistics), call.read(settings, statistics))
+            for there, before in zip(back, statistics, strict=True):
+                assert there is None or there is before
 
 
 class DepthwiseBNAct(nn.Module):
@@ -222,7 +262,7 @@ def test_an_eager_step_goes_straight_to_the_launchers(device, triton_backend):
         return {event.name for event in profile.events() if event.name.startswith("fastmbconv::")}
 
     assert operators(contextlib.nullcontext()) == set()
-    assert len(operators(_Watching())) >= 8
+    assert operators(_Watching()) == {"fastmbconv::mbconv_forward", "fastmbconv::mbconv_backward"}
 
 
 class _Watching(TorchDispatchMode):
@@ -247,10 +287,11 @@ def test_only_the_walks_reach_the_end_of_a_grid(memory, monkeypatch):
     grids = []
 
     def step():
-        block = MBConv(16, 16, 3).to("meta").describe()
+        weights, statistics, settings = mbconv.describe(MBConv(16, 16, 3).to("meta").describe(), True, memory == "lean")
         x = torch.empty(2**20, 16, 16, 16, device="meta")
         with caught(lambda kernel, args, kwargs: grids.append((kernel.__name__, kwargs["grid"]))), torch.no_grad():
-            ahead.train(functional._arguments(x, block, memory, x.dtype, None))
+            y, saved = mbconv.forward(x, None, None, weights, statistics, settings)
+            mbconv.backward(y, x, None, saved, weights, settings, [True] * (1 + len(weights)))
 
     with pytest.raises(ValueError, match=r"x is too large for _depthwise_fwd_kernel: its grid would be \(\d+, \d+\)"):
         step()

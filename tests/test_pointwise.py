@@ -12,13 +12,15 @@ from blocks import (  # noqa: F401
     bn_module,
     nchw,
     nhwc,
+    norm_data,
     norm_vectors,
     normal,
     shrink,
 )
 from parity import assert_parity
 
-from fastmbconv import ops, reference
+from fastmbconv import reference
+from fastmbconv.fused import stages
 from fastmbconv.kernels import pointwise, pool, project_backward
 
 SMALL = dict(BM=16, BK=16, BO=16)
@@ -86,9 +88,7 @@ def eager_forward(x, weight, norm, gate, activation):
 
 
 def forward(x, weight, norm, gate, activation):
-    u, out = ops.pointwise_bn(
-        nhwc(x), weight, norm, gate, activation, None, None, None, None, None, 1e-3, 0.1, True, False
-    )
+    u, out = stages.pointwise_bn(nhwc(x), weight, norm, gate, activation, norm_data())
     return {"u": nchw(u), "mean": out[0], "rstd": out[1]}
 
 
@@ -142,7 +142,7 @@ def test_statistics_of_an_output_that_is_not_kept(row, dtype, device, monkeypatc
     x, weight = given["x"], given["weight"]
     wide = torch.float32 if dtype in HALF else dtype
     theirs, truth = (eager_forward(x.to(to), weight.to(to), None, None, "none") for to in (wide, torch.float64))
-    norm = ops.expand_norm(nhwc(x), weight, None, None, None, None, None, 1e-3, 0.1, True, False)
+    norm = stages.expand_norm(nhwc(x), weight, norm_data())
     for name, value in {"mean": norm[0], "rstd": norm[1]}.items():
         assert_parity(name, value, theirs[name], truth[name])
 
@@ -152,9 +152,7 @@ def test_statistics_of_a_large_mean_do_not_cancel(device, monkeypatch):
     shrink(monkeypatch, 2, **SMALL)
     x = normal(5, 3, 5, 3, dtype=torch.float32, device=device, mean=1000.0)
     weight = torch.eye(3, device=device)[..., None, None]
-    _, norm = ops.pointwise_bn(
-        nhwc(x), weight, None, None, "none", None, None, None, None, None, 1e-9, 0.1, True, False
-    )
+    _, norm = stages.pointwise_bn(nhwc(x), weight, None, None, "none", norm_data(eps=1e-9))
     truth = x.double()
     torch.testing.assert_close(norm[0].double(), truth.mean((0, 2, 3)), rtol=1e-7, atol=0)
     torch.testing.assert_close(norm[1].double(), truth.var((0, 2, 3), unbiased=False).rsqrt(), rtol=1e-5, atol=0)
@@ -165,10 +163,8 @@ def test_running_statistics_move_as_batch_norm_moves_them(device):
     weight = normal(5, 8, 1, 1, dtype=torch.float32, device=device)
     bn = bn_module(5, torch.float32, device)
     mean, var = bn.running_mean.clone(), bn.running_var.clone()
-    ops.pointwise_bn(
-        nhwc(x), weight, None, None, "none", bn.weight, bn.bias, mean, var, bn.num_batches_tracked, bn.eps, 0.1,
-        True, True,
-    )  # fmt: skip
+    described = norm_data(bn.weight, bn.bias, (mean, var, bn.num_batches_tracked), bn.eps)
+    stages.pointwise_bn(nhwc(x), weight, None, None, "none", described)
     bn(F.conv2d(x, weight))
     torch.testing.assert_close(mean, bn.running_mean)
     torch.testing.assert_close(var, bn.running_var)

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from blocks import HALVES, PRECISE, nchw, nhwc, norm_vectors, normal, shrink
 from parity import assert_parity
 
-from fastmbconv import ops, reference
+from fastmbconv import reference
+from fastmbconv.call import NormSettings
+from fastmbconv.fused import stages
 from fastmbconv.kernels import batch_norm, project_backward
 
 
@@ -183,14 +185,16 @@ def test_backward_to_the_depthwise_output(row, batch, device, monkeypatch):
     act_slope = torch.autograd.grad(F.silu(v).sum(), v)[0]
     xhat = (x.detach() - mean[:, None, None]) * rstd[:, None, None]
     act_sums = torch.stack([t.sum((2, 3)) for t in (act_slope, act_slope * xhat)], 1)
-    se = [t.detach().to(wide).flatten(1) for t in (gate, pooled, r)] if row.gate else [None] * 3
-    se.insert(1, act_sums.to(wide) if row.gate else None)
-    halves = [reduce_w.to(PRECISE), expand_w.to(PRECISE)] if row.gate else [None] * 2
-    du2, dw, grads, *d_excite = ops.project_bwd(
+    excited = halves = None
+    if row.gate:
+        gate, pooled, r = (t.detach().to(wide).flatten(1) for t in (gate, pooled, r))
+        excited = stages.Excite(pooled, act_sums.to(wide), r, gate)
+        halves = stages.ExciteWeights(reduce_w.to(PRECISE), None, expand_w.to(PRECISE), None)
+    du2, dw, grads, d_excite = stages.project_backward_from(
         nhwc(given["dy"]), nhwc(given["u3"]), given["coef"], given["keep"], given["weight"], nhwc(given["u2"]), norm,
-        *se, *halves, "silu", "silu", batch, True,
+        excited, halves, "silu", "silu", NormSettings(1e-3, 0.1, batch, True, None), True,
     )  # fmt: skip
-    ours = [du2.permute(0, 3, 1, 2), dw, grads[0], grads[1]] + (d_excite if row.gate else [])
+    ours = [du2.permute(0, 3, 1, 2), dw, grads[0], grads[1]] + (list(d_excite) if row.gate else [])
     names = ("du2", "dw", "dslope", "dbias", "reduce_weight", "reduce_bias", "expand_weight", "expand_bias")
     for name, value, leaf in zip(names, ours, leaves, strict=False):
         torch.testing.assert_close(

@@ -7,8 +7,9 @@ import torch
 from blocks import HALVES, PRECISE, nchw, nhwc, norm_vectors, normal, shrink  # noqa: F401
 from parity import assert_parity
 
-from fastmbconv import functional, ops, reference
+from fastmbconv import functional, reference
 from fastmbconv.block import SqueezeExcite
+from fastmbconv.fused import stages
 from fastmbconv.kernels import squeeze_excite as kernels
 
 
@@ -99,7 +100,7 @@ def test_pool_normalises_and_activates_first(activation, whole_weight, device, m
     u = normal(3, 20, 3, 3, dtype=PRECISE, device=device)
     norm = norm_vectors(20, PRECISE, device)
     weights = excite(20, 3, PRECISE, device)
-    pooled, act_sums, r, gate = ops.pool_excite(nhwc(u), norm, *weights, activation, "silu")
+    pooled, act_sums, r, gate = stages.squeeze_excite(nhwc(u), norm, stages.ExciteWeights(*weights), activation, "silu")
     v = (u * norm[2, :, None, None] + norm[3, :, None, None]).requires_grad_()
     a = reference.ACTIVATIONS[activation](v)
     slope = torch.autograd.grad(a.sum(), v)[0]

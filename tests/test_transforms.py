@@ -313,14 +313,11 @@ def test_second_derivatives_behind_a_vmapped_backward_say_no(batch, device, trit
 
 def test_shared_statistics_say_no(device, triton_backend, monkeypatch):
     """Every process would have to be asked."""
-    from fastmbconv import autograd
-
     module = make_block(3, 3, expand_ratio=2, device=device)
     x = normal(2, 3, 4, 4, dtype=torch.float32, device=device).requires_grad_()
     y = module(x)
     node = y.grad_fn.next_functions[0][0]
-    *others, bn3 = node.setting
-    node.setting = (*others, bn3._replace(group="0"))
-    assert isinstance(bn3, autograd.BatchNormSetting)
+    *others, bn3 = node.settings.norms
+    node.settings = node.settings._replace(norms=(*others, bn3._replace(group="0")))
     with pytest.raises(RuntimeError, match=r"several processes share.*backend\('eager'\)"):
         torch.autograd.grad(y, x, torch.stack([y, y]).detach(), is_grads_batched=True)

@@ -1,0 +1,199 @@
+"""What follows a dense convolution u, in launches: BN1, act, [SE, project, BN2,] stochastic depth, + shortcut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmbconv.block import DenseBlock
+from fastmbconv.call import Part, Settings, Tensors, affine, excite, norm, norm_settings, statistics
+from fastmbconv.fused import stages
+from fastmbconv.fused.stages import Excite, ExciteWeights, empty_vectors
+from fastmbconv.kernels import batch_norm, pointwise, pool
+from fastmbconv.kernels.squeeze_excite import excite_fwd
+
+
+class Weights(NamedTuple):
+    """What gradients are of, in the modules' own shapes; None where the block has no such part."""
+
+    bn1_weight: Tensor | None
+    bn1_bias: Tensor | None
+    reduce: Tensor | None
+    reduce_bias: Tensor | None
+    se_expand: Tensor | None
+    se_expand_bias: Tensor | None
+    project: Tensor | None
+    bn2_weight: Tensor | None
+    bn2_bias: Tensor | None
+
+    @property
+    def excite(self) -> ExciteWeights | None:
+        if self.reduce is None:
+            return None
+        assert self.reduce_bias is not None and self.se_expand is not None and self.se_expand_bias is not None
+        return ExciteWeights(self.reduce, self.reduce_bias, self.se_expand, self.se_expand_bias)
+
+
+class Saved(NamedTuple):
+    """What the forward keeps beside u; `v` is the projection's output, `project` its weight rounded, where it was."""
+
+    v: Tensor | None
+    norm1: Tensor
+    norm2: Tensor | None
+    pooled: Tensor | None
+    act_sums: Tensor | None
+    r: Tensor | None
+    gate: Tensor | None
+    project: Tensor | None
+
+    @property
+    def excite(self) -> Excite | None:
+        if self.gate is None:
+            return None
+        assert self.pooled is not None and self.act_sums is not None and self.r is not None
+        return Excite(self.pooled, self.act_sums, self.r, self.gate)
+
+
+def describe(block: DenseBlock, residual: bool) -> tuple[Weights, Tensors, Settings]:
+    """A block's weights, running statistics and settings in a call; `residual` where the kernels add the shortcut."""
+    bns = (block.bn1, block.bn2)
+    tensors = (*affine(block.bn1), *excite(block.se), block.project_weight, *affine(block.bn2))
+    settings = Settings(
+        part=PART.name,
+        activation=block.activation,
+        norms=tuple(norm_settings(bn) for bn in bns),
+        se_activation="none" if block.se is None else block.se.activation,
+        residual=residual,
+    )
+    return Weights._make(tensors), statistics(*bns), settings
+
+
+def forward(
+    u: Tensor, shortcut: Tensor | None, keep: Tensor | None, weights: Weights, statistics: Tensors, settings: Settings
+) -> tuple[Tensor, Saved]:
+    """(y, what the backward needs beside u)."""
+    activation = settings.activation
+    norm1 = stages.image_norm(u=u, bn=norm(settings, 0, weights.bn1_weight, weights.bn1_bias, statistics))
+    excited = None
+    if weights.excite is not None:
+        excited = stages.squeeze_excite(
+            u=u, norm=norm1, weights=weights.excite, activation=activation, se_activation=settings.se_activation
+        )
+    gate = None if excited is None else excited.gate
+    v = norm2 = rounded = None
+    if weights.project is not None:
+        rounded = stages.round_weight(weights.project, u, gate)
+        v, norm2 = stages.pointwise_bn(
+            x=u,
+            weight=weights.project if rounded is None else rounded,
+            in_norm=norm1,
+            gate=gate,
+            activation=activation,
+            bn=norm(settings, 1, weights.bn2_weight, weights.bn2_bias, statistics),
+        )
+    y = batch_norm.bn_act_fwd(
+        u=u if v is None else v,
+        norm=norm1 if v is None else norm2,
+        gate=None,
+        offset=None,
+        keep=keep,
+        residual=shortcut,
+        activation=activation if v is None else "none",
+    )
+    return y, Saved._make((v, norm1, norm2, *(excited or (None,) * 4), rounded))
+
+
+def backward(
+    dy: Tensor,
+    u: Tensor,
+    keep: Tensor | None,
+    saved: Saved,
+    weights: Weights,
+    settings: Settings,
+    needs: Sequence[bool],
+) -> Tensors:
+    """Gradients of u and of the weights; a BatchNorm's two stand as [2, C] in its weight's place."""
+    activation, (bn1, bn2) = settings.activation, settings.norms
+    assert bn1 is not None
+    if weights.project is None:
+        grads1, coef1 = stages.bn_backward(dy, u, saved.norm1, keep, activation, bn1)
+        du = batch_norm.bn_act_bwd(dy, u, saved.norm1, coef1, keep, activation)
+        return du, grads1, *(None,) * 8
+    assert bn2 is not None and saved.v is not None and saved.norm2 is not None
+    grads2, coef2 = stages.bn_backward(dy, saved.v, saved.norm2, keep, "none", bn2)
+    project = stages.project_backward_from(
+        dy=dy,
+        u3=saved.v,
+        coef3=coef2,
+        keep=keep,
+        weight=weights.project if saved.project is None else saved.project,
+        u2=u,
+        norm2=saved.norm1,
+        excite=saved.excite,
+        excite_weights=weights.excite,
+        activation=activation,
+        se_activation=settings.se_activation,
+        bn2=bn1,
+        weight_gradient=needs[1 + Weights._fields.index("project")],
+    )
+    return project.du2, project.bn2, None, *project.excite, project.weight, grads2, None
+
+
+def infer(u: Tensor, shortcut: Tensor | None, weights: Weights, statistics: Tensors, settings: Settings) -> Tensor:
+    """With running statistics."""
+    bn1 = stages.running(norm(settings, 0, weights.bn1_weight, weights.bn1_bias, statistics))
+    if weights.project is None:
+        return batch_norm.bn_act_fwd(u, bn1, None, None, None, shortcut, settings.activation)
+    gate = None
+    if weights.excite is not None:
+        sums = pool.pool(u, bn1, None, settings.activation)
+        _, gate = excite_fwd(sums, u.shape[1] * u.shape[2], *weights.excite, settings.se_activation)
+    return pointwise.pointwise_inference(
+        x=u,
+        in_bn=bn1,
+        in_activation=settings.activation,
+        weight=weights.project,
+        gate=gate,
+        bn=stages.running(norm(settings, 1, weights.bn2_weight, weights.bn2_bias, statistics)),
+        residual=shortcut,
+        activation="none",
+    )
+
+
+def fake_forward(
+    u: Tensor, shortcut: Tensor | None, keep: Tensor | None, weights: Weights, settings: Settings
+) -> tuple[Tensor, Saved]:
+    """`forward`'s results, empty."""
+    n, _, _, c = u.shape
+    reduced = 0 if weights.reduce is None else weights.reduce.shape[0]
+    y = fake_infer(u, shortcut, weights, settings)
+    everything = Saved(
+        v=torch.empty_like(y),
+        norm1=empty_vectors(u, 4, c),
+        norm2=empty_vectors(u, 4, y.shape[3]),
+        pooled=u.new_empty(n, c),
+        act_sums=empty_vectors(u, n, 2, c),
+        r=empty_vectors(u, n, reduced),
+        gate=empty_vectors(u, n, c),
+        project=u.new_empty(y.shape[3], c),
+    )
+    there = present(u, weights, settings)
+    return y, Saved._make(one if each else None for one, each in zip(everything, there, strict=True))
+
+
+def present(u: Tensor, weights: Weights, settings: Settings) -> tuple[bool, ...]:
+    """Which of `Saved` a forward keeps."""
+    project, excites = weights.project is not None, weights.reduce is not None
+    rounds = weights.project is not None and stages.rounds_weight(weights.project, u, excites)
+    return (project, True, project, *(excites,) * 4, rounds)
+
+
+def fake_infer(u: Tensor, shortcut: Tensor | None, weights: Weights, settings: Settings) -> Tensor:
+    """`infer`'s result, empty."""
+    return torch.empty_like(u) if weights.project is None else u.new_empty(*u.shape[:3], weights.project.shape[0])
+
+
+PART = Part("dense", Weights, Saved, forward, fake_forward, present, backward, infer, fake_infer)
