@@ -7,12 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from triton.runtime.interpreter import InterpretedFunction
-from triton.runtime.jit import JITFunction
-
 import fastmbconv
 from fastmbconv import dispatch
-from fastmbconv.kernels import library
+from fastmbconv.kernels import launching, library
 
 Seen = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 
@@ -21,18 +18,11 @@ Seen = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 def observed(seen: Seen, *, run: bool) -> Iterator[None]:
     """Call `seen(kernel, args, kwargs)` for each launch inside the block, its grid in kwargs; run it only if `run`."""
 
-    def spy(original: Callable[..., Any]) -> Callable[..., Any]:
-        def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-            if not warmup:  # compiles and runs nothing
-                seen(kernel, args, {"grid": grid, **kwargs})
-            return original(kernel, *args, grid=grid, warmup=warmup, **kwargs) if run else None
+    def launch(kernel: Any, grid: tuple[int, ...], given: dict[str, Any]) -> Any:
+        seen(kernel, (), {"grid": grid, **given})
+        return kernel[grid](**given) if run else None
 
-        return launch
-
-    with (
-        mock.patch.object(JITFunction, "run", spy(JITFunction.run)),
-        mock.patch.object(InterpretedFunction, "run", spy(InterpretedFunction.run)),
-    ):
+    with launching.hooked(launch):
         yield
 
 

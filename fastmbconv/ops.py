@@ -8,16 +8,17 @@ functions are called themselves: an operator's way through the dispatcher costs 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmbconv import flops
+from fastmbconv import flops, plans
 from fastmbconv.call import Part, Settings, Tensors, joined, moved, pack, read, unpack
 from fastmbconv.fused import PARTS
 from fastmbconv.kernels.launching import writing
-from fastmbconv.kernels.tuning import accumulator
+from fastmbconv.kernels.tuning import accumulator, precision
 
 SETTINGS = (
     "str activation, str se_activation, bool residual, bool lean, int stride, int[] padding, "
@@ -31,6 +32,8 @@ BACKWARD = (
 )
 INFER = f"(Tensor x, Tensor? shortcut, Tensor?[] weights, Tensor[] read, {SETTINGS}) -> Tensor"
 OPERATORS: dict[str, Any] = {}
+_signatures: dict[Any, int] = {}
+_HERE: AbstractContextManager[Any] = nullcontext()
 
 
 def plain(x: Tensor) -> bool:
@@ -49,8 +52,9 @@ def forward(
     keep: Tensor | None,
     weights: Any,
     statistics: Tensors,
+    signature: int = 0,
 ) -> tuple[Tensor, Any]:
-    """(y, saved) of a part's forward; running statistics move in place."""
+    """(y, saved) of a part's forward; running statistics move in place. `signature` is what `sign` said, if known."""
     part = PARTS[settings.part]
     assert part.forward is not None and part.present is not None
     if not plain(x):
@@ -58,11 +62,18 @@ def forward(
         y, *saved = operator(x, shortcut, keep, list(weights), *lists, *pack(settings))
         there = part.present(x, weights, settings)
         return y, part.saved(*(tensor if each else None for tensor, each in zip(saved, there, strict=True)))
-    if not writing():
-        for tensor in moved(settings, statistics):
-            torch.autograd.graph.increment_version(tensor)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        return part.forward(x, shortcut, keep, weights, statistics, settings)
+    if not writing() and (moving := moved(settings, statistics)):
+        torch.autograd.graph.increment_version(moving)
+
+    def run() -> Sequence[Tensor | None]:
+        y, saved = part.forward(x, shortcut, keep, weights, statistics, settings)  # type: ignore[misc]
+        return y, *saved
+
+    key = ("forward", signature or sign(settings, weights, statistics), *_image_key(x), shortcut is None, keep is None)
+    with _device_of(x):
+        y, *saved = plans.run(key, run, (x, shortcut, keep, *weights, *statistics))
+    assert y is not None
+    return y, part.saved._make(saved)
 
 
 def backward(
@@ -73,7 +84,8 @@ def backward(
     saved: Any,
     weights: Any,
     needs: Sequence[bool],
-) -> Tensors:
+    signature: int = 0,
+) -> Sequence[Tensor | None]:
     """Gradients of x and of the weights, as a part's backward gives them; None where `needs` has False."""
     part = PARTS[settings.part]
     assert part.backward is not None
@@ -83,20 +95,51 @@ def backward(
         tensors = [tensor for tensor in saved if tensor is not None]
         found = iter(operator(dy, x, keep, tensors, list(weights), list(needs), *pack(settings)))
         return tuple(next(found) if each else None for each in wanted)
-    with torch.cuda.device_of(dy):
-        gradients = part.backward(dy, x, keep, saved, weights, settings, needs)
-    return tuple(gradient if each else None for gradient, each in zip(gradients, wanted, strict=True))
+
+    def run() -> Tensors:
+        gradients = part.backward(dy, x, keep, saved, weights, settings, needs)  # type: ignore[misc]
+        return tuple(gradient if each else None for gradient, each in zip(gradients, wanted, strict=True))
+
+    key = ("backward", signature or sign(settings, weights, ()), *_image_key(x), keep is None, *needs)
+    with _device_of(dy):
+        return plans.run(key, run, (dy, x, keep, *saved, *weights))
 
 
-def infer(settings: Settings, x: Tensor, shortcut: Tensor | None, weights: Any, statistics: Tensors) -> Tensor:
+def infer(
+    settings: Settings, x: Tensor, shortcut: Tensor | None, weights: Any, statistics: Tensors, signature: int = 0
+) -> Tensor:
     """A part's output with running statistics, without gradients."""
     part = PARTS[settings.part]
     assert part.infer is not None
     if not plain(x):
         operator = OPERATORS[f"{part.name}_infer"]
         return operator(x, shortcut, list(weights), read(settings, statistics), *pack(settings))
-    with torch.cuda.device_of(x):
-        return part.infer(x, shortcut, weights, statistics, settings)
+
+    def run() -> Sequence[Tensor | None]:
+        return (part.infer(x, shortcut, weights, statistics, settings),)  # type: ignore[misc]
+
+    key = ("infer", signature or sign(settings, weights, statistics), *_image_key(x), shortcut is None)
+    with _device_of(x):
+        (y,) = plans.run(key, run, (x, shortcut, *weights, *statistics))
+    assert y is not None
+    return y
+
+
+def sign(settings: Settings, weights: Any, statistics: Tensors) -> int:
+    """A number for calls of these settings with tensors of these shapes and dtypes; plans go by it."""
+    described = (settings, *(None if t is None else (t.shape, t.dtype) for t in (*weights, *statistics)))
+    return _signatures.setdefault(described, len(_signatures) + 1)
+
+
+def _image_key(x: Tensor) -> tuple[Any, ...]:
+    """What launches go by of an image, beside the switch for products of fp32."""
+    return x.shape, x.dtype, x.device, precision(x.dtype) if x.dtype == torch.float32 else None
+
+
+def _device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    elsewhere = x.is_cuda and torch.cuda.current_device() != x.get_device()
+    return torch.cuda.device_of(x) if elsewhere else _HERE
 
 
 def merged(weights: Any, needs: Sequence[bool]) -> list[bool]:

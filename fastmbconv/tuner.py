@@ -14,19 +14,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from triton.runtime.interpreter import InterpretedFunction
-from triton.runtime.jit import JITFunction
 
 import fastmbconv
 from fastmbconv import dispatch, fused  # noqa: F401 (it brings every launcher in)
 from fastmbconv.block import Block, Memory
 from fastmbconv.device_timer import DeviceTimer
-from fastmbconv.kernels import library, tables, traffic
+from fastmbconv.kernels import launching, library, tables, traffic
 from fastmbconv.kernels.running import Running
 from fastmbconv.kernels.tuning import SPACE
 from fastmbconv.swap.fused import fusible
@@ -194,24 +193,11 @@ def _train_case(case: BlockCase, memory: Memory, dtype: torch.dtype, device: tor
 
 
 @contextmanager
-def _running(run: Callable[..., Any]) -> Iterator[None]:
-    """Inside the `with` block each launch of a kernel is `run(original, kernel, args, kwargs)` instead."""
-
-    def around(original: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda kernel, *args, **kwargs: run(original, kernel, args, kwargs)
-
-    with ExitStack() as stack:
-        for owner in (JITFunction, InterpretedFunction):
-            stack.enter_context(mock.patch.object(owner, "run", around(owner.run)))
-        yield
-
-
-@contextmanager
 def _kernels_left_out() -> Iterator[None]:
     with (
         mock.patch.object(dispatch, "device_reason", lambda x: None),
         mock.patch.object(library, "compute", lambda *_: None),
-        _running(lambda original, kernel, args, kwargs: None),
+        launching.hooked(lambda function, grid, given: None),
     ):
         yield
 
@@ -238,7 +224,10 @@ def _caught(found: dict[str, Launch], count: int, whole: tuple[Any, ...]) -> Ite
     moved = [0]  # bytes, in each of the calls
 
     def noted(launcher: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
+        bind = signature(launcher).bind
+
+        def call(*positional: Any, **named: Any) -> Any:
+            arguments = bind(*positional, **named).args
             specs = tuple(map(described, arguments))
             calls.append((launcher, specs))
             asked.append([])
@@ -361,13 +350,13 @@ def compiled_spills(step: Step) -> int | None:
     """Most registers that a kernel of this step spills on this GPU, None where one does not compile; runs nothing."""
     spilled = [0]
 
-    def compile_only(original: Callable[..., Any], kernel: Any, args: Any, kwargs: Any) -> None:
-        compiled = original(kernel, *args, **kwargs | {"warmup": True})
+    def compile_only(function: Any, grid: tuple[int, ...], given: dict[str, Any]) -> None:
+        compiled = function.run(grid=grid, warmup=True, **given)
         compiled._init_handles()
         spilled.append(compiled.n_spills)
 
     try:
-        with _running(compile_only):
+        with launching.hooked(compile_only):
             step()
     except torch.OutOfMemoryError:
         raise

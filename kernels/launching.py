@@ -3,11 +3,12 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 MOST_PROGRAMS = 65535  # along a grid's second and third axis
 
@@ -24,9 +25,13 @@ class Written(NamedTuple):
 
 class _Thread(threading.local):
     written: list[Written] | None = None
+    recorder: Any = None
 
 
 _thread = _Thread()
+_hook: Callable[..., Any] | None = None
+_watchers = 0
+_epoch = 0
 
 
 def _without_memory(argument: Any) -> Any:
@@ -59,7 +64,66 @@ class kernel:
                 f"x is too large for {self.function.__name__}: its grid would be {grid}, and an axis behind the first "
                 f"holds {MOST_PROGRAMS} programs; split the batch, or run it inside `with fastmbconv.backend('eager')`"
             )
-        return self.function[grid]
+        start = _hook or _thread.recorder and _thread.recorder.launch
+        return partial(_started, start, self.function, grid) if start else self.function[grid]
+
+
+def _started(start: Callable[..., Any], function: Any, grid: tuple[int, ...], **given: Any) -> Any:
+    return start(function, grid, given)
+
+
+@contextmanager
+def hooked(hook: Callable[[Any, tuple[int, ...], dict[str, Any]], Any]) -> Iterator[None]:
+    """Inside the `with` block each launch of any thread is `hook(function, grid, arguments)` instead."""
+    global _hook
+    before, _hook = _hook, hook
+    try:
+        with watching():
+            yield
+    finally:
+        _hook = before
+
+
+@contextmanager
+def told(recorder: Any) -> Iterator[None]:
+    """Inside the `with` block each launch of this thread is `recorder.launch(function, grid, arguments)` instead."""
+    before, _thread.recorder = _thread.recorder, recorder
+    try:
+        yield
+    finally:
+        _thread.recorder = before
+
+
+@contextmanager
+def watching() -> Iterator[None]:
+    """Inside the `with` block launchers run at every call: somebody listens to them."""
+    global _watchers
+    _watchers += 1
+    try:
+        yield
+    finally:
+        _watchers -= 1
+
+
+def watched() -> bool:
+    """True where somebody listens to launchers, or this thread's launches are written down."""
+    return _watchers > 0 or _thread.written is not None
+
+
+def epoch() -> int:
+    """A number that changes with what launchers go by beside their arguments: tuned tables, the GPU asked for."""
+    return _epoch
+
+
+def renew() -> None:
+    """Say that launchers may answer otherwise from now on."""
+    global _epoch
+    _epoch += 1
+
+
+def current_stream(x: Tensor) -> int | None:
+    """The current stream's handle on x's device, None on a CPU."""
+    return driver.active.get_current_stream(x.get_device()) if x.is_cuda else None
 
 
 def writing() -> bool:

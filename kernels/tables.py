@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .._version import __version__
 from ..files import replacing
+from .launching import renew, watching
 from .math import INTERPRETED
 from .tuning import MIN_DOT, SPACE, TRITON, cdiv, precision, relieved
 
@@ -134,7 +135,8 @@ def answered_by(listener: Listener) -> Iterator[None]:
     global _listener
     before, _listener = _listener, listener
     try:
-        yield
+        with watching():
+            yield
     finally:
         _listener = before
 
@@ -184,6 +186,7 @@ def forget() -> None:
     """Read the tables anew at the next launch."""
     _answers.clear()
     of.cache_clear()
+    renew()
 
 
 @cache

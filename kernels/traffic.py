@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .launching import watching
+
 
 @dataclass(frozen=True, slots=True)
 class Moved:
@@ -42,7 +44,8 @@ def recorded() -> Iterator[list[Launch]]:
     global _recorder
     before, _recorder = _recorder, []
     try:
-        yield _recorder
+        with watching():
+            yield _recorder
     finally:
         _recorder = before
 
