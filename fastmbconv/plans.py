@@ -69,8 +69,8 @@ def record(function: Callable[[], Flat], tensors: Flat) -> tuple[Flat, Plan | No
         found = function()
     outputs = [recorder.number(tensor) for tensor in found]
     follows = recorder.complete and all(n is not None or t is None for n, t in zip(outputs, found, strict=True))
-    launches = [step for step in recorder.steps if isinstance(step, Launch)]
-    replayed = INTERPRETED or all(known_form(kind) for kind in {type(launch.compiled) for launch in launches})
+    kinds: set[Any] = {type(step.compiled) for step in recorder.steps if isinstance(step, Launch)}
+    replayed = INTERPRETED or all(known_form(kind) for kind in kinds)
     aligned = all(tensor is None or tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors)
     if not (follows and replayed and aligned):
         return found, None

@@ -2,6 +2,10 @@
 // preload.py before PyTorch, whose own answer, if it has one, then stays unused.
 #include <ATen/detail/CUDAHooksInterface.h>
 
+// Whether it has cuDNN's operators: operators.cpp brings them.
+extern "C" bool rehearsal_cudnn;
+bool rehearsal_cudnn = false;
+
 namespace {
 
 struct Hooks final : at::CUDAHooksInterface {
@@ -18,6 +22,14 @@ struct Hooks final : at::CUDAHooksInterface {
   void setCurrentDevice(c10::DeviceIndex) const override {}
   c10::DeviceIndex exchangeDevice(c10::DeviceIndex) const override { return 0; }
   c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) const override { return 0; }
+  bool hasCuDNN() const override { return rehearsal_cudnn; }
+  bool compiledWithCuDNN() const override { return rehearsal_cudnn; }
+  bool supportsDilatedConvolutionWithCuDNN() const override { return rehearsal_cudnn; }
+  bool supportsDepthwiseConvolutionWithCuDNN() const override { return rehearsal_cudnn; }
+  bool supportsBFloat16ConvolutionWithCuDNNv8() const override { return rehearsal_cudnn; }
+  long versionCuDNN() const override { return 91000; }
+  long versionRuntimeCuDNN() const override { return 91000; }
+  double batchnormMinEpsilonCuDNN() const override { return 0.0; }
 };
 
 using at::CUDAHooksRegistry;
