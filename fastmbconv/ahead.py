@@ -26,6 +26,7 @@ from fastmbconv.block import Block, Memory
 
 if TYPE_CHECKING:
     from fastmbconv.kernels.launching import Written
+    from fastmbconv.prepared import Prepared
 
 Step = Literal["train", "infer"]  # what a block's call launches
 Next = Callable[[], tuple[Block, Memory] | None]
@@ -63,8 +64,11 @@ def key(x: Tensor, block: Block, memory: Memory, step: Step) -> tuple[Any, ...]:
     return step, x.device, x.shape, x.dtype, autocast, sizes, traits, frozen
 
 
-def block_called(x: Tensor, block: Block, memory: Memory, step: Step) -> None:
+def block_called(x: Tensor, block: Block, memory: Memory, step: Step, ready: Prepared) -> None:
     """Submit what this call and the blocks after it will launch, unless that was done; never an error."""
+    if torch.compiler.is_compiling() or step in ready.submitted:
+        return
+    ready.submitted.add(step)
     if not wanted(x) or (own := key(x, block, memory, step)) in _seen:
         return
     _seen.add(own)
@@ -99,22 +103,23 @@ def train(x: Tensor, block: Block, memory: Memory) -> Tensor:
     from fastmbconv import functional
     from fastmbconv.fused import mbconv
 
-    compute = functional.compute_dtype(x)
-    lean = functional.keeps_nothing(x, block, memory, compute)
-    weights, statistics, settings = mbconv.describe(block, block.residual and compute == x.dtype, lean)
+    ready = functional.prepare_mbconv(x, block, memory, compute := functional.compute_dtype(x))
+    weights, statistics, settings = ready.weights, ready.statistics, ready.settings
     drops = block.residual and block.drop is not None
     keep = x.new_empty(x.shape[0], dtype=torch.float32) if drops else None
     image = x.to(compute).permute(0, 2, 3, 1).contiguous()
     y, saved = mbconv.forward(image, None, keep, weights, statistics, settings)
-    mbconv.backward(y, image, keep, saved, weights, settings, (True,) * (1 + len(weights)))
-    return y.permute(0, 3, 1, 2)
+    dy = y.permute(0, 2, 3, 1).contiguous()
+    mbconv.backward(dy, image, keep, saved, weights, settings, (True,) * (1 + len(weights)))
+    return y
 
 
 def infer(x: Tensor, block: Block, memory: Memory) -> Tensor:
     """An inference's."""
     from fastmbconv import functional
 
-    return functional.infer_mbconv(x, block)
+    ready = functional.prepare_mbconv(x, block, memory, functional.compute_dtype(x))
+    return functional.run_prepared(x, x, block, ready, "infer")
 
 
 STEPS: dict[str, Callable[[Tensor, Block, Memory], Tensor]] = {"train": train, "infer": infer}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
@@ -96,6 +96,8 @@ class Block:
         residual: add the block's input to its output (stride 1, C_in == C_out).
         drop: stochastic depth: each sample's factor, in its dtype or a wider one, from a tensor [N, 1, 1, 1] of ones;
             None if inactive.
+
+    `calls` is what functional.py remembers of the block's calls.
     """
 
     expand_weight: Tensor | None
@@ -110,6 +112,7 @@ class Block:
     activation: Activation
     residual: bool
     drop: Callable[[Tensor], Tensor] | None = None
+    calls: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def kernel_size(self) -> int:
@@ -143,6 +146,7 @@ class DenseBlock:
     activation: Activation
     residual: bool
     drop: Callable[[Tensor], Tensor] | None = None
+    calls: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def kernel_size(self) -> int:

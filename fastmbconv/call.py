@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -74,7 +74,8 @@ class Geometry(NamedTuple):
 class Part:
     """An operation's plain functions.
 
-    `forward(x, shortcut, keep, weights, statistics, settings)` returns the output and what is saved beside x;
+    `forward(x, shortcut, keep, weights, statistics, settings)` returns the output, which is [N, C, H, W] in
+    channels_last as all others are [N, H, W, C], and what is saved beside x;
     `backward(dy, x, keep, saved, weights, settings, needs)` the gradients of x and the weights, those at least that
     `needs` has True for, a BatchNorm's two as [2, C] in its weight's place; `infer(x, shortcut, weights, statistics,
     settings)` the output, with running statistics. The `fake_` ones give tensors of the same shapes and dtypes,
@@ -84,12 +85,12 @@ class Part:
     name: str
     weights: Any
     saved: Any = None
-    forward: Callable[..., Any] | None = None
-    fake_forward: Callable[..., Any] | None = None
-    present: Callable[..., Sequence[bool]] | None = None
-    backward: Callable[..., Any] | None = None
-    infer: Callable[..., Tensor] | None = None
-    fake_infer: Callable[..., Tensor] | None = None
+    forward: Any = None
+    fake_forward: Any = None
+    present: Any = None
+    backward: Any = None
+    infer: Any = None
+    fake_infer: Any = None
 
 
 def norm_settings(bn: BatchNorm | None) -> NormSettings | None:

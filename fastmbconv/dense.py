@@ -21,21 +21,15 @@ folded, 5 fused. `fastmbconv.traffic.count_dense` counts a given block.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastmbconv import checks, dispatch, reference
 from fastmbconv.block import DenseBlock
-from fastmbconv.functional import (
-    compute_dtype,
-    count_batch,
-    draw_keep,
-    infers,
-    run_fused,
-    run_inference,
-    use_kernels,
-)
+from fastmbconv.functional import compute_dtype, needs_grad, run_prepared, use_kernels
+from fastmbconv.prepared import Prepared, prepared
 
 
 def dense_mbconv(x: Tensor, block: DenseBlock, *, eager: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -52,21 +46,21 @@ def dense_mbconv(x: Tensor, block: DenseBlock, *, eager: Callable[[Tensor], Tens
     Raises:
         ValueError, RuntimeError: as `functional.mbconv` does.
     """
-    if not use_kernels(dispatch.supports(block, x), x):
+    compute = compute_dtype(x)
+    ready = prepared(x, block, "fast", compute, lambda: _prepare(x, block, compute))
+    if ready is None:
         return reference.dense_mbconv(x, block) if eager is None else eager(x)
     checks.check_dense_input(x, block)
     u = block.conv(x.contiguous(memory_format=torch.channels_last))
     checks.check_dense(x, u, block)
-    # As in eager under autocast: the branch is computed in autocast's dtype, a wider shortcut is added in its own.
-    compute = compute_dtype(x)
-    wide = block.residual and compute != x.dtype
-    shortcut = x if block.residual and not wide else None
+    step: Literal["infer", "train"] = "infer" if ready.fixed and not needs_grad(u, x, *ready.weights) else "train"
+    return run_prepared(x, u, block, ready, step, x if ready.settings.residual else None)
+
+
+def _prepare(x: Tensor, block: DenseBlock, compute: torch.dtype) -> Prepared | None:
+    if not use_kernels(dispatch.supports(block, x), x):
+        return None
     from fastmbconv.fused import dense
 
-    weights, statistics, settings = dense.describe(block, shortcut is not None)
-    with torch.autocast(x.device.type, enabled=False):
-        if infers(block, (block.bn1, block.bn2), u, x, block.project_weight):
-            return run_inference(settings, x, u, shortcut, weights, statistics, wide)
-        keep = draw_keep(x, block, compute)
-        count_batch(block.bn1, block.bn2)
-        return run_fused(settings, x, u, shortcut, keep, weights, statistics, wide)
+    described = dense.describe(block, block.residual and compute == x.dtype)
+    return Prepared(x, block, (block.bn1, block.bn2), described, compute)

@@ -254,9 +254,14 @@ def module_reason(module: nn.Module) -> str | None:
 
 def children_reason(children: Mapping[str, nn.Module | None]) -> str | None:
     """The same of some modules by their names, which somebody else would call."""
+    return outer_reason() or _inner_reason(children, "")
+
+
+def outer_reason() -> str | None:
+    """The part of it that does not depend on the module."""
     if torch.nn.modules.module._has_any_global_hook():
         return "a hook on every module"
-    return TRANSFORMED if transforms() else watching_reason() or _inner_reason(children, "")
+    return TRANSFORMED if transforms() else watching_reason()
 
 
 def watching_reason() -> str | None:

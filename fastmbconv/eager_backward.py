@@ -31,7 +31,7 @@ def is_batched(dy: Tensor) -> bool:
 def gradients(
     settings: Settings, dy: Tensor, x: Tensor, keep: Tensor | None, saved: Any, weights: Any, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Of x and of each weight, for those that need one; dy is [N, H, W, C] and may be batched."""
+    """Of x and of each weight, for those that need one; dy may be batched."""
     run, inputs = _RUNS[settings.part](settings, x, keep, saved), (x, *weights)
     wanted = [i for i, t in enumerate(inputs) if t is not None and needs[i]]
     leaves = [None if t is None else t.detach() for t in inputs]
@@ -46,7 +46,7 @@ def gradients(
             t if t is None or name.startswith("bn") else t.to(x.dtype)
             for name, t in zip(weights._fields, weights_now, strict=True)
         ]
-        return run(x, weights._make(narrow)).permute(0, 2, 3, 1)
+        return run(x, weights._make(narrow))
 
     found: list[Tensor | None] = [None] * len(inputs)
     with torch.autocast(dy.device.type, enabled=False):

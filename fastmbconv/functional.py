@@ -15,6 +15,7 @@ from torch import Tensor
 from fastmbconv import ahead, call, checks, dispatch, reference
 from fastmbconv.block import Activation, BatchNorm, Block, DenseBlock, Memory, Padding, SqueezeExcite
 from fastmbconv.call import Settings, Tensors
+from fastmbconv.prepared import Prepared, prepared
 
 __all__ = ["BatchNorm", "Block", "SqueezeExcite", "depthwise_bn_act", "mbconv", "squeeze_excite"]
 
@@ -47,75 +48,73 @@ def mbconv(
     checks.check_memory(memory)
     if eager is None:
         checks.check_block(x, block)
-    if not use_kernels(dispatch.supports(block, x), x):
-        return reference.mbconv(x, block) if eager is None else eager(x)
-    if eager is not None:
+    compute = compute_dtype(x)
+
+    def prepare() -> Prepared | None:
+        if not use_kernels(dispatch.supports(block, x), x):
+            return None
         checks.check_block(x, block)
-    bns = (block.bn1, block.bn2, block.bn3)
-    if infers(block, bns, x, block.expand_weight, block.depthwise_weight, block.project_weight):
-        ahead.block_called(x, block, memory, "infer")
-        return infer_mbconv(x, block)
+        return prepare_mbconv(x, block, memory, compute)
+
+    ready = prepared(x, block, memory, compute, prepare)
+    if ready is None:
+        return reference.mbconv(x, block) if eager is None else eager(x)
+    step: ahead.Step = "infer" if ready.fixed and not needs_grad(x, *ready.weights) else "train"
+    ahead.block_called(x, block, memory, step, ready)
+    return run_prepared(x, x, block, ready, step)
+
+
+def prepare_mbconv(x: Tensor, block: Block, memory: Memory, compute: torch.dtype) -> Prepared:
+    """A block that the kernels take, for images like x."""
     from fastmbconv.fused import mbconv
 
-    ahead.block_called(x, block, memory, "train")
-    compute = compute_dtype(x)
-    wide = block.residual and compute != x.dtype
-    with torch.autocast(x.device.type, enabled=False):
-        keep = draw_keep(x, block, compute)
-        count_batch(*bns)
-        lean = keeps_nothing(x, block, memory, compute)
-        weights, statistics, settings = mbconv.describe(block, block.residual and not wide, lean)
-        return run_fused(settings, x, x.to(compute), None, keep, weights, statistics, wide)
+    lean = keeps_nothing(x, block, memory, compute)
+    described = mbconv.describe(block, block.residual and compute == x.dtype, lean)
+    return Prepared(x, block, (block.bn1, block.bn2, block.bn3), described, compute)
 
 
-def infer_mbconv(x: Tensor, block: Block) -> Tensor:
-    """`mbconv` with running statistics and without gradients."""
-    from fastmbconv.fused import mbconv
-
-    compute = compute_dtype(x)
-    wide = block.residual and compute != x.dtype
-    with torch.autocast(x.device.type, enabled=False):
-        weights, statistics, settings = mbconv.describe(block, block.residual and not wide, False)
-        return run_inference(settings, x, x.to(compute), None, weights, statistics, wide)
+def run_prepared(
+    x: Tensor, u: Tensor, block: Block | DenseBlock, ready: Prepared, step: ahead.Step, shortcut: Tensor | None = None
+) -> Tensor:
+    """A block's call by the kernels, on `u`: x, or what the block's own convolution made of it."""
+    computed = in_dtype(u, ready.compute)
+    if step == "infer":
+        y = run_inference(computed, shortcut, *ready.call)
+    else:
+        keep = draw_keep(x, block, ready.compute)
+        if ready.counts:
+            torch._foreach_add_(ready.counts, 1)
+        y = run_fused(computed, shortcut, keep, *ready.call)
+    # As in eager under autocast: the branch is computed in autocast's dtype, a wider shortcut is added in its own.
+    return x + y if ready.wide else y
 
 
 def run_fused(
-    settings: Settings,
     x: Tensor,
-    computed: Tensor,
     shortcut: Tensor | None,
     keep: Tensor | None,
     weights: Tensors,
     statistics: Tensors,
-    wide: bool,
+    settings: Settings,
+    signature: int = 0,
 ) -> Tensor:
-    """[N, C, H, W] of a part, with gradients. `computed` is x in the dtype that the kernels compute in.
-
-    With `wide` x is added in its own, wider dtype, as eager does under autocast.
-    """
+    """[N, C, H, W] of a part, with gradients."""
     from fastmbconv.autograd import Fused
 
-    last = computed.contiguous(memory_format=torch.channels_last)  # known to autograd: what is saved leads back to x
-    y = Fused.apply(settings, last, shortcut, keep, *weights, *statistics).permute(0, 3, 1, 2)
-    return x + y if wide else y
+    last = x.contiguous(memory_format=torch.channels_last)  # known to autograd: what is saved leads back to x
+    added = None if shortcut is None else shortcut.contiguous(memory_format=torch.channels_last)
+    return Fused.apply(settings, signature, last, added, keep, *weights, *statistics)
 
 
 def run_inference(
-    settings: Settings,
-    x: Tensor,
-    computed: Tensor,
-    shortcut: Tensor | None,
-    weights: Any,
-    statistics: Tensors,
-    wide: bool = False,
+    x: Tensor, shortcut: Tensor | None, weights: Any, statistics: Tensors, settings: Settings, signature: int = 0
 ) -> Tensor:
     """The same with running statistics, without gradients."""
     from fastmbconv import ops
 
-    added = None if shortcut is None else _nhwc(shortcut)
-    y = ops.infer(settings, _nhwc(computed), added, weights, statistics)
-    y = y.permute(0, 3, 1, 2) if y.dim() == 4 else y
-    return x + y if wide else y
+    last = x.contiguous(memory_format=torch.channels_last)
+    added = None if shortcut is None else shortcut.contiguous(memory_format=torch.channels_last)
+    return ops.infer(settings, last, added, weights, statistics, signature)
 
 
 def depthwise_bn_act(
@@ -138,12 +137,12 @@ def depthwise_bn_act(
 
     weights = DepthwiseWeights(weight, *call.affine(bn))
     settings = call.single(DEPTHWISE.name, bn, activation)._replace(stride=stride, padding=padding)
-    compute = compute_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
-        if not bn.batch_statistics and not needs_grad(x, *weights):
-            return run_inference(settings, x, x.to(compute), None, weights, call.statistics(bn))
-        count_batch(bn)
-        return run_fused(settings, x, x.to(compute), None, None, weights, call.statistics(bn), False)
+    computed = in_dtype(x, compute_dtype(x))
+    if not bn.batch_statistics and not needs_grad(x, *weights):
+        return run_inference(computed, None, weights, call.statistics(bn), settings)
+    if bn.updates and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+    return run_fused(computed, None, None, weights, call.statistics(bn), settings)
 
 
 def squeeze_excite(x: Tensor, se: SqueezeExcite) -> Tensor:
@@ -164,9 +163,8 @@ def squeeze_excite(x: Tensor, se: SqueezeExcite) -> Tensor:
     from fastmbconv.fused.single import EXCITE
 
     settings = call.Settings(EXCITE.name, "none", se_activation=se.activation)
-    with torch.autocast(x.device.type, enabled=False):
-        # Eager's product keeps x's own dtype under autocast: only the gate's convolutions are narrowed.
-        return run_fused(settings, x, x, None, None, call.excite(se), (), False)
+    # Eager's product keeps x's own dtype under autocast: only the gate's convolutions are narrowed.
+    return run_fused(x, None, None, call.excite(se), (), settings)
 
 
 def bn_act(x: Tensor, bn: BatchNorm, activation: Activation) -> Tensor:
@@ -176,7 +174,7 @@ def bn_act(x: Tensor, bn: BatchNorm, activation: Activation) -> Tensor:
     from fastmbconv.fused.single import NORM, NormWeights
 
     weights = NormWeights(*call.affine(bn))
-    return run_inference(call.single(NORM.name, bn, activation), x, x, None, weights, call.statistics(bn))
+    return run_inference(x, None, weights, call.statistics(bn), call.single(NORM.name, bn, activation))
 
 
 def pointwise_bn_act_pool(x: Tensor, weight: Tensor, bn: BatchNorm, activation: Activation) -> Tensor:
@@ -186,23 +184,15 @@ def pointwise_bn_act_pool(x: Tensor, weight: Tensor, bn: BatchNorm, activation: 
     from fastmbconv.fused.single import POOL, DepthwiseWeights
 
     weights = DepthwiseWeights(weight, *call.affine(bn))
-    with torch.autocast(x.device.type, enabled=False):
-        return run_inference(call.single(POOL.name, bn, activation), x, x, None, weights, call.statistics(bn))
-
-
-def infers(block: Block | DenseBlock, bns: tuple[BatchNorm | None, ...], *tensors: Tensor | None) -> bool:
-    """True where every BatchNorm is a fixed affine map, and neither they nor `tensors` nor the gate want a gradient."""
-    if (block.residual and block.drop is not None) or any(bn is not None and bn.batch_statistics for bn in bns):
-        return False
-    return not needs_grad(*tensors, *call.excite(block.se), *(tensor for bn in bns for tensor in call.affine(bn)))
+    return run_inference(x, None, weights, call.statistics(bn), call.single(POOL.name, bn, activation))
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _nhwc(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).contiguous()
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def use_kernels(reason: str | None, x: Tensor) -> bool:
@@ -238,12 +228,5 @@ def draw_keep(x: Tensor, block: Block | DenseBlock, dtype: torch.dtype) -> Tenso
     if not block.residual or block.drop is None:
         return None
     ones = torch.ones(x.shape[0], 1, 1, 1, dtype=dtype, device=x.device)
-    return block.drop(ones).reshape(-1).to(torch.float64 if dtype == torch.float64 else torch.float32)
-
-
-def count_batch(*bns: BatchNorm | None) -> None:
-    """Count this call in BatchNorms that move their running statistics."""
-    counts = [bn.num_batches_tracked for bn in bns if bn is not None and bn.updates]
-    for count in counts:
-        if count is not None:
-            count.add_(1)
+    with torch.autocast(x.device.type, enabled=False):
+        return block.drop(ones).reshape(-1).to(torch.float64 if dtype == torch.float64 else torch.float32)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastmbconv import dispatch, functional
 from fastmbconv.block import Activation, BatchNorm, Block, Memory, SqueezeExcite, pads
+from fastmbconv.readings import block_of
 from fastmbconv.synchronised import SyncBatchNorm
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -215,6 +216,16 @@ class MBConv(nn.Module):
         return "fused" if self.fused else ""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.fused or dispatch.eager_at_once(self, x) or self.eager_reason() is not None:
+        if not self.fused or dispatch.eager_at_once(self, x):
             return self.forward_eager(x)
-        return functional.mbconv(x, self.describe(), eager=self.forward_eager, memory=self.memory)
+        block = block_of(self, _read)
+        if isinstance(block, str):
+            return self.forward_eager(x)
+        assert isinstance(block, Block)
+        return functional.mbconv(x, block, eager=self.forward_eager, memory=self.memory)
+
+
+def _read(module: nn.Module) -> Block | str:
+    """The block as data, or why it must run its own submodules."""
+    assert isinstance(module, MBConv)
+    return module.eager_reason() or module.describe()

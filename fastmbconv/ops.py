@@ -17,6 +17,7 @@ from torch import Tensor
 from fastmbconv import flops, plans
 from fastmbconv.call import Part, Settings, Tensors, joined, moved, pack, read, unpack
 from fastmbconv.fused import PARTS
+from fastmbconv.fused.stages import nhwc
 from fastmbconv.kernels.launching import writing
 from fastmbconv.kernels.tuning import accumulator, precision
 
@@ -54,26 +55,30 @@ def forward(
     statistics: Tensors,
     signature: int = 0,
 ) -> tuple[Tensor, Any]:
-    """(y, saved) of a part's forward; running statistics move in place. `signature` is what `sign` said, if known."""
+    """(y, saved) of a part's forward; running statistics move in place. `signature` is what `sign` said, if known.
+
+    x, the shortcut and y are [N, C, H, W] in channels_last, as every image of the three functions here.
+    """
     part = PARTS[settings.part]
-    assert part.forward is not None and part.present is not None
     if not plain(x):
         operator, lists = OPERATORS[f"{part.name}_forward"], (moved(settings, statistics), read(settings, statistics))
-        y, *saved = operator(x, shortcut, keep, list(weights), *lists, *pack(settings))
-        there = part.present(x, weights, settings)
-        return y, part.saved(*(tensor if each else None for tensor, each in zip(saved, there, strict=True)))
-    if not writing() and (moving := moved(settings, statistics)):
-        torch.autograd.graph.increment_version(moving)
+        image, added = nhwc(x), None if shortcut is None else nhwc(shortcut)
+        y, *kept = operator(image, added, keep, list(weights), *lists, *pack(settings))
+        there = part.present(image, weights, settings)
+        return y, part.saved(*(tensor if each else None for tensor, each in zip(kept, there, strict=True)))
 
-    def run() -> Sequence[Tensor | None]:
-        y, saved = part.forward(x, shortcut, keep, weights, statistics, settings)  # type: ignore[misc]
+    def run() -> plans.Flat:
+        added = None if shortcut is None else nhwc(shortcut)
+        y, saved = part.forward(nhwc(x), added, keep, weights, statistics, settings)
         return y, *saved
 
-    key = ("forward", signature or sign(settings, weights, statistics), *_image_key(x), shortcut is None, keep is None)
+    if not writing() and (moving := moved(settings, statistics)):
+        torch.autograd.graph.increment_version(moving)
+    key = ("forward", signature or sign(settings, weights, statistics), *_of_image(x), shortcut is None, keep is None)
     with _device_of(x):
         y, *saved = plans.run(key, run, (x, shortcut, keep, *weights, *statistics))
     assert y is not None
-    return y, part.saved._make(saved)
+    return y, part.saved(*saved)
 
 
 def backward(
@@ -85,22 +90,18 @@ def backward(
     weights: Any,
     needs: Sequence[bool],
     signature: int = 0,
-) -> Sequence[Tensor | None]:
-    """Gradients of x and of the weights, as a part's backward gives them; None where `needs` has False."""
+) -> plans.Flat:
+    """Gradients of x and of the weights, in their shapes and dtypes; None where `needs` has False."""
     part = PARTS[settings.part]
-    assert part.backward is not None
-    wanted = merged(weights, needs)
     if not plain(dy):
-        operator = OPERATORS[f"{part.name}_backward"]
-        tensors = [tensor for tensor in saved if tensor is not None]
-        found = iter(operator(dy, x, keep, tensors, list(weights), list(needs), *pack(settings)))
-        return tuple(next(found) if each else None for each in wanted)
+        operator, own = OPERATORS[f"{part.name}_backward"], [tensor for tensor in saved if tensor is not None]
+        found = iter(operator(nhwc(dy), nhwc(x), keep, own, list(weights), list(needs), *pack(settings)))
+        return _as_weights([next(found) if each else None for each in merged(weights, needs)], weights, needs)
 
-    def run() -> Tensors:
-        gradients = part.backward(dy, x, keep, saved, weights, settings, needs)  # type: ignore[misc]
-        return tuple(gradient if each else None for gradient, each in zip(gradients, wanted, strict=True))
+    def run() -> plans.Flat:
+        return _as_weights(part.backward(nhwc(dy), nhwc(x), keep, saved, weights, settings, needs), weights, needs)
 
-    key = ("backward", signature or sign(settings, weights, ()), *_image_key(x), keep is None, *needs)
+    key = ("backward", signature or sign(settings, weights, ()), *_of_image(x), keep is None, *needs)
     with _device_of(dy):
         return plans.run(key, run, (dy, x, keep, *saved, *weights))
 
@@ -108,21 +109,44 @@ def backward(
 def infer(
     settings: Settings, x: Tensor, shortcut: Tensor | None, weights: Any, statistics: Tensors, signature: int = 0
 ) -> Tensor:
-    """A part's output with running statistics, without gradients."""
+    """A part's output with running statistics, without gradients; [N, C] where it ends with a pool."""
     part = PARTS[settings.part]
-    assert part.infer is not None
+
+    def run() -> tuple[Tensor]:
+        image, added = nhwc(x), None if shortcut is None else nhwc(shortcut)
+        if plain(x):
+            y = part.infer(image, added, weights, statistics, settings)
+        else:
+            operator = OPERATORS[f"{part.name}_infer"]
+            y = operator(image, added, list(weights), read(settings, statistics), *pack(settings))
+        return (y.permute(0, 3, 1, 2) if y.dim() == 4 else y,)
+
     if not plain(x):
-        operator = OPERATORS[f"{part.name}_infer"]
-        return operator(x, shortcut, list(weights), read(settings, statistics), *pack(settings))
-
-    def run() -> Sequence[Tensor | None]:
-        return (part.infer(x, shortcut, weights, statistics, settings),)  # type: ignore[misc]
-
-    key = ("infer", signature or sign(settings, weights, statistics), *_image_key(x), shortcut is None)
+        return run()[0]
+    key = ("infer", signature or sign(settings, weights, statistics), *_of_image(x), shortcut is None)
     with _device_of(x):
         (y,) = plans.run(key, run, (x, shortcut, *weights, *statistics))
     assert y is not None
     return y
+
+
+def _as_weights(gradients: Sequence[Tensor | None], weights: Any, needs: Sequence[bool]) -> list[Tensor | None]:
+    """x's gradient as [N, C, H, W] and the weights' as they are, a BatchNorm's two taken apart."""
+    dx, *found = gradients
+    for i, (name, weight) in enumerate(zip(weights._fields, weights, strict=True)):
+        gradient = found[i]
+        if name.startswith("bn") and name.endswith("_weight") and gradient is not None:
+            gradient, found[i + 1] = gradient[0], gradient[1]
+        found[i] = None if gradient is None or weight is None or not needs[i + 1] else _cast(gradient, weight)
+    return [None if dx is None or not needs[0] else dx.permute(0, 3, 1, 2), *found]
+
+
+def _cast(gradient: Tensor, like: Tensor) -> Tensor:
+    """With the weight's strides, where only axes of one entry differ: DistributedDataParallel asks for them."""
+    gradient = gradient.reshape(like.shape).to(like.dtype)
+    if gradient.stride() == like.stride() or not (gradient.is_contiguous() and like.is_contiguous()):
+        return gradient
+    return gradient.as_strided(like.shape, like.stride())
 
 
 def sign(settings: Settings, weights: Any, statistics: Tensors) -> int:
@@ -131,7 +155,7 @@ def sign(settings: Settings, weights: Any, statistics: Tensors) -> int:
     return _signatures.setdefault(described, len(_signatures) + 1)
 
 
-def _image_key(x: Tensor) -> tuple[Any, ...]:
+def _of_image(x: Tensor) -> tuple[Any, ...]:
     """What launches go by of an image, beside the switch for products of fp32."""
     return x.shape, x.dtype, x.device, precision(x.dtype) if x.dtype == torch.float32 else None
 
@@ -153,7 +177,6 @@ def merged(weights: Any, needs: Sequence[bool]) -> list[bool]:
 
 def _as_saved(part: Part, saved: Sequence[Tensor], x: Tensor, weights: Any, settings: Settings) -> Any:
     """What a forward saved, by name, from the tensors that are there."""
-    assert part.present is not None
     there, found = part.present(x, weights, settings), iter(saved)
     return part.saved(*(next(found) if each else None for each in there))
 
@@ -165,18 +188,18 @@ def _register(part: Part) -> None:
         settings = unpack(part.name, *packed)
         with torch.cuda.device_of(x):
             statistics = joined(settings, moved, read)
-            y, saved = part.forward(x, shortcut, keep, part.weights(*weights), statistics, settings)  # type: ignore
+            y, saved = part.forward(x, shortcut, keep, part.weights(*weights), statistics, settings)
         return y, *(x.new_empty(0) if tensor is None else tensor for tensor in saved)
 
     def fake_forward(x: Tensor, shortcut: Any, keep: Any, weights: Any, moved: Any, read: Any, *packed: Any) -> Any:
-        y, saved = part.fake_forward(x, shortcut, keep, part.weights(*weights), unpack(part.name, *packed))  # type: ignore
+        y, saved = part.fake_forward(x, shortcut, keep, part.weights(*weights), unpack(part.name, *packed))
         return y, *(x.new_empty(0) if tensor is None else tensor for tensor in saved)
 
     def backward(dy: Tensor, x: Tensor, keep: Any, saved: Any, weights: Any, needs: Any, *packed: Any) -> list[Tensor]:
         settings, own = unpack(part.name, *packed), part.weights(*weights)
         kept = _as_saved(part, saved, x, own, settings)
         with torch.cuda.device_of(dy):
-            gradients = part.backward(dy, x, keep, kept, own, settings, needs)  # type: ignore
+            gradients = part.backward(dy, x, keep, kept, own, settings, needs)
         pairs = zip(gradients, (x, *own), merged(own, needs), strict=True)
         return [_shaped(gradient, like) for gradient, like, each in pairs if each]
 
@@ -196,10 +219,10 @@ def _register(part: Part) -> None:
     def infer(x: Tensor, shortcut: Any, weights: Any, read: Any, *packed: Any) -> Tensor:
         settings = unpack(part.name, *packed)
         with torch.cuda.device_of(x):
-            return part.infer(x, shortcut, part.weights(*weights), joined(settings, (), read), settings)  # type: ignore
+            return part.infer(x, shortcut, part.weights(*weights), joined(settings, (), read), settings)
 
     def fake_infer(x: Tensor, shortcut: Any, weights: Any, read: Any, *packed: Any) -> Tensor:
-        return part.fake_infer(x, shortcut, part.weights(*weights), unpack(part.name, *packed))  # type: ignore
+        return part.fake_infer(x, shortcut, part.weights(*weights), unpack(part.name, *packed))
 
     # PyTorch functionalizes no operator that moves statistics and returns a list, or None: empty tensors stand for it.
     returns = f"(Tensor{', Tensor' * len(part.saved._fields)})" if part.saved else ""

@@ -409,11 +409,12 @@ def bn_act_fwd(
     keep: Tensor | None,
     residual: Tensor | None,
     activation: str,
+    y: Tensor | None = None,
 ) -> Tensor:
     """(act(scale * u + shift) * gate[n, c] + offset[n, c]) * keep[n] + residual, each part optional; [N, H, W, C]."""
     n, h, w, c = u.shape
     vectors, bn = (None, norm.tensors) if isinstance(norm, Running) else (norm, ())
-    y = torch.empty_like(u)
+    y = torch.empty_like(u) if y is None else y
     parts = dict(norm=norm, gate=gate, offset=offset, keep=keep, residual=residual)
     traits = {name: part is not None for name, part in parts.items()}
     tiles = chosen("bn_act_fwd", u, row_tiles, (n * h * w, c), activation=activation, **traits)

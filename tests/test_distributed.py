@@ -258,11 +258,12 @@ def test_operators_that_talk_pass_opcheck(alone, device):
     x = torch.randn(2, 4, 3, 3, device=device)
     weights, statistics, settings = mbconv.describe(talking(module, alone), True, False)
     lists = [list(weights), call.moved(settings, statistics), call.read(settings, statistics), *call.pack(settings)]
-    y, saved = ops.forward(settings, x, None, None, weights, statistics)
+    y, saved = mbconv.forward(x, None, None, weights, statistics, settings)
     kept = [tensor for tensor in saved if tensor is not None]
+    dy = torch.randn_like(y).permute(0, 2, 3, 1)
     needs = [True, *(weight is not None for weight in weights)]
     for name, arguments in (
         ("mbconv_forward", (x, None, None, *lists)),
-        ("mbconv_backward", (torch.randn_like(y), x, None, kept, list(weights), needs, *call.pack(settings))),
+        ("mbconv_backward", (dy, x, None, kept, list(weights), needs, *call.pack(settings))),
     ):
         torch.library.opcheck(ops.OPERATORS[name], arguments, test_utils=("test_schema", "test_faketensor"))

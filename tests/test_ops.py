@@ -123,11 +123,11 @@ def arguments(device, dtype=torch.float32):
             lists = call.moved(settings, statistics), call.read(settings, statistics)
             if part.forward is not None:
                 found[f"{name}_forward"].append((x, shortcut, keep, list(weights), *lists, *packed))
-                y, saved = ops.forward(settings, x, shortcut, keep, weights, statistics)
+                y, saved = part.forward(x, shortcut, keep, weights, statistics, settings)
                 kept = [tensor for tensor in saved if tensor is not None]
                 for needs in ([True] * (1 + len(weights)), [False] * (len(weights) - 1) + [True] * 2):
                     there = [each and t is not None for each, t in zip(needs, (x, *weights), strict=True)]
-                    dy = torch.randn_like(y)
+                    dy = nhwc(torch.randn_like(y))
                     found[f"{name}_backward"].append((dy, x, keep, kept, list(weights), there, *packed))
             if part.infer is not None and not lists[0] and all(own is None or own.tracked for own in settings.norms):
                 found[f"{name}_infer"].append((x, shortcut, list(weights), lists[1], *packed))
@@ -291,7 +291,7 @@ def test_only_the_walks_reach_the_end_of_a_grid(memory, monkeypatch):
         x = torch.empty(2**20, 16, 16, 16, device="meta")
         with caught(lambda kernel, args, kwargs: grids.append((kernel.__name__, kwargs["grid"]))), torch.no_grad():
             y, saved = mbconv.forward(x, None, None, weights, statistics, settings)
-            mbconv.backward(y, x, None, saved, weights, settings, [True] * (1 + len(weights)))
+            mbconv.backward(y.permute(0, 2, 3, 1), x, None, saved, weights, settings, [True] * (1 + len(weights)))
 
     with pytest.raises(ValueError, match=r"x is too large for _depthwise_fwd_kernel: its grid would be \(\d+, \d+\)"):
         step()

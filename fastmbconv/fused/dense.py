@@ -94,11 +94,9 @@ def forward(
             activation=activation,
             bn=norm(settings, 1, weights.bn2_weight, weights.bn2_bias, statistics),
         )
-    y = batch_norm.bn_act_fwd(
+    y = stages.end_block(
         u=u if v is None else v,
         norm=norm1 if v is None else norm2,
-        gate=None,
-        offset=None,
         keep=keep,
         residual=shortcut,
         activation=activation if v is None else "none",
@@ -181,7 +179,8 @@ def fake_forward(
         project=u.new_empty(y.shape[3], c),
     )
     there = present(u, weights, settings)
-    return y, Saved._make(one if each else None for one, each in zip(everything, there, strict=True))
+    kept = (one if each else None for one, each in zip(everything, there, strict=True))
+    return y.permute(0, 3, 1, 2), Saved._make(kept)
 
 
 def present(u: Tensor, weights: Weights, settings: Settings) -> tuple[bool, ...]:

@@ -29,7 +29,7 @@ from fastmbconv.call import (
 )
 from fastmbconv.fused import stages
 from fastmbconv.fused.stages import Excite, ExciteWeights, empty_vectors
-from fastmbconv.kernels import batch_norm, depthwise_inference, expand_backward, pointwise
+from fastmbconv.kernels import depthwise_inference, expand_backward, pointwise
 from fastmbconv.kernels.squeeze_excite import excite_fwd
 from fastmbconv.kernels.tuning import walks_expansion
 
@@ -146,15 +146,7 @@ def forward(
         bn=norm(settings, 2, weights.bn3_weight, weights.bn3_bias, statistics),
     )
     # BN3, stochastic depth, shortcut.
-    y = batch_norm.bn_act_fwd(
-        u=u3,
-        norm=norm3,
-        gate=None,
-        offset=None,
-        keep=keep,
-        residual=x if settings.residual else None,
-        activation="none",
-    )
+    y = stages.end_block(u=u3, norm=norm3, keep=keep, residual=x if settings.residual else None)
     kept = None if settings.lean else u1
     return y, Saved._make((kept, u2, u3, norm1, norm2, norm3, *(excited or (None,) * 4), rounded))
 
@@ -288,7 +280,8 @@ def fake_forward(x: Tensor, _: None, keep: Tensor | None, weights: Weights, sett
         project=x.new_empty(out, hidden),
     )
     there = present(x, weights, settings)
-    return y, Saved._make(one if each else None for one, each in zip(everything, there, strict=True))
+    kept = (one if each else None for one, each in zip(everything, there, strict=True))
+    return y.permute(0, 3, 1, 2), Saved._make(kept)
 
 
 def present(x: Tensor, weights: Weights, settings: Settings) -> tuple[bool, ...]:

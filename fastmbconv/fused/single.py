@@ -38,7 +38,7 @@ def depthwise_forward(
         geometry=_geometry(x, weights, settings),
         bn=norm(settings, 0, weights.bn_weight, weights.bn_bias, statistics),
     )
-    y = batch_norm.bn_act_fwd(u, norm1, None, None, None, None, settings.activation)
+    y = stages.end_block(u=u, norm=norm1, activation=settings.activation)
     return y, DepthwiseSaved(u, norm1)
 
 
@@ -81,7 +81,7 @@ def depthwise_fake(
     x: Tensor, _: None, keep: None, weights: DepthwiseWeights, settings: Settings
 ) -> tuple[Tensor, DepthwiseSaved]:
     y = depthwise_fake_infer(x, None, weights, settings)
-    return y, DepthwiseSaved(torch.empty_like(y), empty_vectors(x, 4, x.shape[3]))
+    return y.permute(0, 3, 1, 2), DepthwiseSaved(torch.empty_like(y), empty_vectors(x, 4, x.shape[3]))
 
 
 def depthwise_fake_infer(x: Tensor, _: None, weights: DepthwiseWeights, settings: Settings) -> Tensor:
@@ -106,7 +106,7 @@ def excite_forward(
     excited = stages.squeeze_excite(
         u=x, norm=None, weights=weights, activation="none", se_activation=settings.se_activation
     )
-    y = batch_norm.bn_act_fwd(x, None, excited.gate, None, None, None, "none")
+    y = stages.end_block(u=x, norm=None, gate=excited.gate)
     return y, ExciteSaved(excited.pooled, excited.r, excited.gate)
 
 
@@ -139,7 +139,7 @@ def excite_fake(
 ) -> tuple[Tensor, ExciteSaved]:
     n, c = x.shape[0], x.shape[3]
     saved = ExciteSaved(x.new_empty(n, c), empty_vectors(x, n, weights.reduce.shape[0]), empty_vectors(x, n, c))
-    return torch.empty_like(x), saved
+    return torch.empty_like(x).permute(0, 3, 1, 2), saved
 
 
 class NormWeights(NamedTuple):

@@ -157,6 +157,28 @@ def rounds_weight(weight: Tensor, x: Tensor, gated: bool) -> bool:
     return often and weight.dtype != x.dtype
 
 
+def end_block(
+    u: Tensor,
+    norm: Tensor | None,
+    gate: Tensor | None = None,
+    keep: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """act(norm(u)) * gate * keep + residual as [N, C, H, W] in channels_last, and no view of another tensor."""
+    n, h, w, c = u.shape
+    y = torch.empty(n, c, h, w, dtype=u.dtype, device=u.device, memory_format=torch.channels_last)
+    batch_norm.bn_act_fwd(
+        u=u, norm=norm, gate=gate, offset=None, keep=keep, residual=residual, activation=activation, y=nhwc(y)
+    )
+    return y
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """[N, C, H, W] in any layout as contiguous [N, H, W, C]; no copy for channels_last."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
 def bn_backward(
     dy: Tensor, u: Tensor, norm: Tensor, keep: Tensor | None, activation: str, bn: NormSettings
 ) -> tuple[Tensor, Tensor]:

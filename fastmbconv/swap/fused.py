@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastmbconv import dense, dispatch, functional
 from fastmbconv.block import Block, DenseBlock, Memory
 from fastmbconv.mbconv import MBConv
+from fastmbconv.readings import Read, block_of
 from fastmbconv.swap.parts import NotNow
 from fastmbconv.swap.registry import Adapter, adapter_of, forward_owner
 from fastmbconv.swap.swapped import Swapped
@@ -31,6 +32,7 @@ class FusedBlock(Swapped):
 
     is_swap: ClassVar[bool] = True
     adapter: ClassVar[Adapter]
+    read: ClassVar[Read]
     memory: ClassVar[Memory]
     image: ClassVar[str]
 
@@ -44,7 +46,7 @@ class FusedBlock(Swapped):
             return original(*args, **kwargs)
         if dispatch.eager_at_once(self, args[0]):  # type: ignore[arg-type]
             return original(*args, **kwargs)
-        block = read(self, type(self).adapter, *args[1:], **kwargs)  # type: ignore[arg-type]
+        block = block_of(self, type(self).read, *args[1:], **kwargs)  # type: ignore[arg-type]
         if isinstance(block, str):
             return original(*args, **kwargs)
 
@@ -66,6 +68,10 @@ def read(module: nn.Module, adapter: Adapter, *args: Any, **kwargs: Any) -> Bloc
         return reason
     block = adapter(module, *args, **kwargs)
     return block.reason if isinstance(block, NotNow) else block
+
+
+def _read_by(adapter: Adapter, module: nn.Module, *args: Any, **kwargs: Any) -> Block | DenseBlock | str:
+    return read(module, adapter, *args, **kwargs)
 
 
 def fusible(module: nn.Module) -> Block | DenseBlock | str | None:
@@ -111,8 +117,10 @@ def swap_out(module: nn.Module) -> None:
 @cache
 def fused_class(original: Any, memory: Memory) -> Any:
     """The fused subclass of a block's class, made once."""
+    adapter: Any = adapter_of(original)
     body = {
-        "adapter": staticmethod(adapter_of(original)),  # type: ignore[arg-type]
+        "adapter": staticmethod(adapter),
+        "read": staticmethod(partial(_read_by, adapter)),
         "original": original,
         "memory": memory,
         "image": list(signature(vars(forward_owner(original))["forward"]).parameters)[1],

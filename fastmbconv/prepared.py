@@ -1,0 +1,85 @@
+"""What the calls of one block with images of one kind have in common, found once: checked, described and signed.
+
+A block remembers it (`Block.calls`), by the image's shape, dtype and device and by the settings that are not the
+block's. It holds as long as its tensors are what they were: data that was put into one (`module.half()`, `.data`) may
+have another shape, dtype, layout or device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmbconv import dispatch
+from fastmbconv.block import BatchNorm, Block, DenseBlock, Memory
+from fastmbconv.call import Settings, Tensors
+
+MOST = 64  # kinds of images that a block remembers
+
+
+class Prepared:
+    """A block for images of one kind.
+
+    Attributes:
+        weights, statistics, settings: the call as data; `call` has them, and `ops.sign`'s number for it.
+        compute: the dtype that the kernels compute in.
+        wide: the shortcut is wider than that, and added apart.
+        fixed: every BatchNorm is a fixed affine map, and nothing is drawn.
+        counts: of the BatchNorms that move.
+        submitted: the steps whose kernels `ahead` has seen.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        block: Block | DenseBlock,
+        bns: tuple[BatchNorm | None, ...],
+        described: tuple[Any, Tensors, Settings],
+        compute: torch.dtype,
+    ) -> None:
+        from fastmbconv.ops import sign
+
+        self.weights, self.statistics, self.settings = described
+        self.call = (*described, sign(self.settings, self.weights, self.statistics))
+        self.compute, self.wide = compute, block.residual and compute != x.dtype
+        drops = block.residual and block.drop is not None
+        self.fixed = not drops and not any(bn is not None and bn.batch_statistics for bn in bns)
+        counts = (bn.num_batches_tracked for bn in bns if bn is not None and bn.updates)
+        self.counts = [count for count in counts if count is not None]
+        self._tensors = [t for t in (*self.weights, *self.statistics) if t is not None]
+        self._shapes, self._dtypes = [t.shape for t in self._tensors], [t.dtype for t in self._tensors]
+        self._devices = [x.device] * len(self._tensors)
+        self.submitted: set[str] = set()
+
+    def holds(self) -> bool:
+        """Whether the block's tensors are what they were."""
+        tensors = self._tensors
+        return (
+            [t.shape for t in tensors] == self._shapes
+            and [t.dtype for t in tensors] == self._dtypes
+            and [t.device for t in tensors] == self._devices
+            and all(map(Tensor.is_contiguous, tensors))
+        )
+
+
+def prepared(
+    x: Tensor, block: Block | DenseBlock, memory: Memory, compute: torch.dtype, prepare: Callable[[], Prepared | None]
+) -> Prepared | None:
+    """What the block remembers of images like x, else what `prepare` makes: None where eager takes the call."""
+    if torch.compiler.is_compiling():
+        return prepare()
+    from fastmbconv.kernels import launching
+
+    key = (x.shape, x.dtype, x.device, compute, memory, launching.epoch())
+    found = block.calls.get(key)
+    if found is not None and found.holds() and dispatch.call_reason(x) is None:
+        return found
+    found = prepare()
+    if found is not None:
+        if len(block.calls) >= MOST:
+            block.calls.clear()
+        block.calls[key] = found
+    return found
