@@ -111,23 +111,24 @@ def infer(
 ) -> Tensor:
     """A part's output with running statistics, without gradients; [N, C] where it ends with a pool."""
     part = PARTS[settings.part]
+    if not plain(x):
+        image, added = nhwc(x), None if shortcut is None else nhwc(shortcut)
+        operator = OPERATORS[f"{part.name}_infer"]
+        return _nchw(operator(image, added, list(weights), read(settings, statistics), *pack(settings)))
 
     def run() -> tuple[Tensor]:
-        image, added = nhwc(x), None if shortcut is None else nhwc(shortcut)
-        if plain(x):
-            y = part.infer(image, added, weights, statistics, settings)
-        else:
-            operator = OPERATORS[f"{part.name}_infer"]
-            y = operator(image, added, list(weights), read(settings, statistics), *pack(settings))
-        return (y.permute(0, 3, 1, 2) if y.dim() == 4 else y,)
+        added = None if shortcut is None else nhwc(shortcut)
+        return (_nchw(part.infer(nhwc(x), added, weights, statistics, settings)),)
 
-    if not plain(x):
-        return run()[0]
     key = ("infer", signature or sign(settings, weights, statistics), *_of_image(x), shortcut is None)
     with _device_of(x):
         (y,) = plans.run(key, run, (x, shortcut, *weights, *statistics))
     assert y is not None
     return y
+
+
+def _nchw(y: Tensor) -> Tensor:
+    return y.permute(0, 3, 1, 2) if y.dim() == 4 else y
 
 
 def _as_weights(gradients: Sequence[Tensor | None], weights: Any, needs: Sequence[bool]) -> list[Tensor | None]:
@@ -136,14 +137,16 @@ def _as_weights(gradients: Sequence[Tensor | None], weights: Any, needs: Sequenc
     for i, (name, weight) in enumerate(zip(weights._fields, weights, strict=True)):
         gradient = found[i]
         if name.startswith("bn") and name.endswith("_weight") and gradient is not None:
-            gradient, found[i + 1] = gradient[0], gradient[1]
+            gradient, found[i + 1] = gradient.unbind()
         found[i] = None if gradient is None or weight is None or not needs[i + 1] else _cast(gradient, weight)
     return [None if dx is None or not needs[0] else dx.permute(0, 3, 1, 2), *found]
 
 
 def _cast(gradient: Tensor, like: Tensor) -> Tensor:
     """With the weight's strides, where only axes of one entry differ: DistributedDataParallel asks for them."""
-    gradient = gradient.reshape(like.shape).to(like.dtype)
+    if gradient.shape != like.shape:
+        gradient = gradient.reshape(like.shape)
+    gradient = gradient.to(like.dtype)
     if gradient.stride() == like.stride() or not (gradient.is_contiguous() and like.is_contiguous()):
         return gradient
     return gradient.as_strided(like.shape, like.stride())

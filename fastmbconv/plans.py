@@ -3,38 +3,45 @@
 The first call of a kind runs the launchers, the second is recorded (recording.py). What doesn't change from call to
 call (tiles, grids, constants, sizes, the compiled kernel) is in the plan then; what does is filled in:
 
-    tensors ----> slots ------+--> allocate   a slot for each buffer, let go after its last use
-                  pointers ---+--> operate    PyTorch's own: a product, a sum, a copy, a message to other processes
-                  constants --+--> launch     pointers and constants, gathered by their places
+    tensors ----> slots ------+--> allocate   a buffer each for what is large or returned, let go after its last use;
+                              |               one for all small ones, laid out so that none overlaps another in use
+                              +--> operate    PyTorch's own: a product, a sum, a copy, a message to other processes
+    pointers, constants ------+--> launch     gathered by their places, and given to the compiled kernel's own `run`
 
-Compiled kernels start by `compiled[grid](*arguments, stream=stream)`, as in Triton's tutorials. Where a kernel has
-another form (`known_form`), launchers run at each call, as they do while somebody watches launches. Interpreted kernels
-are replayed by `kernel[grid](...)`.
+That `run` is Triton's, and has the form that `known_form` looks for in 3.6 to 3.9. With another form, or while somebody
+watches launches (a profiler's hook, a recorder of ours), launchers run at each call. Interpreted kernels are replayed
+by `kernel[grid](...)`.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from fastmbconv.kernels import launching
 from fastmbconv.kernels.math import INTERPRETED
+from fastmbconv.kernels.tuning import TRITON
 from fastmbconv.recording import Allocate, Launch, Operate, Recorder, Slot, Step
 
 MOST = 1024  # plans; beyond, all are made anew
 ALIGNMENT = 16  # bytes; Triton compiles a kernel for pointers that this divides, or for any
+SMALL, LINE = 1 << 20, 512  # bytes: of a buffer that lies among others, and what divides where it begins
+OLDEST, NEWEST = (3, 6), (3, 9)  # Triton's versions whose kernels were started by a plan
+FORM = ("gridX", "gridY", "gridZ", "stream", "function")  # what their `run` takes before metadata, hooks and arguments
 
 Flat = Sequence[Tensor | None]
-Action = Callable[[list[Any], list[Any], Any], None]  # of slots, pointers and constants, and the stream
+Action = Callable[[list[Any], list[Any]], Any]  # of slots, and of pointers and constants
 
-_plans: dict[Any, Plan | None] = {}
+_plans: dict[Any, Plan | None] = {}  # None: called once
 _lock = threading.Lock()
 
 
@@ -58,12 +65,12 @@ def run(key: Any, function: Callable[[], Flat], tensors: Flat) -> Flat:
     if plan is None:
         found, _plans[key] = record(function, tensors)
         return found
-    done = plan(tensors)
+    done = plan(tensors) if isinstance(plan, Plan) else None
     return function() if done is None else done
 
 
-def record(function: Callable[[], Flat], tensors: Flat) -> tuple[Flat, Plan | None]:
-    """What `function()` returns, and its plan, None where it can't be replayed."""
+def record(function: Callable[[], Flat], tensors: Flat) -> tuple[Flat, Plan]:
+    """What `function()` returns, and its plan, or `_NEVER` where it can't be replayed."""
     recorder = Recorder(tensors)
     with recorder.following():
         found = function()
@@ -73,24 +80,23 @@ def record(function: Callable[[], Flat], tensors: Flat) -> tuple[Flat, Plan | No
     replayed = INTERPRETED or all(known_form(kind) for kind in kinds)
     aligned = all(tensor is None or tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors)
     if not (follows and replayed and aligned):
-        return found, None
+        return found, _NEVER
     return found, Plan(recorder, len(tensors), outputs)
 
 
 @cache
 def known_form(kind: Any) -> bool:
-    """Whether objects of this class are Triton's compiled kernels in the form that a plan starts, as in 3.6 to 3.9."""
+    """Whether compiled kernels of this class are started as in the versions of Triton that are known here."""
     from triton.compiler import CompiledKernel
 
-    index = getattr(kind, "__getitem__", None)
-    return kind is CompiledKernel and index is not None and "grid" in inspect.signature(index).parameters
+    if kind is not CompiledKernel or not OLDEST <= TRITON <= NEWEST:
+        return False
+    taken = inspect.signature(driver.active.launcher_cls.__call__).parameters
+    return tuple(taken)[1 : 1 + len(FORM)] == FORM and tuple(taken)[-1] == "args"
 
 
-class _New:
-    pass
-
-
-_NEW: Any = _New()
+# A key's state before its first call, and one that has no plan.
+_NEW, _NEVER = (cast("Plan", object()) for _ in range(2))
 
 
 class Plan:
@@ -99,28 +105,39 @@ class Plan:
     def __init__(self, recorder: Recorder, inputs: int, outputs: Sequence[int | None]) -> None:
         self._origins, self._inputs, self._outputs = recorder.origins, inputs, outputs
         self._values: list[Any] = [None] * len(recorder.origins)  # a pointer for each slot, then constants
-        self._constants: dict[Any, int] = {}
-        steps = self._needed(recorder.steps)
+        self._places: dict[Any, int] = {}
+        self._stream = self._place(object())
+        steps = self._folded(self._needed(recorder.steps))
         last = {slot: i for i, step in enumerate(steps) for slot in self._used(step)}
+        self._room, self._offsets = self._laid_out(steps, last)
         kept = {*range(inputs), *(slot for slot in outputs if slot is not None)}
         self._actions = [
             self._action(step, [slot for slot, at in last.items() if at == i and slot not in kept])
             for i, step in enumerate(steps)
+            if not (isinstance(step, Allocate) and step.slot in self._offsets)
         ]
         pointed = {slot for step in steps if isinstance(step, Launch) for slot in self._used(step)}
         self._pointed = [slot for slot in range(inputs) if slot in pointed]
+        self._free = (None,) * (len(recorder.origins) - inputs)
 
     def __call__(self, tensors: Flat) -> Flat | None:
         values, bits = self._values.copy(), 0
         for slot in self._pointed:
             pointer = values[slot] = tensors[slot].data_ptr()  # type: ignore[union-attr]
             bits |= pointer
-        if bits % ALIGNMENT:
+        if bits % ALIGNMENT or launching.profiled():
             return None
-        slots = [*tensors, *(None,) * (len(self._origins) - self._inputs)]
-        stream = launching.current_stream(tensors[0])
+        slots, x = [*tensors, *self._free], tensors[0]
+        assert x is not None
+        if self._room:
+            room = torch.empty(self._room, dtype=torch.uint8, device=x.device)
+            begin = room.data_ptr()
+            for slot, offset in self._offsets.items():
+                values[slot] = begin + offset
+        if x.is_cuda:
+            values[self._stream] = driver.active.get_current_stream(x.get_device())
         for act in self._actions:
-            act(slots, values, stream)
+            act(slots, values)
         return [None if slot is None else slots[slot] for slot in self._outputs]
 
     def _used(self, step: Step) -> list[int]:
@@ -134,75 +151,133 @@ class Plan:
         needed = {slot for slot in self._outputs if slot is not None}
         found: list[Step] = []
         for step in reversed(steps):
-            if isinstance(step, Launch) or step.slot in needed or (isinstance(step, Operate) and not step.pure):
+            if isinstance(step, Launch) or needed & {*step.slots} or (isinstance(step, Operate) and not step.pure):
                 needed.update(self._used(step))
                 found.append(step)
         return found[::-1]
 
+    def _folded(self, steps: list[Step]) -> list[Step]:
+        """Buffers in the shape of their one view, where nobody else than kernels looks at them."""
+        views: dict[int, list[Operate]] = {}
+        for step in steps:
+            if isinstance(step, Operate):
+                for slot in step.reads():
+                    views.setdefault(slot, []).append(step)
+        outputs, found, folded = {*self._outputs}, list[Step](), set[int]()
+        for one in steps:
+            step = one
+            if isinstance(step, Allocate) and step.slot not in outputs and not INTERPRETED:
+                lookers = views.get(step.slot, [])
+                view = lookers[0].view_of(step) if len(lookers) == 1 else None
+                if view is not None:
+                    folded.add(id(lookers[0]))
+                    self._origins = [(view.slot if at == step.slot else at, off) for at, off in self._origins]
+                    step = view
+            if id(one) not in folded:
+                found.append(step)
+        return found
+
+    def _laid_out(self, steps: list[Step], last: dict[int, int]) -> tuple[int, dict[int, int]]:
+        """(bytes, where each begins): small buffers that only kernels look at, in one; none overlaps another in use."""
+        seen = {slot for step in steps if isinstance(step, Operate) for slot in (*step.reads(), *step.slots)}
+        seen |= {slot for slot in self._outputs if slot is not None}
+        room, offsets = 0, dict[int, int]()
+        taken: list[tuple[int, int, int]] = []  # begin, end, last use
+        for i, step in enumerate(steps):
+            if INTERPRETED or not isinstance(step, Allocate) or step.slot in seen or step.bytes > SMALL:
+                continue
+            taken = sorted(one for one in taken if one[2] >= i)
+            begin, size = 0, LINE * math.ceil(step.bytes / LINE)
+            for first, end, _ in taken:
+                if begin + size <= first:
+                    break
+                begin = max(begin, end)
+            offsets[step.slot] = begin
+            taken.append((begin, begin + size, last.get(step.slot, i)))
+            room = max(room, begin + size)
+        return room, offsets
+
     def _action(self, step: Step, free: list[int]) -> Action:
-        act = self._allocate(step) if isinstance(step, Allocate) else self._start(step)
+        if isinstance(step, Allocate):
+            act = self._allocate(step)
+        elif isinstance(step, Operate):
+            act = self._operate(step)
+        else:
+            act = self._interpret(step) if INTERPRETED else self._launch(step)
+        free = [slot for slot in free if slot not in self._offsets]
         if not free:
             return act
 
-        def act_and_free(slots: list[Any], values: list[Any], stream: Any) -> None:
-            act(slots, values, stream)
+        def act_and_free(slots: list[Any], values: list[Any]) -> None:
+            act(slots, values)
             for slot in free:
                 slots[slot] = None
 
         return act_and_free
 
-    def _start(self, step: Operate | Launch) -> Action:
-        if isinstance(step, Operate):
-            return self._operate(step)
-        return self._interpret(step) if INTERPRETED else self._launch(step)
-
     def _allocate(self, step: Allocate) -> Action:
-        slot, size, stride = step.slot, step.size, step.stride
-        options = dict(dtype=step.dtype, device=step.device)
+        slot, size, stride, dtype, device = step.slot, step.size, step.stride, step.dtype, step.device
 
-        def act(slots: list[Any], values: list[Any], stream: Any) -> None:
-            tensor = slots[slot] = torch.empty_strided(size, stride, **options)  # type: ignore[arg-type]
+        def act(slots: list[Any], values: list[Any]) -> None:
+            tensor = slots[slot] = torch.empty_strided(size, stride, dtype=dtype, device=device)
             values[slot] = tensor.data_ptr()
 
         return act
 
     def _operate(self, step: Operate) -> Action:
-        function, args, kwargs, target = step.function, step.args, step.kwargs, step.slot
-        points = self._origins[target][0] == target
+        function, kwargs, targets = step.function, step.kwargs, step.slots
+        template = [None if isinstance(one, Slot) else one for one in step.args]
+        places = [(i, one.number) for i, one in enumerate(step.args) if isinstance(one, Slot)]
+        nested = [(i, one) for i, one in enumerate(step.args) if isinstance(one, list)]
+        named = {name: one.number for name, one in kwargs.items() if isinstance(one, Slot)}
+        points = [slot for slot in targets if self._origins[slot][0] == slot]
 
-        def act(slots: list[Any], values: list[Any], stream: Any) -> None:
-            named = {name: _filled(one, slots) for name, one in kwargs.items()}
-            tensor = slots[target] = function(*(_filled(one, slots) for one in args), **named)
-            if points:
-                values[target] = tensor.data_ptr()
+        def act(slots: list[Any], values: list[Any]) -> None:
+            args = template.copy()
+            for i, slot in places:
+                args[i] = slots[slot]
+            for i, one in nested:
+                args[i] = _filled(one, slots)
+            options = kwargs | {name: slots[slot] for name, slot in named.items()} if named else kwargs
+            result = function(*args, **options)
+            if len(targets) == 1:
+                slots[targets[0]] = result
+            else:
+                for slot, tensor in zip(targets, result, strict=True):
+                    slots[slot] = tensor
+            for slot in points:
+                values[slot] = slots[slot].data_ptr()
 
         return act
 
     def _interpret(self, step: Launch) -> Action:
         launch = launching.kernel(step.function)
 
-        def act(slots: list[Any], values: list[Any], stream: Any) -> None:
+        def act(slots: list[Any], values: list[Any]) -> None:
             launch[step.grid](**{name: _filled(one, slots) for name, one in step.given.items()})
 
         return act
 
     def _launch(self, step: Launch) -> Action:
-        parameters = step.function.signature.parameters.values()
+        compiled, parameters = step.compiled, step.function.signature.parameters.values()
         given = [step.given.get(parameter.name, parameter.default) for parameter in parameters]
-        start = step.compiled[(*step.grid, 1, 1)[:3]]
-        if any(isinstance(one, Slot) and self._origins[one.number][1] for one in given):
-            offsets = [self._origins[one.number][1] if isinstance(one, Slot) else 0 for one in given]
-            gather = itemgetter(*(self._place(one) for one in given))
+        before = (*(*step.grid, 1, 1)[:3], None, compiled.function, compiled.packed_metadata, None, None, None)
+        places = [self._place(one) for one in (*before, *given)]
+        places[3] = self._stream
+        start, gather = compiled.run, itemgetter(*places)
+        moved = [
+            (len(before) + i, self._origins[one.number][1])
+            for i, one in enumerate(given)
+            if isinstance(one, Slot) and self._origins[one.number][1]
+        ]
+        if not moved:
+            return lambda slots, values: start(*gather(values))
 
-            def act_inside(slots: list[Any], values: list[Any], stream: Any) -> None:
-                arguments = [one + more if more else one for one, more in zip(gather(values), offsets, strict=True)]
-                start(*arguments, stream=stream)
-
-            return act_inside
-        gather = itemgetter(*(self._place(one) for one in given))
-
-        def act(slots: list[Any], values: list[Any], stream: Any) -> None:
-            start(*gather(values), stream=stream)
+        def act(slots: list[Any], values: list[Any]) -> None:
+            arguments = list(gather(values))
+            for i, offset in moved:
+                arguments[i] += offset
+            start(*arguments)
 
         return act
 
@@ -210,11 +285,11 @@ class Plan:
         """Where a launch's argument stands among the values."""
         if isinstance(argument, Slot):
             return self._origins[argument.number][0]
-        key = (type(argument), argument)
-        if key not in self._constants:
-            self._constants[key] = len(self._values)
+        key = (type(argument), argument) if isinstance(argument, (int, float, str)) else id(argument)
+        if key not in self._places:
+            self._places[key] = len(self._values)
             self._values.append(argument)
-        return self._constants[key]
+        return self._places[key]
 
 
 def _filled(argument: Any, slots: list[Any]) -> Any:

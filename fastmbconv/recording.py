@@ -6,6 +6,7 @@ came by; one that looks into another's memory knows whose, and where.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,22 +39,37 @@ class Allocate:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return (self.slot,)
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.size) * self.dtype.itemsize
+
     def reads(self) -> list[int]:
         return []
 
 
 @dataclass(frozen=True, slots=True)
 class Operate:
-    """An operation of PyTorch's; `pure` where all that it does is its result."""
+    """An operation of PyTorch's: `pure` if its result is all that it does; `view`, a view's shape and stride, else None."""
 
     function: Any
     args: list[Any]
     kwargs: dict[str, Any]
-    slot: int
+    slots: tuple[int, ...]
     pure: bool
+    view: tuple[tuple[int, ...], tuple[int, ...]] | None
 
     def reads(self) -> list[int]:
         return [one.number for one in _leaves((*self.args, *self.kwargs.values())) if isinstance(one, Slot)]
+
+    def view_of(self, buffer: Allocate) -> Allocate | None:
+        """The buffer in this view's shape, if it is a view of all of it."""
+        if self.view is None or math.prod(self.view[0]) != math.prod(buffer.size):
+            return None
+        return Allocate(self.slots[0], *self.view, buffer.dtype, buffer.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +103,7 @@ class Recorder(TorchDispatchMode):
         self.origins: list[tuple[int, int]] = []
         self.complete = True
         self._paused = False
+        self._views: dict[Any, int] = {}
         self._numbers: Any = WeakIdKeyDictionary()  # by tensor: what is let go meanwhile must not live on for us
         for tensor in inputs:
             if tensor is None or tensor in self._numbers:
@@ -119,21 +136,33 @@ class Recorder(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         if self._paused:
             return out
-        if not isinstance(out, Tensor):
+        results = out if isinstance(out, (list, tuple)) else (out,)
+        if not all(isinstance(one, Tensor) for one in results):
             self.complete = False
             return out
         placed = [self._place(one) for one in args], {name: self._place(one) for name, one in (kwargs or {}).items()}
-        number = self.number(out)  # there already: the operation changed it in place
-        if number is None:
-            number = self._add(
-                out, [one for one in _leaves((args, (kwargs or {}).values())) if isinstance(one, Tensor)]
-            )
+        sources = [one for one in _leaves(args) if isinstance(one, Tensor)]
+        viewed = function.is_view and out is results[0]
+        if viewed:
+            look = (placed[0][0].number, tuple(out.shape), out.stride(), out.storage_offset())
+            if look in self._views:  # the same one again
+                self._numbers[out] = self._views[look]
+                return out
+        numbers = tuple(self._number_of(one, sources) for one in results)
+        if viewed:
+            self._views[look] = numbers[0]
         if function._schema.name in MAKERS:
-            self.steps.append(Allocate(number, tuple(out.shape), out.stride(), out.dtype, out.device))
+            self.steps.append(Allocate(numbers[0], tuple(out.shape), out.stride(), out.dtype, out.device))
         else:
             pure = function.namespace == "aten" and not function._schema.is_mutable
-            self.steps.append(Operate(function, *placed, number, pure))
+            view = (tuple(out.shape), out.stride()) if viewed else None
+            self.steps.append(Operate(function, *placed, numbers, pure, view))
         return out
+
+    def _number_of(self, result: Tensor, sources: Sequence[Tensor]) -> int:
+        """An operation's result's slot; it has one already where the operation changed it in place."""
+        number = self.number(result)
+        return self._add(result, sources) if number is None else number
 
     def _add(self, tensor: Tensor, arguments: Sequence[Tensor] = ()) -> int:
         number = self._numbers[tensor] = len(self.origins)
