@@ -1,15 +1,21 @@
-"""`graph(model, example)`: a model's forward as one CUDA graph, for batches so small that launches take the time."""
+"""`graph(model, example)`: a model as CUDA graphs, for batches so small that launches take the time.
+
+In eval mode its forward, here; in training mode forward and backward, in graphs_training.py.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+if TYPE_CHECKING:
+    from fastmbconv.graphs_training import GraphedTraining
 
 WARMUP = 3  # runs before the capture: kernels compile, cuDNN chooses its algorithms
 
@@ -44,6 +50,53 @@ class Recording:
         self._graph.replay()
 
 
+class Captured:
+    """A model as it was at the capture: where its tensors are, which modules it has, and in which mode each is.
+
+    The tensors' memory stays theirs while a graph reads it, even if the model gets other ones.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [(name or "the model", module, module.training) for name, module in model.named_modules()]
+        self._children = [
+            (f"{name}.{key}".lstrip("."), module._modules, key, child)
+            for name, module in model.named_modules()
+            for key, child in module._modules.items()
+        ]
+        self._tensors = [
+            (f"{name}.{key}".lstrip("."), owner, key, tensor.data_ptr(), tensor.untyped_storage())
+            for name, module in model.named_modules()
+            for owner in (module._parameters, module._buffers)
+            for key, tensor in owner.items()
+            if tensor is not None
+        ]
+
+    def check(self) -> None:
+        """RuntimeError if a graph would not do any more what the model does."""
+        for name, module, training in self._modules:
+            if module.training != training:
+                now, then = ("training", "eval") if module.training else ("eval", "training")
+                raise RuntimeError(f"{name} is in {now} mode, and this graph was captured in {then} mode")
+        for name, children, key, child in self._children:
+            if children.get(key) is not child:
+                raise RuntimeError(f"{name} is another module than at the capture: call fastmbconv.graph again")
+        for name, owner, key, place, _ in self._tensors:
+            tensor = owner.get(key)
+            if tensor is None or tensor.data_ptr() != place:
+                raise RuntimeError(f"{name} has moved in memory since the capture: call fastmbconv.graph again")
+
+
+def check_input(x: Tensor, captured: Any) -> None:
+    """TypeError or ValueError if x is of another kind than what a graph was captured for."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}: allowed is a tensor")
+    for name in ("shape", "dtype", "device"):
+        given, wanted = getattr(x, name), getattr(captured, name)
+        if given != wanted:
+            given, wanted = (tuple(v) if name == "shape" else v for v in (given, wanted))
+            raise ValueError(f"x has the {name} {given}: this graph was captured for {wanted}; make another one")
+
+
 class Graphed:
     """A captured forward; see `graph`, which makes it.
 
@@ -57,46 +110,22 @@ class Graphed:
         self.shape, self.dtype, self.device = example.shape, example.dtype, example.device
         self._lock = threading.Lock()
         self._x = example.detach().clone(memory_format=torch.preserve_format)
-        # Their memory stays theirs while the graph reads it, even if the model gets other tensors.
-        self._places = [
-            (owner, name, tensor.data_ptr(), tensor.untyped_storage())
-            for module in model.modules()
-            for owner in (module._parameters, module._buffers)
-            for name, tensor in owner.items()
-            if tensor is not None
-        ]
+        self._captured = Captured(model)
         with torch.no_grad(), uncached_autocast():
             self._recording = Recording(lambda: model(self._x), example.device)
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(self._recording.outputs)):
             raise TypeError(f"model returns a {type(self._recording.outputs).__name__}: allowed are tensors")
 
     def __call__(self, x: Tensor) -> Any:
-        self._check(x)
+        check_input(x, self)
         with self._lock, torch.no_grad(), self._recording.turn():
             self._x.copy_(x)
             self._recording.replay()
             y = self._recording.outputs
             if self._copy:
                 y = tree_map_only(Tensor, lambda t: t.clone(memory_format=torch.preserve_format), y)
-        self._check_model()  # while the device is busy
+        self._captured.check()  # while the device is busy
         return y
-
-    def _check(self, x: Tensor) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x is a {type(x).__name__}: allowed is a tensor")
-        for name in ("shape", "dtype", "device"):
-            given, captured = getattr(x, name), getattr(self, name)
-            if given != captured:
-                given, captured = (tuple(v) if name == "shape" else v for v in (given, captured))
-                raise ValueError(f"x has the {name} {given}: this graph was captured for {captured}; make another one")
-
-    def _check_model(self) -> None:
-        if self.model.training:
-            raise RuntimeError("the model is in training mode, and this graph was captured in eval mode")
-        for owner, name, place, _ in self._places:
-            tensor = owner.get(name)
-            if tensor is None or tensor.data_ptr() != place:
-                raise RuntimeError(f"{name} has moved in memory since the capture: call fastmbconv.graph again")
 
 
 @contextmanager
@@ -110,26 +139,43 @@ def uncached_autocast() -> Iterator[None]:
         torch.set_autocast_cache_enabled(before)
 
 
-def graph(model: nn.Module, example: Tensor, *, copy: bool = True) -> Graphed:
-    """Capture the forward of a model in eval mode as a CUDA graph, and return a callable that replays it.
+def graph(model: nn.Module, example: Tensor, *, copy: bool = True) -> Graphed | GraphedTraining:
+    """Capture a model as CUDA graphs, and return a callable of one tensor that replays them.
 
     A replay is one launch for the whole model. Parameters and buffers that change in place (an optimiser's step,
-    `load_state_dict`) are seen by the next call. Autocast is as it was at the capture. Gradients don't flow through it.
+    `load_state_dict`) are seen by the next call. Autocast is as it was at the capture.
+
+    In eval mode this is the forward, and gradients don't flow through it; threads take turns, and what two streams
+    queue is ordered on the device.
+
+    In training mode it is forward and backward (`torch.cuda.make_graphed_callables`): the output's gradients reach the
+    parameters, and x if `example.requires_grad`. Stochastic depth and dropout draw anew at every replay, BatchNorms
+    move and count. What is returned is an nn.Module with the model's own parameters under their names; the capture
+    changes no value of the model, no `.grad` and no random state. Optimizer, GradScaler and loss stay outside:
+
+        with torch.autocast("cuda", torch.bfloat16):
+            step = fastmbconv.graph(model, images)
+        step = DistributedDataParallel(step)  # behind `graph`, with several processes
+
+    Each backward belongs to the last call, once, on the stream of that call. No other thread may use the GPU during
+    the capture: start loaders that pin memory behind it.
 
     Args:
-        model: on a GPU, in eval mode; its forward must not wait for the GPU, nor depend on values. Fused or not.
+        model: on a GPU; its forward must not wait for the GPU, nor depend on values. Fused or not. In training mode
+            without checkpointing, which asks for the random state.
         example: an input; every later one has its shape, dtype and device. Another memory format is copied.
-        copy: return a copy of the outputs. Without it a call returns the graph's own buffers, which the next call
-            overwrites.
+        copy: return a copy of the outputs, and of gradients. Without it they are the graph's own buffers, which the
+            next call overwrites: `zero_grad(set_to_none=True)` must come between two backwards.
 
     Returns:
-        A callable of one tensor. Threads take turns; what two streams queue is ordered on the device. Another shape,
-        dtype or device is a ValueError; a parameter that is elsewhere than at the capture (`model.to`, `assign=True`),
-        or training mode, is a RuntimeError.
+        A callable of one tensor. Another shape, dtype or device, or an x that wants a gradient where `example` did not,
+        is a ValueError. A RuntimeError is a parameter that is elsewhere than at the capture (`model.to`,
+        `assign=True`), another mode, another module, or in training another `requires_grad`.
 
     Raises:
         TypeError: for a model that is no nn.Module, an example that is no tensor, or a model that returns none.
-        ValueError: for a model in training mode, an empty example, or tensors that are not on one GPU.
+        ValueError: for an empty example, tensors that are not on one GPU, a model in eval mode with a part in training
+            mode, or in training a DistributedDataParallel, hooks, synchronised BatchNorms, or buffers with gradients.
         RuntimeError: where there is no GPU.
     """
     if not isinstance(model, nn.Module):
@@ -143,9 +189,13 @@ def graph(model: nn.Module, example: Tensor, *, copy: bool = True) -> Graphed:
     if example.numel() == 0:
         raise ValueError(f"example has the shape {tuple(example.shape)}: allowed is one with at least one value")
     for name, module in model.named_modules():
-        if module.training:
-            raise ValueError(f"{name or 'model'} is in training mode: call model.eval() before the capture")
+        if module.training and not model.training:
+            raise ValueError(f"{name} is in training mode, and the model is not: call model.eval() or model.train()")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device != example.device:
             raise ValueError(f"{name} is on {tensor.device}, example on {example.device}: allowed is one GPU")
+    if model.training:
+        from fastmbconv.graphs_training import GraphedTraining
+
+        return GraphedTraining(model, example, copy)
     return Graphed(model, example, copy)

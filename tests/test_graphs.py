@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 import fastmbconv
-from fastmbconv import graphs
+from fastmbconv import graphs, graphs_training
 from fastmbconv.efficientnet import EfficientNet
 from fastmbconv.mbconv import MBConv
 
@@ -65,7 +65,6 @@ def test_what_is_no_model_or_no_tensor(model, device):
 
 BAD = {
     "cpu-example": (lambda m: m.eval(), lambda: torch.zeros(1, 4, 5, 5), "example is on cpu"),
-    "training": (lambda m: m.train(), lambda: OnGPU(), "model is in training mode"),
     "training-inside": (lambda m: m.eval()[0].depthwise_bn.train(), lambda: OnGPU(), "0.depthwise_bn is in training"),
     "cpu-model": (lambda m: m.cpu().eval(), lambda: OnGPU(), "0.expand_conv.weight is on cpu, example on cuda:0"),
     "empty": (lambda m: m.eval(), lambda: OnGPU(0), r"example has the shape \(0, 4\)"),
@@ -82,6 +81,15 @@ class OnGPU(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise AssertionError(f"{func} ran on it")
+
+
+def test_the_models_mode_chooses(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(graphs, "Graphed", lambda *arguments: ("eval", *arguments))
+    monkeypatch.setattr(graphs_training, "GraphedTraining", lambda *arguments: ("training", *arguments))
+    model, example = nn.Identity(), OnGPU()
+    assert fastmbconv.graph(model, example, copy=False) == ("training", model, example, False)
+    assert fastmbconv.graph(model.eval(), example) == ("eval", model, example, True)
 
 
 @pytest.mark.parametrize("prepare, example, words", [pytest.param(*v, id=k) for k, v in BAD.items()])

@@ -6,10 +6,13 @@ import pytest
 import torch
 from libraries import library
 from parity import assert_parity
+from rerun import make_graphed_callables
 
 for needed in ("torchvision", "timm", "rich", "matplotlib"):
     library(needed)
 
+import fastmbconv  # noqa: E402
+from fastmbconv.graphs_training import GraphedTraining  # noqa: E402
 from fastmbconv.mbconv import MBConv  # noqa: E402
 from fastmbconv.training import checkpoint, signals  # noqa: E402
 from fastmbconv.training.config import Config  # noqa: E402
@@ -136,6 +139,61 @@ def test_mixed_precision_takes_steps(amp, dtype, tmp_path):
         before, run.position = run.network.classifier.weight.detach().clone(), 0
         run._train_epoch()
         assert torch.equal(run.network.classifier.weight, before) and run.scaler.get_scale() == pytest.approx(5e29)
+
+
+@pytest.fixture
+def graph(monkeypatch):
+    """CUDA graphs where there is no GPU: what they would replay runs again."""
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
+    monkeypatch.setattr(fastmbconv, "graph", lambda model, example: GraphedTraining(model, example, True))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(accumulate=1, amp="fp16", clip_grad=1.0), dict(freeze=3, freeze_bn=True, fused=False, drop_path=0.5)],
+    ids=["cut, mixed, averaged", "fp16", "frozen"],
+)
+def test_a_run_of_graphs_is_the_same_run(changes, tmp_path, graph):
+    """Weights, statistics, average, optimizer and history, through an evaluation and a resumed epoch."""
+    runs = [trainer(tmp_path / str(on), graph=on, **{"dropout": 0.3, "width": 0.01, **changes}) for on in (False, True)]
+    for run in runs:
+        run.output.mkdir()
+        run.run()
+    states = [without_times(run.state()) for run in runs]
+    assert [state["config"].pop("graph") for state in states] == [False, True]
+    assert_same(*states)
+    assert isinstance(runs[1].model, GraphedTraining) and ", as CUDA graphs, " in runs[1].describe()
+    resumed = trainer(tmp_path / "True", graph=True, epochs=3, **{"dropout": 0.3, "width": 0.01, **changes})
+    resumed.restore(checkpoint.load(runs[1].output / checkpoint.LAST))
+    resumed.run()
+    assert len(resumed.history) == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_graphs_without_a_gpu_are_refused(tmp_path):
+    with pytest.raises(TrainingError, match="--graph is set, on cpu: there is no CUDA GPU here.*run without it"):
+        trainer(tmp_path, graph=True)
+
+
+def test_graphs_of_what_can_not_be_captured_are_refused(tmp_path):
+    with pytest.raises(TrainingError, match="--graph and --checkpointing are both set: a block that runs again"):
+        Config(graph=True, checkpointing=True)
+    config = Config(**{**TINY, "output": str(tmp_path), "graph": True, "sync_bn": True})
+    with pytest.raises(TrainingError, match="--graph and --sync-bn are both set, on 2 processes"):
+        Trainer(config, World(torch.device("cpu"), 0, 2), Log(False), signals.Wish())
+
+
+def test_full_memory_says_what_to_do(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run = trainer(tmp_path)
+    monkeypatch.setattr(run, "_step", full)
+    with pytest.raises(TrainingError, match="the GPU's memory is full: raise --accumulate"):
+        run.run()
+    monkeypatch.setattr(fastmbconv, "graph", full)
+    with pytest.raises(TrainingError, match="the GPU's memory is full: raise --accumulate"):
+        trainer(tmp_path, graph=True)
 
 
 def test_processes_that_found_other_checkpoints_do_not_start(tmp_path, monkeypatch):

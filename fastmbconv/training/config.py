@@ -133,6 +133,7 @@ class Config:
     fused: bool = option(True, "run", "run the blocks fused where kernels run; --eager: never")
     memory: str = option("fast", "run", "plan of the fused blocks", choices=("fast", "lean"))
     checkpointing: bool = option(False, "run", "keep only each block's input, and run it again in the backward")
+    graph: bool = option(False, "run", "replay forward and backward as CUDA graphs: fewer launches in small batches")
     sync_bn: bool = option(False, "run", "BatchNorm over the pictures of all processes")
     save_minutes: float = option(10.0, "run", "write a checkpoint this often inside an epoch", low=0.0)
     tensorboard: bool = option(True, "run", "write scalars for TensorBoard")
@@ -145,6 +146,11 @@ class Config:
         if self.warmup_epochs >= self.epochs and self.warmup_epochs:
             raise TrainingError(
                 f"--warmup-epochs is {self.warmup_epochs:g} and --epochs is {self.epochs}: the warm-up must be shorter"
+            )
+        if self.graph and self.checkpointing:
+            raise TrainingError(
+                "--graph and --checkpointing are both set: a block that runs again asks for the random state, which a "
+                "captured step can't; --memory lean saves memory with --graph"
             )
 
 

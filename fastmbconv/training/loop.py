@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from fastmbconv.training.loader import (
     shard,
     train_transform,
 )
-from fastmbconv.training.model import build, path_taken, precision, prepare, train_mode
+from fastmbconv.training.model import build, graphed, path_taken, precision, prepare, train_mode
 from fastmbconv.training.progress import Log, Scalars
 from fastmbconv.training.recipe import Average, optimizer_for, peak_rate, rate
 from fastmbconv.training.signals import SIGNALS, Wish
@@ -79,6 +79,11 @@ class Trainer:
         self.classes = train.classes
         self.batch_size = batch_size(config, len(train), world.size)
         sharing = config.sync_bn and world.size > 1
+        if config.graph and sharing:
+            raise TrainingError(
+                f"--graph and --sync-bn are both set, on {world.size} processes: BatchNorms that talk to each other "
+                "can't be part of a captured step"
+            )
         _refuse_lonely_values(config, self.batch_size // config.accumulate // (1 if sharing else world.size))
 
         network = build(config, len(self.classes))
@@ -88,18 +93,18 @@ class Trainer:
         self.network = prepare(network, config, world.device)
         self.average = Average(self.network, config.ema) if config.ema else None
         trains = any(p.requires_grad for p in self.network.parameters())
-        self.model: nn.Module = DistributedDataParallel(self.network) if world.size > 1 and trains else self.network
+        self.amp = precision(config, world.device)
+        if world.device.type == "cuda":
+            torch.backends.cudnn.deterministic = True
+        trained = self._graphed() if config.graph else self.network
+        self.model: nn.Module = DistributedDataParallel(trained) if world.size > 1 and trains else trained
         if sharing:
             synchronise(self.network)
         self.peak = peak_rate(config, self.batch_size)
         self.optimizer = optimizer_for(self.network, config, self.peak)
-        self.amp = precision(config, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.amp is torch.float16)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
         self.mix = mixing(config, len(self.classes))
-        if world.device.type == "cuda":
-            torch.backends.cudnn.deterministic = True
-
         self._make_loaders(train, val)
         self.epoch = self.position = self.step = 0
         self.history: list[dict[str, float]] = []
@@ -123,6 +128,13 @@ class Trainer:
         self.val_loader = loader(Pictures(val, eval_transform(self.look), replace=False), batches, config.workers, pin)
         self.sizes = len(train), len(val)
 
+    def _graphed(self) -> nn.Module:
+        """What runs the network's steps: every forward pass of a run has the same shape."""
+        train_mode(self.network, self.config)
+        pictures, side = self.batch_size // self.config.accumulate // self.world.size, self.look.resolution
+        with _told_of_full_memory(self.config), self.autocast():
+            return graphed(self.network, torch.zeros(pictures, 3, side, side, device=self.world.device))
+
     @property
     def judged(self) -> nn.Module:
         """The model that is evaluated and kept as the best: the average, where there is one."""
@@ -137,11 +149,12 @@ class Trainer:
         parameters = sum(p.numel() for p in self.network.parameters())
         processes = f", {world.size} processes" if world.size > 1 else ""
         amp = str(self.amp).removeprefix("torch.") if self.amp else "float32"
+        path = path_taken(self.network, world.device) + ", as CUDA graphs" * c.graph
         return (
             f"{self.sizes[0]} pictures to train on, {self.sizes[1]} held out, {len(self.classes)} classes\n"
             f"{'phi ' + format(c.phi, 'g') if c.phi is not None else c.model}, {parameters / 1e6:.2f} M parameters, "
             f"{self.look.resolution} px\n"
-            f"{path_taken(self.network, world.device)}, {amp}, on {world.device}{processes}\n"
+            f"{path}, {amp}, on {world.device}{processes}\n"
             f"{c.optimizer}, peak rate {self.peak:g}, {c.epochs} epochs of {self.order.steps} steps of "
             f"{self.batch_size} pictures"
         )
@@ -159,17 +172,13 @@ class Trainer:
         folder = self.output / "tensorboard" if first and self.config.tensorboard else None
         self.scalars = Scalars(folder, self.step)
         try:
-            while self.epoch < self.config.epochs:
-                self._train_epoch()
-                self._judge()
+            with _told_of_full_memory(self.config):
+                while self.epoch < self.config.epochs:
+                    self._train_epoch()
+                    self._judge()
         except Interrupted:
             self.save()
             raise
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"the GPU's memory is full: raise --accumulate (now {self.config.accumulate}), or try --memory lean, "
-                "--checkpointing, a lower --batch-size or --resolution"
-            ) from error
         finally:
             self.log.end()
             self.scalars.close()
@@ -394,6 +403,17 @@ class Trainer:
                 f"--output is {self.output}: not all processes find the same {checkpoint.LAST} there ({told}); it must "
                 "be a folder that all machines share"
             )
+
+
+@contextmanager
+def _told_of_full_memory(config: Config) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the GPU's memory is full: raise --accumulate (now {config.accumulate}), or try --memory lean, "
+            "--checkpointing, a lower --batch-size or --resolution"
+        ) from error
 
 
 def batch_size(config: Config, pictures: int, processes: int) -> int:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import fastmbconv
@@ -80,6 +80,21 @@ def prepare(model: EfficientNet, config: Config, device: torch.device) -> Effici
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     memory: Any = config.memory
     return fastmbconv.fuse(model, memory=memory) if config.fused else fastmbconv.unfuse(model)
+
+
+def graphed(network: EfficientNet, example: Tensor) -> nn.Module:
+    """The network's forward and backward as CUDA graphs, in the modes and the autocast that are set now.
+
+    Raises:
+        TrainingError: without a GPU, or if the step can't be captured.
+    """
+    try:
+        return fastmbconv.graph(network, example)  # type: ignore[return-value]
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrainingError(f"--graph is set, on {example.device}: {reason}; run without it (--no-graph)") from error
 
 
 def precision(config: Config, device: torch.device) -> torch.dtype | None:
