@@ -27,7 +27,8 @@ _HOMES = {
 _SUBMODULES = frozenset(
     (
         "ahead", "block", "checkpoints", "checks", "dense", "dispatch", "efficientnet", "ends", "functional", "graphs",
-        "mbconv", "parity", "ranks", "reference", "scaling", "search", "swap", "synchronised", "traffic",
+        "graphs_training", "mbconv", "parity", "ranks", "reference", "scaling", "search", "swap", "synchronised",
+        "traffic",
     )
 )  # fmt: skip
 

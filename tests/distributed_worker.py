@@ -9,6 +9,7 @@ import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 if __name__ == "__main__":  # a test that imports this may have a GPU
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
@@ -17,6 +18,7 @@ import pytest
 import torch
 from blocks import launches, normal, randomise
 from libraries import library
+from rerun import make_graphed_callables
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,6 +29,7 @@ import fastmbconv
 from benchmarks.poison import poisoned
 from fastmbconv import functional, reference
 from fastmbconv.block import BatchNorm, DenseBlock
+from fastmbconv.graphs_training import GraphedTraining
 from fastmbconv.mbconv import MBConv
 from fastmbconv.swap.fused import fusible
 
@@ -239,6 +242,21 @@ def training_steps(rank):
     return found
 
 
+def training_graphs(rank):
+    """The same without and with `--graph`, in accumulated parts; None where a needed library is not installed."""
+    try:
+        from short_runs import World, steps
+    except pytest.skip.Exception:
+        return None
+    here = World(torch.device("cpu"), rank, 2)
+    with (
+        fastmbconv.backend("eager"),
+        mock.patch.object(torch.cuda, "make_graphed_callables", make_graphed_callables),
+        mock.patch.object(fastmbconv, "graph", lambda model, example: GraphedTraining(model, example, True)),
+    ):
+        return [steps(here, graph=graph, accumulate=2, drop_path=0.5) for graph in (False, True)]
+
+
 def main(rank, folder):
     poisoned().__enter__()  # to the end of this process
     dist.init_process_group(
@@ -253,6 +271,7 @@ def main(rank, folder):
         "sharded": described_while_sharded(rank),
         "absent": absent(),
         "training": training_steps(rank),
+        "graphs": training_graphs(rank),
     }
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -27,7 +27,7 @@ def make_graphed_callables(function, example, num_warmup_iters=3, allow_unused_i
 
     def both():
         outputs = function(*example)
-        return outputs, backward(outputs, [torch.empty_like(y) for y in outputs])
+        return outputs, backward(outputs, [torch.full_like(y, float("nan")) if y.requires_grad else y for y in outputs])
 
     for _ in range(num_warmup_iters):
         both()

@@ -156,6 +156,16 @@ def test_fully_sharded_is_one_process(wrap, ranks):
         assert rank["FSDP2"][wrap]["reason"] == ("a hook on project_conv" if wrap == "a leaf" else "")
 
 
+def test_training_with_graphs_is_the_same(ranks):
+    """DistributedDataParallel around them: bitwise, on both processes; gradients add up before they are sent."""
+    if any(rank["graphs"] is None for rank in ranks):
+        pytest.skip("a library of the train extra is not installed")
+    for without, graphed in (rank["graphs"] for rank in ranks):
+        assert all(torch.equal(graphed[name], value) for name, value in without.items())
+    first, second = (rank["graphs"][1] for rank in ranks)
+    assert torch.equal(first["weights"], second["weights"]) and not torch.equal(first["buffers"], second["buffers"])
+
+
 @pytest.mark.parametrize("backend", ["triton", "eager"])
 def test_training_with_synchronised_norms_is_one_process(backend, ranks):
     """Losses, weights and statistics after two steps of `fastmbconv train`, fused or not, against one eager process."""
