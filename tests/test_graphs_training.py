@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from libraries import library
 from rerun import make_graphed_callables
 from torch import distributed as dist
 from torch import nn
@@ -387,6 +388,20 @@ def test_kernels_give_the_same(make, triton_backend, device):
         step(net, each)
     assert_same(model, other, rtol=0, atol=0)
     assert torch.equal(pair[0].grad, pair[1].grad)
+
+
+@pytest.mark.parametrize("name", ["timm", "torchvision"])
+def test_a_librarys_fused_model(name, make, device):
+    """Swapped modules and ends find the aliases too."""
+    models = library(name).models
+    rate = {"drop_path_rate": 0.2} if name == "timm" else {}
+    model = fastmbconv.fuse(models.efficientnet_b0(num_classes=5, **rate)).to(device)
+    other = copy.deepcopy(model)
+    x = images(device, 2, 3, 32, 32)
+    for net in (make(model, x), other):
+        torch.manual_seed(1)
+        step(net, x)
+    assert_same(model, other)
 
 
 @pytest.mark.gpu

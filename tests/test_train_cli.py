@@ -99,6 +99,13 @@ def test_a_folder_is_trained_judged_and_predicted(pictures, tmp_path, capsys):
     assert moved and all(name.startswith(("head.", "classifier.")) for name in moved)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_graphs_want_a_gpu(pictures, tmp_path, capsys):
+    assert train(pictures, *TINY, LIGHT, "--graph", "--output", tmp_path / "run") == 2
+    assert "--graph is set, on cpu: there is no CUDA GPU here" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_is_judged_in_its_own_precision(pictures, tmp_path, capsys):
     run = tmp_path / "run"
     assert train(pictures, *TINY, LIGHT, "--epochs", 1, "--amp", "bf16", "--output", run) == 0
