@@ -19,7 +19,7 @@ _TWICE = f"double backward: fastmbconv's kernels have first derivatives only; {d
 
 
 class Fused(torch.autograd.Function):
-    """A part of `fused.PARTS`, the one that `settings` names; its weights come first in `tensors`, then its statistics.
+    """A part of `fused.PARTS`, the one that `settings` names, with its weights.
 
     Images are [N, C, H, W] in channels_last. Gradients flow to x, to the shortcut, which is the output's own, and to
     the weights.
@@ -30,14 +30,13 @@ class Fused(torch.autograd.Function):
         ctx: Any,
         settings: Settings,
         signature: int,
+        statistics: Tensors,
         x: Tensor,
         shortcut: Tensor | None,
         keep: Tensor | None,
         *tensors: Tensor | None,
     ) -> Tensor:
-        part = PARTS[settings.part]
-        count = len(part.weights._fields)
-        weights, statistics = part.weights(*tensors[:count]), tensors[count:]
+        weights = PARTS[settings.part].weights(*tensors)
         y, saved = ops.forward(settings, x, shortcut, keep, weights, statistics, signature)
         ctx.save_for_backward(x, keep, *saved, *weights)
         ctx.settings, ctx.signature, ctx.shortcut = settings, signature, shortcut is not None
@@ -57,18 +56,18 @@ class Fused(torch.autograd.Function):
         return _marked(saved, dy, gradients)
 
 
-FIRST = 5  # of a call's tensors, among what `Fused.forward` takes
+FIRST = 6  # of a part's weights, among what `Fused.forward` takes
 
 
 def _gradients(ctx: Any, tensors: Tensors, dy: Tensor) -> Tensors:
     """Of everything that `Fused.forward` takes."""
     settings: Settings = ctx.settings
     part, needs = PARTS[settings.part], ctx.needs_input_grad
-    kept, count = 2 + len(part.saved._fields), len(part.weights._fields)
+    kept = 2 + len(part.saved._fields)
     x, keep = tensors[:2]
     assert x is not None
     saved, weights = part.saved(*tensors[2:kept]), part.weights(*tensors[kept:])
-    wanted = (needs[2], *needs[FIRST : FIRST + count])
+    wanted = (needs[3], *needs[FIRST:])
     gradients: Sequence[Tensor | None]
     if eager_backward.is_transformed(dy):
         gradients = eager_backward.gradients(settings, dy, x, keep, saved, weights, wanted)
@@ -78,7 +77,7 @@ def _gradients(ctx: Any, tensors: Tensors, dy: Tensor) -> Tensors:
         )
     dx, *d_weights = gradients
     d_shortcut = dy if ctx.shortcut else None
-    return None, None, dx, d_shortcut, None, *d_weights, *(None,) * (len(needs) - FIRST - count)
+    return None, None, None, dx, d_shortcut, None, *d_weights
 
 
 class _FirstDerivative(torch.autograd.Function):

@@ -25,7 +25,7 @@ def is_transformed(dy: Tensor) -> bool:
 
 def is_batched(dy: Tensor) -> bool:
     """True for many gradients at once in torch.autograd's own vmap, which shows in its tensors only."""
-    return not torch.compiler.is_compiling() and torch._C._dispatch_keys(dy).has("Batched")
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
 def gradients(

@@ -56,7 +56,7 @@ def mbconv(
         checks.check_block(x, block)
         return prepare_mbconv(x, block, memory, compute)
 
-    ready = prepared(x, block, memory, compute, prepare)
+    ready = prepared(x, block, memory, compute, prepare, asked=eager is not None)
     if ready is None:
         return reference.mbconv(x, block) if eager is None else eager(x)
     step: ahead.Step = "infer" if ready.fixed and not needs_grad(x, *ready.weights) else "train"
@@ -84,6 +84,7 @@ def run_prepared(
         keep = draw_keep(x, block, ready.compute)
         if ready.counts:
             torch._foreach_add_(ready.counts, 1)
+        _mark_moved(ready.moving)
         y = run_fused(computed, shortcut, keep, *ready.call)
     # As in eager under autocast: the branch is computed in autocast's dtype, a wider shortcut is added in its own.
     return x + y if ready.wide else y
@@ -103,7 +104,7 @@ def run_fused(
 
     last = x.contiguous(memory_format=torch.channels_last)  # known to autograd: what is saved leads back to x
     added = None if shortcut is None else shortcut.contiguous(memory_format=torch.channels_last)
-    return Fused.apply(settings, signature, last, added, keep, *weights, *statistics)
+    return Fused.apply(settings, signature, statistics, last, added, keep, *weights)
 
 
 def run_inference(
@@ -142,6 +143,7 @@ def depthwise_bn_act(
         return run_inference(computed, None, weights, call.statistics(bn), settings)
     if bn.updates and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
+    _mark_moved(call.moved(settings, call.statistics(bn)))
     return run_fused(computed, None, None, weights, call.statistics(bn), settings)
 
 
@@ -189,6 +191,12 @@ def pointwise_bn_act_pool(x: Tensor, weight: Tensor, bn: BatchNorm, activation: 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _mark_moved(statistics: list[Tensor]) -> None:
+    """For autograd, which checks that nothing changed that was saved: kernels change these."""
+    if statistics and not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(statistics)
 
 
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:

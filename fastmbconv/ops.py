@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from fastmbconv import flops, plans
 from fastmbconv.call import Part, Settings, Tensors, joined, moved, pack, read, unpack
 from fastmbconv.fused import PARTS
 from fastmbconv.fused.stages import nhwc
-from fastmbconv.kernels.launching import writing
 from fastmbconv.kernels.tuning import accumulator, precision
 
 SETTINGS = (
@@ -55,7 +55,7 @@ def forward(
     statistics: Tensors,
     signature: int = 0,
 ) -> tuple[Tensor, Any]:
-    """(y, saved) of a part's forward; running statistics move in place. `signature` is what `sign` said, if known.
+    """(y, saved) of a part's forward; running statistics move in place, unmarked. `signature` is what `sign` said.
 
     x, the shortcut and y are [N, C, H, W] in channels_last, as every image of the three functions here.
     """
@@ -72,8 +72,6 @@ def forward(
         y, saved = part.forward(nhwc(x), added, keep, weights, statistics, settings)
         return y, *saved
 
-    if not writing() and (moving := moved(settings, statistics)):
-        torch.autograd.graph.increment_version(moving)
     key = ("forward", signature or sign(settings, weights, statistics), *_of_image(x), shortcut is None, keep is None)
     with _device_of(x):
         y, *saved = plans.run(key, run, (x, shortcut, keep, *weights, *statistics))
@@ -165,8 +163,13 @@ def _of_image(x: Tensor) -> tuple[Any, ...]:
 
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
-    elsewhere = x.is_cuda and torch.cuda.current_device() != x.get_device()
+    elsewhere = x.is_cuda and _has_others() and torch.cuda.current_device() != x.get_device()
     return torch.cuda.device_of(x) if elsewhere else _HERE
+
+
+@cache
+def _has_others() -> bool:
+    return torch.cuda.device_count() > 1
 
 
 def merged(weights: Any, needs: Sequence[bool]) -> list[bool]:

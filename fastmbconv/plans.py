@@ -38,6 +38,19 @@ SMALL, LINE = 1 << 20, 512  # bytes: of a buffer that lies among others, and wha
 OLDEST, NEWEST = (3, 6), (3, 9)  # Triton's versions whose kernels were started by a plan
 FORM = ("gridX", "gridY", "gridZ", "stream", "function")  # what their `run` takes before metadata, hooks and arguments
 
+# Python's own way to some of PyTorch's operations, which costs half of the operators' table.
+aten = torch.ops.aten
+SHORTER: dict[Any, Callable[..., Any]] = {
+    aten.view.default: Tensor.view,
+    aten.t.default: Tensor.t,
+    aten.permute.default: Tensor.permute,
+    aten.unbind.int: Tensor.unbind,
+    aten.mm.out: torch.mm,
+    aten.addmm.out: torch.addmm,
+    aten.copy_.default: Tensor.copy_,
+    aten.sum.dim_IntList: torch.sum,
+}
+
 Flat = Sequence[Tensor | None]
 Action = Callable[[list[Any], list[Any]], Any]  # of slots, and of pointers and constants
 
@@ -225,12 +238,14 @@ class Plan:
         return act
 
     def _operate(self, step: Operate) -> Action:
-        function, kwargs, targets = step.function, step.kwargs, step.slots
+        function, kwargs, targets = SHORTER.get(step.function, step.function), step.kwargs, step.slots
         template = [None if isinstance(one, Slot) else one for one in step.args]
         places = [(i, one.number) for i, one in enumerate(step.args) if isinstance(one, Slot)]
-        nested = [(i, one) for i, one in enumerate(step.args) if isinstance(one, list)]
+        nested = [(i, one) for i, one in enumerate(step.args) if isinstance(one, list) and _holds_slot(one)]
         named = {name: one.number for name, one in kwargs.items() if isinstance(one, Slot)}
         points = [slot for slot in targets if self._origins[slot][0] == slot]
+
+        (target, *_), many = targets, len(targets) > 1
 
         def act(slots: list[Any], values: list[Any]) -> None:
             args = template.copy()
@@ -238,13 +253,15 @@ class Plan:
                 args[i] = slots[slot]
             for i, one in nested:
                 args[i] = _filled(one, slots)
-            options = kwargs | {name: slots[slot] for name, slot in named.items()} if named else kwargs
-            result = function(*args, **options)
-            if len(targets) == 1:
-                slots[targets[0]] = result
+            if named:
+                result = function(*args, **kwargs | {name: slots[slot] for name, slot in named.items()})
             else:
+                result = function(*args, **kwargs)
+            if many:
                 for slot, tensor in zip(targets, result, strict=True):
                     slots[slot] = tensor
+            else:
+                slots[target] = result
             for slot in points:
                 values[slot] = slots[slot].data_ptr()
 
@@ -290,6 +307,10 @@ class Plan:
             self._places[key] = len(self._values)
             self._values.append(argument)
         return self._places[key]
+
+
+def _holds_slot(argument: Any) -> bool:
+    return isinstance(argument, Slot) or (isinstance(argument, list) and any(map(_holds_slot, argument)))
 
 
 def _filled(argument: Any, slots: list[Any]) -> Any:

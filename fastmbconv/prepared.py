@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastmbconv import dispatch
 from fastmbconv.block import BatchNorm, Block, DenseBlock, Memory
-from fastmbconv.call import Settings, Tensors
+from fastmbconv.call import Settings, Tensors, moved
 
 MOST = 64  # kinds of images that a block remembers
 
@@ -29,6 +29,7 @@ class Prepared:
         wide: the shortcut is wider than that, and added apart.
         fixed: every BatchNorm is a fixed affine map, and nothing is drawn.
         counts: of the BatchNorms that move.
+        moving: the running statistics that a call changes.
         submitted: the steps whose kernels `ahead` has seen.
     """
 
@@ -49,6 +50,7 @@ class Prepared:
         self.fixed = not drops and not any(bn is not None and bn.batch_statistics for bn in bns)
         counts = (bn.num_batches_tracked for bn in bns if bn is not None and bn.updates)
         self.counts = [count for count in counts if count is not None]
+        self.moving = moved(self.settings, self.statistics)
         self._tensors = [t for t in (*self.weights, *self.statistics) if t is not None]
         self._shapes, self._dtypes = [t.shape for t in self._tensors], [t.dtype for t in self._tensors]
         self._devices = [x.device] * len(self._tensors)
@@ -66,16 +68,24 @@ class Prepared:
 
 
 def prepared(
-    x: Tensor, block: Block | DenseBlock, memory: Memory, compute: torch.dtype, prepare: Callable[[], Prepared | None]
+    x: Tensor,
+    block: Block | DenseBlock,
+    memory: Memory,
+    compute: torch.dtype,
+    prepare: Callable[[], Prepared | None],
+    asked: bool,
 ) -> Prepared | None:
-    """What the block remembers of images like x, else what `prepare` makes: None where eager takes the call."""
+    """What the block remembers of images like x, else what `prepare` makes: None where eager takes the call.
+
+    `asked` says that the caller has asked `dispatch.call_reason` about x.
+    """
     if torch.compiler.is_compiling():
         return prepare()
     from fastmbconv.kernels import launching
 
     key = (x.shape, x.dtype, x.device, compute, memory, launching.epoch())
     found = block.calls.get(key)
-    if found is not None and found.holds() and dispatch.call_reason(x) is None:
+    if found is not None and found.holds() and (asked or dispatch.call_reason(x) is None):
         return found
     found = prepare()
     if found is not None:

@@ -53,7 +53,7 @@ class Allocate:
 
 @dataclass(frozen=True, slots=True)
 class Operate:
-    """An operation of PyTorch's: `pure` if all that it does is its result, `view` its shape and stride if that is one."""
+    """An operation of PyTorch's: `pure` if its result is all that it does, `view` its shape and stride if it is one."""
 
     function: Any
     args: list[Any]
