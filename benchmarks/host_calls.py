@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 import fastmbconv
 from benchmarks.rehearsal import cuda
-from fastmbconv import ahead
+from fastmbconv import ahead, functional, ops
 from fastmbconv.mbconv import MBConv
 
 CHANNELS, SIDE, BATCH = 16, 8, 16  # images so small that a GPU would wait for the host
 WARM_UP, RUN = 5, 4
-LAUNCHES_A_SAMPLE = 20
+OPERATORS_A_SAMPLE = 5
+LAUNCHES = 4  # of a block without gradients
 AUTOCAST, WIDE = "bf16 autocast", "fp32"
 
 Sample = tuple[int, int]  # nanoseconds: of the forward, of the backward
@@ -120,19 +121,19 @@ def launches_of(device: cuda.Device, call: Call) -> int:
 
 
 def launch_microseconds(count: int) -> float:
-    """One launch of ours, its launcher and the allocation of its result included."""
-    from fastmbconv.kernels.batch_norm import bn_act_fwd
+    """One launch of ours: an inference block's operator by its plan, allocations included, over its launches."""
+    x, (module, _) = image(1, CHANNELS, torch.bfloat16), blocks(False)
+    block = module.bfloat16().describe()
+    weights, statistics, settings, signature = functional.prepare_mbconv(x, block, "fast", x.dtype).call
 
-    u = image(BATCH, 6 * CHANNELS, torch.bfloat16).permute(0, 2, 3, 1)
-    norm = torch.empty(4, 6 * CHANNELS, device="cuda")
-
-    def launch() -> Sample:
+    def infer() -> Sample:
         began = clock()
-        for _ in range(LAUNCHES_A_SAMPLE):
-            bn_act_fwd(u, norm, None, None, None, None, "silu")
+        for _ in range(OPERATORS_A_SAMPLE):
+            ops.infer(settings, x, None, weights, statistics, signature)
         return clock() - began, 0
 
-    return fastest([launch], count)[0][0] / LAUNCHES_A_SAMPLE / 1e3
+    with torch.no_grad():
+        return fastest([infer], count)[0][0] / OPERATORS_A_SAMPLE / LAUNCHES / 1e3
 
 
 def measure(library: ctypes.CDLL, count: int) -> tuple[list[dict[str, Any]], dict[str, float]]:

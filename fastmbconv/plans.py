@@ -82,6 +82,11 @@ def run(key: Any, function: Callable[[], Flat], tensors: Flat) -> Flat:
     return function() if done is None else done
 
 
+def forget() -> None:
+    """Make every plan anew."""
+    _plans.clear()
+
+
 def record(function: Callable[[], Flat], tensors: Flat) -> tuple[Flat, Plan]:
     """What `function()` returns, and its plan, or `_NEVER` where it can't be replayed."""
     recorder = Recorder(tensors)
@@ -191,24 +196,16 @@ class Plan:
         return found
 
     def _laid_out(self, steps: list[Step], last: dict[int, int]) -> tuple[int, dict[int, int]]:
-        """(bytes, where each begins): small buffers that only kernels look at, in one; none overlaps another in use."""
+        """(bytes, where each begins) of the small buffers that only kernels look at, in one."""
         seen = {slot for step in steps if isinstance(step, Operate) for slot in (*step.reads(), *step.slots)}
         seen |= {slot for slot in self._outputs if slot is not None}
-        room, offsets = 0, dict[int, int]()
-        taken: list[tuple[int, int, int]] = []  # begin, end, last use
-        for i, step in enumerate(steps):
-            if INTERPRETED or not isinstance(step, Allocate) or step.slot in seen or step.bytes > SMALL:
-                continue
-            taken = sorted(one for one in taken if one[2] >= i)
-            begin, size = 0, LINE * math.ceil(step.bytes / LINE)
-            for first, end, _ in taken:
-                if begin + size <= first:
-                    break
-                begin = max(begin, end)
-            offsets[step.slot] = begin
-            taken.append((begin, begin + size, last.get(step.slot, i)))
-            room = max(room, begin + size)
-        return room, offsets
+        small = [
+            (i, step)
+            for i, step in enumerate(steps)
+            if isinstance(step, Allocate) and step.slot not in seen and step.bytes <= SMALL and not INTERPRETED
+        ]
+        room, begins = lay_out([(step.bytes, i, last.get(step.slot, i)) for i, step in small])
+        return room, {step.slot: begin for (_, step), begin in zip(small, begins, strict=True)}
 
     def _action(self, step: Step, free: list[int]) -> Action:
         if isinstance(step, Allocate):
@@ -307,6 +304,23 @@ class Plan:
             self._places[key] = len(self._values)
             self._values.append(argument)
         return self._places[key]
+
+
+def lay_out(spans: Sequence[tuple[int, int, int]]) -> tuple[int, list[int]]:
+    """(bytes, where each begins) of buffers of (bytes, first step, last step), so that none overlaps another in use."""
+    room, begins = 0, list[int]()
+    taken: list[tuple[int, int, int]] = []  # begin, end, last step
+    for count, first, last in spans:
+        taken = sorted(one for one in taken if one[2] >= first)
+        begin, size = 0, LINE * math.ceil(count / LINE)
+        for other, end, _ in taken:
+            if begin + size <= other:
+                break
+            begin = max(begin, end)
+        begins.append(begin)
+        taken.append((begin, begin + size, last))
+        room = max(room, begin + size)
+    return room, begins
 
 
 def _holds_slot(argument: Any) -> bool:

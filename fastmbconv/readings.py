@@ -2,7 +2,7 @@
 
 To read a block is to look at every attribute of its modules that may say how it computes. `Reading.holds` compares
 all of them with what they were, by identity, in one pass: modules' classes, attributes, parameters, buffers and
-children, and that nobody has hooked one of them. What is inside a tensor is for `prepared` to compare.
+children, that there are no others, and that nobody has hooked one. What is inside a tensor is for prepared.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import chain
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from fastmbconv.block import Block, DenseBlock
 Read = Callable[..., Block | DenseBlock | str]
 
 _readings: weakref.WeakKeyDictionary[nn.Module, Reading] = weakref.WeakKeyDictionary()
-_END: dict[str, Any] = {"": object()}  # behind the last dictionary: a shorter or longer one before it shifts it
+OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}  # hooks, and the dictionaries that are looked into
 
 
 def block_of(module: nn.Module, read: Read, *args: Any, **kwargs: Any) -> Block | DenseBlock | str:
@@ -50,10 +50,17 @@ class Reading:
         modules = list(module.modules())[1:]  # not the module itself, which would keep it alive
         self.block, self._asked = block, (read, args, kwargs)
         self._modules, self._classes = modules, list(map(type, modules))
-        parts: list[dict[str, Any]] = [vars(module), module._modules, module._parameters, module._buffers]
-        parts += [part for m in modules for part in (vars(m), m._modules, m._parameters, m._buffers)]
-        self._parts = [*parts, _END]
-        self._values: list[Any] = list(_values(self._parts))
+        owners = (module, *modules)
+        self._parts: list[dict[str, Any]] = [
+            part for m in owners for part in (vars(m), m._modules, m._parameters, m._buffers)
+        ]
+        self._sizes = list(map(len, self._parts))
+        self._looks = [
+            (itemgetter(*names, names[0]), part)  # twice the first: of one name it would give no tuple
+            for part in self._parts
+            if (names := [name for name in part if name not in OF_EVERY_MODULE])
+        ]
+        self._values: list[Any] = list(self._found())
         self._hooks = [
             hooks
             for m in modules
@@ -64,17 +71,21 @@ class Reading:
 
     def holds(self, read: Read, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the module would be read as it was."""
-        return (
-            (read, args, kwargs) == self._asked
-            and all(map(is_, _values(self._parts), self._values))
-            and all(map(is_, map(type, self._modules), self._classes))
-            and not any(self._hooks)
-            and (not self._groups or _world() is self._world)
-        )
+        try:
+            return (
+                (read, args, kwargs) == self._asked
+                and list(map(len, self._parts)) == self._sizes
+                and all(map(is_, self._found(), self._values))
+                and all(map(is_, map(type, self._modules), self._classes))
+                and not any(self._hooks)
+                and (not self._groups or _world() is self._world)
+            )
+        except KeyError:  # one went, and another came
+            return False
 
-
-def _values(parts: list[dict[str, Any]]) -> Iterator[Any]:
-    return chain.from_iterable(map(dict.values, parts))
+    def _found(self) -> Iterator[Any]:
+        """Everything that may be another the next time, in the same order."""
+        return chain.from_iterable([look(part) for look, part in self._looks])
 
 
 def _world() -> Any:
