@@ -66,10 +66,10 @@ def key(x: Tensor, block: Block, memory: Memory, step: Step) -> tuple[Any, ...]:
 
 def block_called(x: Tensor, block: Block, memory: Memory, step: Step, ready: Prepared) -> None:
     """Submit what this call and the blocks after it will launch, unless that was done; never an error."""
-    if torch.compiler.is_compiling() or step in ready.submitted:
+    if step in ready.submitted or not wanted(x):
         return
     ready.submitted.add(step)
-    if not wanted(x) or (own := key(x, block, memory, step)) in _seen:
+    if (own := key(x, block, memory, step)) in _seen:
         return
     _seen.add(own)
     try:

@@ -75,7 +75,7 @@ def run(key: Any, function: Callable[[], Flat], tensors: Flat) -> Flat:
                 _plans.clear()
             _plans[key] = None
         return function()
-    if plan is None:
+    if plan is None and all(tensor is None or tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors):
         found, _plans[key] = record(function, tensors)
         return found
     done = plan(tensors) if isinstance(plan, Plan) else None
@@ -96,10 +96,7 @@ def record(function: Callable[[], Flat], tensors: Flat) -> tuple[Flat, Plan]:
     follows = recorder.complete and all(n is not None or t is None for n, t in zip(outputs, found, strict=True))
     kinds: set[Any] = {type(step.compiled) for step in recorder.steps if isinstance(step, Launch)}
     replayed = INTERPRETED or all(known_form(kind) for kind in kinds)
-    aligned = all(tensor is None or tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors)
-    if not (follows and replayed and aligned):
-        return found, _NEVER
-    return found, Plan(recorder, len(tensors), outputs)
+    return found, Plan(recorder, len(tensors), outputs) if follows and replayed else _NEVER
 
 
 @cache

@@ -44,7 +44,8 @@ class Prepared:
         from fastmbconv.ops import sign
 
         self.weights, self.statistics, self.settings = described
-        self.call = (*described, sign(self.settings, self.weights, self.statistics))
+        signed = 0 if torch.compiler.is_compiling() else sign(self.settings, self.weights, self.statistics)
+        self.call = (*described, signed)
         self.compute, self.wide = compute, block.residual and compute != x.dtype
         drops = block.residual and block.drop is not None
         self.fixed = not drops and not any(bn is not None and bn.batch_statistics for bn in bns)

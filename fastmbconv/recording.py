@@ -106,9 +106,10 @@ class Recorder(TorchDispatchMode):
         self._views: dict[Any, int] = {}
         self._numbers: Any = WeakIdKeyDictionary()  # by tensor: what is let go meanwhile must not live on for us
         for tensor in inputs:
-            if tensor is None or tensor in self._numbers:
+            if tensor is None:
                 self.origins.append((len(self.origins), 0))
             else:
+                self.complete = self.complete and tensor not in self._numbers  # the next call may pass two
                 self._add(tensor)
 
     def number(self, tensor: Tensor | None) -> int | None:
@@ -155,7 +156,7 @@ class Recorder(TorchDispatchMode):
             self.steps.append(Allocate(numbers[0], tuple(out.shape), out.stride(), out.dtype, out.device))
         else:
             pure = function.namespace == "aten" and not function._schema.is_mutable
-            view = (tuple(out.shape), out.stride()) if viewed else None
+            view = (tuple(out.shape), out.stride()) if viewed and out.dtype == sources[0].dtype else None
             self.steps.append(Operate(function, *placed, numbers, pure, view))
         return out
 

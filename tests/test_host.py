@@ -17,7 +17,7 @@ from fastmbconv.mbconv import MBConv
 
 LAUNCHES = 21  # of a block with expansion and squeeze-and-excitation, forward and backward
 TRAINING_LAUNCHES, INFERENCE_LAUNCHES = 19, 4  # of the benchmark's block
-MOST = {"training": 1.2}  # of eager's CPU time
+MOST = {"training": 1.5, "inference": 1.0}  # of eager's CPU time, whose operators cost nothing here
 ALLOCATING = ("aten::empty", "aten::empty_strided")
 
 
@@ -72,4 +72,5 @@ def test_every_timed_call_takes_the_kernels(timed):
 
 @pytest.mark.slow
 def test_a_training_step_costs_the_host_about_what_eager_costs_it(timed):
-    assert timed[1]["training_ratio"] < MOST["training"]
+    rows, _ = timed
+    assert {what: row["ratio"] for what, row in rows.items() if row["ratio"] > MOST[what.partition(",")[0]]} == {}
