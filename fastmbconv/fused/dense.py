@@ -11,7 +11,7 @@ from torch import Tensor
 from fastmbconv.block import DenseBlock
 from fastmbconv.call import Part, Settings, Tensors, affine, excite, norm, norm_settings, statistics
 from fastmbconv.fused import stages
-from fastmbconv.fused.stages import Excite, ExciteWeights, empty_vectors
+from fastmbconv.fused.stages import empty_vectors
 from fastmbconv.kernels import batch_norm, pointwise, pool
 from fastmbconv.kernels.squeeze_excite import excite_fwd
 
@@ -29,13 +29,6 @@ class Weights(NamedTuple):
     bn2_weight: Tensor | None
     bn2_bias: Tensor | None
 
-    @property
-    def excite(self) -> ExciteWeights | None:
-        if self.reduce is None:
-            return None
-        assert self.reduce_bias is not None and self.se_expand is not None and self.se_expand_bias is not None
-        return ExciteWeights(self.reduce, self.reduce_bias, self.se_expand, self.se_expand_bias)
-
 
 class Saved(NamedTuple):
     """What the forward keeps beside u; `v` is the projection's output, `project` its weight rounded, where it was."""
@@ -48,13 +41,6 @@ class Saved(NamedTuple):
     r: Tensor | None
     gate: Tensor | None
     project: Tensor | None
-
-    @property
-    def excite(self) -> Excite | None:
-        if self.gate is None:
-            return None
-        assert self.pooled is not None and self.act_sums is not None and self.r is not None
-        return Excite(self.pooled, self.act_sums, self.r, self.gate)
 
 
 def describe(block: DenseBlock, residual: bool) -> tuple[Weights, Tensors, Settings]:
@@ -78,9 +64,9 @@ def forward(
     activation = settings.activation
     norm1 = stages.image_norm(u=u, bn=norm(settings, 0, weights.bn1_weight, weights.bn1_bias, statistics))
     excited = None
-    if weights.excite is not None:
+    if (excite_weights := stages.excite_weights(weights)) is not None:
         excited = stages.squeeze_excite(
-            u=u, norm=norm1, weights=weights.excite, activation=activation, se_activation=settings.se_activation
+            u=u, norm=norm1, weights=excite_weights, activation=activation, se_activation=settings.se_activation
         )
     gate = None if excited is None else excited.gate
     v = norm2 = rounded = None
@@ -130,8 +116,8 @@ def backward(
         weight=weights.project if saved.project is None else saved.project,
         u2=u,
         norm2=saved.norm1,
-        excite=saved.excite,
-        excite_weights=weights.excite,
+        excite=stages.excited(saved),
+        excite_weights=stages.excite_weights(weights),
         activation=activation,
         se_activation=settings.se_activation,
         bn2=bn1,
@@ -146,9 +132,9 @@ def infer(u: Tensor, shortcut: Tensor | None, weights: Weights, statistics: Tens
     if weights.project is None:
         return batch_norm.bn_act_fwd(u, bn1, None, None, None, shortcut, settings.activation)
     gate = None
-    if weights.excite is not None:
+    if (excite_weights := stages.excite_weights(weights)) is not None:
         sums = pool.pool(u, bn1, None, settings.activation)
-        _, gate = excite_fwd(sums, u.shape[1] * u.shape[2], *weights.excite, settings.se_activation)
+        _, gate = excite_fwd(sums, u.shape[1] * u.shape[2], *excite_weights, settings.se_activation)
     return pointwise.pointwise_inference(
         x=u,
         in_bn=bn1,

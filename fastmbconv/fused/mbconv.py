@@ -28,7 +28,7 @@ from fastmbconv.call import (
     statistics,
 )
 from fastmbconv.fused import stages
-from fastmbconv.fused.stages import Excite, ExciteWeights, empty_vectors
+from fastmbconv.fused.stages import empty_vectors
 from fastmbconv.kernels import depthwise_inference, expand_backward, pointwise
 from fastmbconv.kernels.squeeze_excite import excite_fwd
 from fastmbconv.kernels.tuning import walks_expansion
@@ -51,13 +51,6 @@ class Weights(NamedTuple):
     bn3_weight: Tensor | None
     bn3_bias: Tensor | None
 
-    @property
-    def excite(self) -> ExciteWeights | None:
-        if self.reduce is None:
-            return None
-        assert self.reduce_bias is not None and self.se_expand is not None and self.se_expand_bias is not None
-        return ExciteWeights(self.reduce, self.reduce_bias, self.se_expand, self.se_expand_bias)
-
 
 class Saved(NamedTuple):
     """What the forward keeps for the backward; `project` is the projection's weight rounded, where it was."""
@@ -73,13 +66,6 @@ class Saved(NamedTuple):
     r: Tensor | None
     gate: Tensor | None
     project: Tensor | None
-
-    @property
-    def excite(self) -> Excite | None:
-        if self.gate is None:
-            return None
-        assert self.pooled is not None and self.act_sums is not None and self.r is not None
-        return Excite(self.pooled, self.act_sums, self.r, self.gate)
 
 
 def describe(block: Block, residual: bool, lean: bool) -> tuple[Weights, Tensors, Settings]:
@@ -130,9 +116,9 @@ def forward(
     )
     # Squeeze and excite.
     excited = None
-    if weights.excite is not None:
+    if (excite_weights := stages.excite_weights(weights)) is not None:
         excited = stages.squeeze_excite(
-            u=u2, norm=norm2, weights=weights.excite, activation=activation, se_activation=settings.se_activation
+            u=u2, norm=norm2, weights=excite_weights, activation=activation, se_activation=settings.se_activation
         )
     # Project.
     gate = None if excited is None else excited.gate
@@ -177,8 +163,8 @@ def backward(
         weight=weights.project if saved.project is None else saved.project,
         u2=saved.u2,
         norm2=saved.norm2,
-        excite=saved.excite,
-        excite_weights=weights.excite,
+        excite=stages.excited(saved),
+        excite_weights=stages.excite_weights(weights),
         activation=activation,
         se_activation=settings.se_activation,
         bn2=bn2,
@@ -245,9 +231,9 @@ def infer(x: Tensor, shortcut: Tensor | None, weights: Weights, statistics: Tens
         weights.reduce is not None,
     )
     gate = None
-    if parts is not None and weights.excite is not None:
+    if parts is not None and (excite_weights := stages.excite_weights(weights)) is not None:
         pixels = place.out_height * place.out_width
-        _, gate = excite_fwd(parts.unsqueeze(2), pixels, *weights.excite, settings.se_activation)
+        _, gate = excite_fwd(parts.unsqueeze(2), pixels, *excite_weights, settings.se_activation)
     return pointwise.pointwise_inference(
         x=h,
         in_bn=None,

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,18 @@ class ExciteWeights(NamedTuple):
     reduce_bias: Tensor
     expand: Tensor
     expand_bias: Tensor
+
+
+def excite_weights(weights: Any) -> ExciteWeights | None:
+    """Those among a block's weights, if it has any."""
+    if weights.reduce is None:
+        return None
+    return ExciteWeights(weights.reduce, weights.reduce_bias, weights.se_expand, weights.se_expand_bias)
+
+
+def excited(saved: Any) -> Excite | None:
+    """What squeeze-and-excitation kept among what a block saved."""
+    return None if saved.gate is None else Excite(saved.pooled, saved.act_sums, saved.r, saved.gate)
 
 
 def empty_vectors(like: Tensor, *shape: int) -> Tensor:
