@@ -99,7 +99,8 @@ def backward(
     def run() -> plans.Flat:
         return _as_weights(part.backward(nhwc(dy), nhwc(x), keep, saved, weights, settings, needs), weights, needs)
 
-    key = ("backward", signature or sign(settings, weights, ()), *_of_image(x), keep is None, *needs)
+    flat = x.is_contiguous(memory_format=torch.channels_last)  # hooks on saved tensors may bring it back otherwise
+    key = ("backward", signature or sign(settings, weights, ()), *_of_image(x), flat, keep is None, *needs)
     with _device_of(dy):
         return plans.run(key, run, (dy, x, keep, *saved, *weights))
 

@@ -121,6 +121,8 @@ class Plan:
         self._origins, self._inputs, self._outputs = recorder.origins, inputs, outputs
         self._values: list[Any] = [None] * len(recorder.origins)  # a pointer for each slot, then constants
         self._places: dict[Any, int] = {}
+        # Held, for from 3.9 on Triton unloads a kernel that nobody holds.
+        self._kernels = [step.compiled for step in recorder.steps if isinstance(step, Launch)]
         self._stream = self._place(object())
         steps = self._folded(self._needed(recorder.steps))
         last = {slot: i for i, step in enumerate(steps) for slot in self._used(step)}

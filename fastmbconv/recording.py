@@ -169,7 +169,7 @@ class Recorder(TorchDispatchMode):
         number = self._numbers[tensor] = len(self.origins)
         memory = tensor.untyped_storage().data_ptr()
         for source in arguments:
-            if source.numel() and source.untyped_storage().data_ptr() == memory:
+            if source in self._numbers and source.numel() and source.untyped_storage().data_ptr() == memory:
                 origin, offset = self.origins[self._numbers[source]]
                 self.origins.append((origin, offset + tensor.data_ptr() - source.data_ptr()))
                 return number
