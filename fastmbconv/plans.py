@@ -110,6 +110,24 @@ def known_form(kind: Any) -> bool:
     return tuple(taken)[1 : 1 + len(FORM)] == FORM and tuple(taken)[-1] == "args"
 
 
+def state() -> str:
+    """Whether launches are planned here, for a person."""
+    here, *known = (".".join(map(str, version)) for version in (TRITON, OLDEST, NEWEST))
+    if INTERPRETED:
+        return f"planned (interpreted, Triton {here})"
+    if not OLDEST <= TRITON <= NEWEST:
+        return f"each anew: Triton {here} is not known here ({' to '.join(known)} are)"
+    if torch.cuda.is_available() and not _started_as_known():
+        return f"each anew: this Triton {here} starts kernels in a form of its own"
+    return f"planned (Triton {here})"
+
+
+def _started_as_known() -> bool:
+    from triton.compiler import CompiledKernel
+
+    return known_form(CompiledKernel)
+
+
 # A key's state before its first call, and one that has no plan.
 _NEW, _NEVER = (cast("Plan", object()) for _ in range(2))
 

@@ -10,7 +10,7 @@ from libraries import library
 from torch import nn
 
 import fastmbconv
-from fastmbconv import parity
+from fastmbconv import dispatch, parity, plans
 from fastmbconv.cli import blocks, check, demo, errors, main, models
 from fastmbconv.cli.extras import CommandError, require, require_timm
 from fastmbconv.mbconv import MBConv
@@ -57,6 +57,17 @@ def test_info(capsys):
     assert re.search(rf"^torch +{re.escape(torch.__version__)}$", printed, re.M)
     assert re.search(rf"^fastmbconv +{re.escape(fastmbconv.__version__)}$", printed, re.M)
     assert re.search(r"^cpu, float32 +eager: ", printed, re.M)
+    assert re.search(r"^launches +planned \((interpreted, )?Triton \d+\.\d+\)$", printed, re.M)
+
+
+def test_info_says_why_launches_are_not_planned(capsys, monkeypatch):
+    monkeypatch.setattr(plans, "INTERPRETED", False)
+    monkeypatch.setattr(plans, "TRITON", (3, 10))
+    assert main(["info"]) == 0
+    assert "each anew: Triton 3.10 is not known here (3.6 to 3.9 are)\n" in capsys.readouterr().out
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    assert main(["info"]) == 0
+    assert re.search(r"^launches +none: Triton is not installed$", capsys.readouterr().out, re.M)
 
 
 def test_module_runs_as_a_command():

@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     rows += [(package, version_of(package)) for package in PACKAGES]
     rows += [("GPU", gpu) for gpu in gpus()]
     rows += [(name, os.environ.get(name, "not set")) for name in VARIABLES]
-    rows += list(paths())
+    rows += [*paths(), ("launches", launches())]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
@@ -79,3 +79,14 @@ def paths() -> list[tuple[str, str]]:
             name = f"{device}, {str(dtype).removeprefix('torch.')}"
             rows.append((name, kernels if reason is None else f"eager: {reason}"))
     return rows
+
+
+def launches() -> str:
+    """Whether kernels are launched by plans, or by their launchers at each call."""
+    from fastmbconv import dispatch
+
+    if not dispatch.HAS_TRITON:
+        return "none: Triton is not installed"
+    from fastmbconv import plans
+
+    return plans.state()
