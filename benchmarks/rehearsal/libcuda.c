@@ -56,9 +56,11 @@ CUresult cuDeviceGetAttribute(int *value, int attribute, int device) {
 CUresult cuDevicePrimaryCtxRetain(void **context, int device) { *context = &launches; return OK; }
 CUresult cuCtxGetCurrent(void **context) { *context = &launches; return OK; }
 CUresult cuCtxSetCurrent(void *context) { return OK; }
+CUresult cuCtxGetDevice(int *device) { *device = 0; return OK; }
 CUresult cuCtxGetLimit(size_t *value, int limit) { *value = 1 << 20; return OK; }
 CUresult cuCtxSetLimit(int limit, size_t value) { return OK; }
 CUresult cuModuleLoadData(void **module, const void *image) { *module = &launches; return lost ? ILLEGAL_ADDRESS : OK; }
+CUresult cuModuleUnload(void *module) { return OK; }
 CUresult cuModuleGetFunction(void **function, void *module, const char *name) { *function = strdup(name); return OK; }
 CUresult cuFuncGetAttribute(int *value, int attribute, void *function) {
   *value = attribute == 0 ? 1024 : attribute == 4 ? 64 : 0;  // threads, registers; no local memory
@@ -70,6 +72,7 @@ CUresult cuPointerGetAttribute(void *data, int attribute, unsigned long long poi
   *(unsigned long long *)data = pointer;
   return OK;
 }
+CUresult cuStreamIsCapturing(void *stream, int *status) { *status = 0; return OK; }
 CUresult cuOccupancyMaxActiveClusters(int *clusters, void *function, const void *config) { *clusters = 1; return OK; }
 CUresult cuTensorMapEncodeTiled(void) { return OK; }
 CUresult cuTensorMapEncodeIm2col(void) { return OK; }
