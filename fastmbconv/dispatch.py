@@ -264,6 +264,15 @@ def outer_reason() -> str | None:
     return TRANSFORMED if transforms() else watching_reason()
 
 
+def plain(x: Tensor) -> bool:
+    """True where nobody watches operators: a compiler, a dispatch mode, a tensor subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
 def watching_reason() -> str | None:
     """Why modules run eager under a mode of somebody else's, which knows aten's operators only; None without one.
 

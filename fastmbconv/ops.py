@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastmbconv import flops, plans
 from fastmbconv.call import Part, Settings, Tensors, joined, moved, pack, read, unpack
+from fastmbconv.dispatch import plain
 from fastmbconv.fused import PARTS
 from fastmbconv.fused.stages import nhwc
 from fastmbconv.kernels.tuning import accumulator, precision
@@ -35,15 +36,6 @@ INFER = f"(Tensor x, Tensor? shortcut, Tensor?[] weights, Tensor[] read, {SETTIN
 OPERATORS: dict[str, Any] = {}
 _signatures: dict[Any, int] = {}
 _HERE: AbstractContextManager[Any] = nullcontext()
-
-
-def plain(x: Tensor) -> bool:
-    """True where nobody watches operators: a compiler, a dispatch mode, a tensor subclass."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and not torch._C._len_torch_dispatch_stack()
-    )
 
 
 def forward(

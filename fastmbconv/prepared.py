@@ -44,7 +44,7 @@ class Prepared:
         from fastmbconv.ops import sign
 
         self.weights, self.statistics, self.settings = described
-        signed = 0 if torch.compiler.is_compiling() else sign(self.settings, self.weights, self.statistics)
+        signed = sign(self.settings, self.weights, self.statistics) if dispatch.plain(x) else 0
         self.call = (*described, signed)
         self.compute, self.wide = compute, block.residual and compute != x.dtype
         drops = block.residual and block.drop is not None
@@ -80,7 +80,7 @@ def prepared(
 
     `asked` says that the caller has asked `dispatch.call_reason` about x.
     """
-    if torch.compiler.is_compiling():
+    if not dispatch.plain(x):  # sizes may be symbols
         return prepare()
     from fastmbconv.kernels import launching
 

@@ -10,14 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from triton.runtime.jit import JITFunction
 
 from benchmarks import launches, registry, step_profile, subjects
 from benchmarks.comparison import Comparison, Plan
 from benchmarks.record import read
 from fastmbconv import functional, parity
 from fastmbconv.device_timer import DeviceTimer
-from fastmbconv.kernels import traffic
+from fastmbconv.kernels import launching, traffic
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -155,11 +154,12 @@ def test_tf32_is_judged_by_the_digits_that_it_has():
 
 
 def test_warm_ups_are_no_launches():
-    with launches.observed(lambda kernel, args, kwargs: seen.append(kernel), run=False):
-        seen = []
-        for warmup in (True, False):
-            JITFunction.run(SimpleNamespace(__name__="kernel"), grid=(1,), warmup=warmup)
-    assert len(seen) == 1
+    seen, function = [], SimpleNamespace(__name__="kernel", warmup=lambda grid: None)
+    kernel = launching.kernel(function)
+    with launches.observed(lambda kernel, args, kwargs: seen.append((kernel, kwargs)), run=False):
+        kernel.warmup(grid=(1,))
+        kernel[(1,)](x=2)
+    assert seen == [(function, {"grid": (1,), "x": 2})]
 
 
 def test_a_block_that_ended_a_process_runs_eager_in_a_model(monkeypatch):
