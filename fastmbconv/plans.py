@@ -8,15 +8,16 @@ call (tiles, grids, constants, sizes, the compiled kernel) is in the plan then; 
                               +--> operate    PyTorch's own: a product, a sum, a copy, a message to other processes
     pointers, constants ------+--> launch     gathered by their places, and given to the compiled kernel's own `run`
 
-That `run` is Triton's, and has the form that `known_form` looks for in 3.6 to 3.9. With another form, or while somebody
-watches launches (a profiler's hook, a recorder of ours), launchers run at each call. Interpreted kernels are replayed
-by `kernel[grid](...)`.
+That `run` is Triton's, and has the form that `known_form` looks for in 3.6 to 3.9. With another form, with
+FASTMBCONV_PLANS=0, or while somebody watches launches (a profiler's hook, a recorder of ours), launchers run at each call.
+Interpreted kernels are replayed by `kernel[grid](...)`.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+import os
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -54,6 +55,8 @@ SHORTER: dict[Any, Callable[..., Any]] = {
 Flat = Sequence[Tensor | None]
 Action = Callable[[list[Any], list[Any]], Any]  # of slots, and of pointers and constants
 
+ENABLED = os.environ.get("FASTMBCONV_PLANS", "1") != "0"
+
 _plans: dict[Any, Plan | None] = {}  # None: called once
 _lock = threading.Lock()
 
@@ -65,7 +68,7 @@ def run(key: Any, function: Callable[[], Flat], tensors: Flat) -> Flat:
         key: all that the function's launches depend on beside what is in `tensors`.
         function: returns tensors and Nones; it reads and moves `tensors`, and no other ones.
     """
-    if launching.watched():
+    if launching.watched() or not ENABLED:
         return function()
     key = (key, launching.epoch())
     plan = _plans.get(key, _NEW)
@@ -113,6 +116,8 @@ def known_form(kind: Any) -> bool:
 def state() -> str:
     """Whether launches are planned here, for a person."""
     here, *known = (".".join(map(str, version)) for version in (TRITON, OLDEST, NEWEST))
+    if not ENABLED:
+        return "each anew: FASTMBCONV_PLANS is 0"
     if INTERPRETED:
         return f"planned (interpreted, Triton {here})"
     if not OLDEST <= TRITON <= NEWEST:

@@ -149,6 +149,15 @@ def test_who_watches_launches_sees_all_of_them(device):
     assert len(launches) > 15
 
 
+def test_plans_can_be_switched_off(device, monkeypatch):
+    plans.forget()
+    monkeypatch.setattr(plans, "ENABLED", False)
+    row, module = ROWS["eval"], build(ROWS["eval"], device)
+    x = normal(2, 4, 3, 3, dtype=torch.float32, device=device)
+    assert torch.equal(call(module, x, row)["y"], call(module, x, row)["y"]) and not plans._plans
+    assert plans.state() == "each anew: FASTMBCONV_PLANS is 0"
+
+
 def test_new_tiles_are_asked_for(device):
     """A tuned table that is there now, another GPU: plans of before say nothing any more."""
     row, module = ROWS["residual"], build(ROWS["residual"], device)

@@ -11,7 +11,7 @@ from typing import Any
 from fastmbconv._version import __version__
 
 PACKAGES = ("torch", "triton", "numpy", "timm", "torchvision", "transformers", "efficientnet_pytorch")
-VARIABLES = ("FASTMBCONV_BACKEND", "TRITON_INTERPRET")
+VARIABLES = ("FASTMBCONV_BACKEND", "FASTMBCONV_PLANS", "TRITON_INTERPRET")
 
 
 def add_to(commands: Any) -> None:
