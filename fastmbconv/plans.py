@@ -9,7 +9,7 @@ call (tiles, grids, constants, sizes, the compiled kernel) is in the plan then; 
     pointers, constants ------+--> launch     gathered by their places, and given to the compiled kernel's own `run`
 
 That `run` is Triton's, and has the form that `known_form` looks for in 3.6 to 3.9. With another form, with
-FASTMBCONV_PLANS=0, or while somebody watches launches (a profiler's hook, a recorder of ours), launchers run at each call.
+FASTMBCONV_PLANS=0, or while somebody watches launches (a profiler's hook, a recorder of ours), launchers run each time.
 Interpreted kernels are replayed by `kernel[grid](...)`.
 """
 
