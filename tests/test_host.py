@@ -18,9 +18,6 @@ from fastmbconv.mbconv import MBConv
 LAUNCHES = 21  # of a block with expansion and squeeze-and-excitation, forward and backward
 TRAINING_LAUNCHES, INFERENCE_LAUNCHES = 19, 4  # of the benchmark's block
 MOST = {"training": 1.8, "inference": 1.3}  # of eager's CPU time; in quiet hours 1.1 to 1.3 and 0.6 to 0.8
-    "training": 1.8,
-    "inference": 1.3,
-}  # of eager's CPU time, whose operators cost nothing here; 1.1 to 1.3, 0.6 to 0.8
 ALLOCATING = ("aten::empty", "aten::empty_strided")
 
 
