@@ -53,7 +53,8 @@ def mbconv(
     def prepare() -> Prepared | None:
         if not use_kernels(dispatch.supports(block, x), x):
             return None
-        checks.check_block(x, block)
+        if eager is not None:
+            checks.check_block(x, block)
         return prepare_mbconv(x, block, memory, compute)
 
     ready = prepared(x, block, memory, compute, prepare, asked=eager is not None and dispatch.get_backend() == "auto")
