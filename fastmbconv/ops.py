@@ -19,7 +19,7 @@ from fastmbconv import flops, plans
 from fastmbconv.call import Part, Settings, Tensors, joined, moved, pack, read, unpack
 from fastmbconv.dispatch import plain
 from fastmbconv.fused import PARTS
-from fastmbconv.fused.stages import nhwc
+from fastmbconv.fused.stages import keep_present, nhwc
 from fastmbconv.kernels.tuning import accumulator, precision
 
 SETTINGS = (
@@ -57,7 +57,7 @@ def forward(
         image, added = nhwc(x), None if shortcut is None else nhwc(shortcut)
         y, *kept = operator(image, added, keep, list(weights), *lists, *pack(settings))
         there = part.present(image, weights, settings)
-        return y, part.saved(*(tensor if each else None for tensor, each in zip(kept, there, strict=True)))
+        return y, part.saved(*keep_present(kept, there))
 
     def run() -> plans.Flat:
         added = None if shortcut is None else nhwc(shortcut)

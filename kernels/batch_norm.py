@@ -478,8 +478,7 @@ def bn_act_bwd(
     `norm` is for the activation alone.
     """
     n, h, w, c = dy.shape
-    du = torch.empty_like(dy)
-    traits = dict(activation=activation, keep=keep is not None, u=u is not None)
+    du, traits = torch.empty_like(dy), dict(activation=activation, keep=keep is not None, u=u is not None)
     tiles = chosen("bn_act_bwd", dy, row_tiles, (n * h * w, c), **traits)
     _bn_act_bwd_kernel[(cdiv(n * h * w, tiles["BM"]), cdiv(c, tiles["BC"]))](
         dy_ptr=dy,

@@ -1,4 +1,4 @@
-"""Kernels whose launches can be written down instead of run: what a launcher is about to need compiled."""
+"""Launches of kernels: run, written down instead (to be compiled), hooked, or recorded; and who watches them."""
 
 import threading
 from collections.abc import Callable, Iterator

@@ -104,3 +104,16 @@ def test_an_ignored_interrupt_stays_ignored(monkeypatch):
         assert main(["info"]) == 0 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, usual)
+
+
+def test_without_triton_a_block_as_data_runs_eager():
+    """Nothing behind `dispatch` is imported for a call that eager takes."""
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from fastmbconv import functional; from fastmbconv.mbconv import MBConv\n"
+        "module, x = MBConv(4, 4).eval(), torch.randn(2, 4, 3, 3)\n"
+        "with torch.no_grad():\n"
+        "    for _ in range(2): assert torch.equal(functional.mbconv(x, module.describe()), module(x))\n"
+        "print([n for n in sys.modules if n.startswith('fastmbconv.kernels')])"
+    )
+    assert printed(script) == "[]"

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmbconv import call
 from fastmbconv.block import DenseBlock
-from fastmbconv.call import Part, Settings, Tensors, affine, excite, norm, norm_settings, statistics
+from fastmbconv.call import Part, Settings, Tensors, affine, norm, norm_settings, statistics
 from fastmbconv.fused import stages
 from fastmbconv.fused.stages import empty_vectors
 from fastmbconv.kernels import batch_norm, pointwise, pool
@@ -46,7 +47,7 @@ class Saved(NamedTuple):
 def describe(block: DenseBlock, residual: bool) -> tuple[Weights, Tensors, Settings]:
     """A block's weights, running statistics and settings in a call; `residual` where the kernels add the shortcut."""
     bns = (block.bn1, block.bn2)
-    tensors = (*affine(block.bn1), *excite(block.se), block.project_weight, *affine(block.bn2))
+    tensors = (*affine(block.bn1), *call.excite(block.se), block.project_weight, *affine(block.bn2))
     settings = Settings(
         part=PART.name,
         activation=block.activation,
@@ -63,31 +64,21 @@ def forward(
     """(y, what the backward needs beside u)."""
     activation = settings.activation
     norm1 = stages.image_norm(u=u, bn=norm(settings, 0, weights.bn1_weight, weights.bn1_bias, statistics))
-    excited = None
-    if (excite_weights := stages.excite_weights(weights)) is not None:
-        excited = stages.squeeze_excite(
-            u=u, norm=norm1, weights=excite_weights, activation=activation, se_activation=settings.se_activation
-        )
-    gate = None if excited is None else excited.gate
-    v = norm2 = rounded = None
-    if weights.project is not None:
-        rounded = stages.round_weight(weights.project, u, gate)
-        v, norm2 = stages.pointwise_bn(
-            x=u,
-            weight=weights.project if rounded is None else rounded,
-            in_norm=norm1,
-            gate=gate,
-            activation=activation,
-            bn=norm(settings, 1, weights.bn2_weight, weights.bn2_bias, statistics),
-        )
-    y = stages.end_block(
-        u=u if v is None else v,
-        norm=norm1 if v is None else norm2,
-        keep=keep,
-        residual=shortcut,
-        activation=activation if v is None else "none",
+    if weights.project is None:
+        y = stages.end_block(u=u, norm=norm1, keep=keep, residual=shortcut, activation=activation)
+        return y, Saved(None, norm1, *(None,) * 6)
+    project = stages.squeeze_excite_project(
+        u=u,
+        norm=norm1,
+        weights=weights,
+        project=weights.project,
+        activation=activation,
+        se_activation=settings.se_activation,
+        bn=norm(settings, 1, weights.bn2_weight, weights.bn2_bias, statistics),
     )
-    return y, Saved._make((v, norm1, norm2, *(excited or (None,) * 4), rounded))
+    y = stages.end_block(u=project.u, norm=project.norm, keep=keep, residual=shortcut)
+    excite = project.excite or (None,) * 4
+    return y, Saved._make((project.u, norm1, project.norm, *excite, project.weight))
 
 
 def backward(
@@ -164,8 +155,7 @@ def fake_forward(
         gate=empty_vectors(u, n, c),
         project=u.new_empty(y.shape[3], c),
     )
-    there = present(u, weights, settings)
-    kept = (one if each else None for one, each in zip(everything, there, strict=True))
+    kept = stages.keep_present(everything, present(u, weights, settings))
     return y.permute(0, 3, 1, 2), Saved._make(kept)
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmbconv import call
 from fastmbconv.block import Block
 from fastmbconv.call import (
     Geometry,
@@ -21,7 +22,6 @@ from fastmbconv.call import (
     Settings,
     Tensors,
     affine,
-    excite,
     geometry,
     norm,
     norm_settings,
@@ -72,7 +72,7 @@ def describe(block: Block, residual: bool, lean: bool) -> tuple[Weights, Tensors
     """A block's weights, running statistics and settings in a call; `residual` where the kernels add the shortcut."""
     bns = (block.bn1, block.bn2, block.bn3)
     tensors = (
-        block.expand_weight, *affine(block.bn1), block.depthwise_weight, *affine(block.bn2), *excite(block.se),
+        block.expand_weight, *affine(block.bn1), block.depthwise_weight, *affine(block.bn2), *call.excite(block.se),
         block.project_weight, *affine(block.bn3),
     )  # fmt: skip
     settings = Settings(
@@ -114,27 +114,21 @@ def forward(
         geometry=place,
         bn=norm(settings, 1, weights.bn2_weight, weights.bn2_bias, statistics),
     )
-    # Squeeze and excite.
-    excited = None
-    if (excite_weights := stages.excite_weights(weights)) is not None:
-        excited = stages.squeeze_excite(
-            u=u2, norm=norm2, weights=excite_weights, activation=activation, se_activation=settings.se_activation
-        )
-    # Project.
-    gate = None if excited is None else excited.gate
-    rounded = stages.round_weight(weights.project, x, gate)
-    u3, norm3 = stages.pointwise_bn(
-        x=u2,
-        weight=weights.project if rounded is None else rounded,
-        in_norm=norm2,
-        gate=gate,
+    # Squeeze and excite, project.
+    project = stages.squeeze_excite_project(
+        u=u2,
+        norm=norm2,
+        weights=weights,
+        project=weights.project,
         activation=activation,
+        se_activation=settings.se_activation,
         bn=norm(settings, 2, weights.bn3_weight, weights.bn3_bias, statistics),
     )
     # BN3, stochastic depth, shortcut.
-    y = stages.end_block(u=u3, norm=norm3, keep=keep, residual=x if settings.residual else None)
+    y = stages.end_block(u=project.u, norm=project.norm, keep=keep, residual=x if settings.residual else None)
     kept = None if settings.lean else u1
-    return y, Saved._make((kept, u2, u3, norm1, norm2, norm3, *(excited or (None,) * 4), rounded))
+    excite = project.excite or (None,) * 4
+    return y, Saved._make((kept, u2, project.u, norm1, norm2, project.norm, *excite, project.weight))
 
 
 def backward(
@@ -265,8 +259,7 @@ def fake_forward(x: Tensor, _: None, keep: Tensor | None, weights: Weights, sett
         gate=empty_vectors(x, n, hidden),
         project=x.new_empty(out, hidden),
     )
-    there = present(x, weights, settings)
-    kept = (one if each else None for one, each in zip(everything, there, strict=True))
+    kept = stages.keep_present(everything, present(x, weights, settings))
     return y.permute(0, 3, 1, 2), Saved._make(kept)
 
 

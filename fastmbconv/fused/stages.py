@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,11 @@ def excite_weights(weights: Any) -> ExciteWeights | None:
 def excited(saved: Any) -> Excite | None:
     """What squeeze-and-excitation kept among what a block saved."""
     return None if saved.gate is None else Excite(saved.pooled, saved.act_sums, saved.r, saved.gate)
+
+
+def keep_present(tensors: Iterable[Tensor | None], there: Iterable[bool]) -> Iterator[Tensor | None]:
+    """Each tensor that is there, None in the others' places."""
+    return (tensor if each else None for tensor, each in zip(tensors, there, strict=True))
 
 
 def empty_vectors(like: Tensor, *shape: int) -> Tensor:
@@ -167,6 +173,30 @@ def rounds_weight(weight: Tensor, x: Tensor, gated: bool) -> bool:
     """Whether `round_weight` makes one."""
     often = pointwise_kernels.rounds_weight(weight.shape[1], weight.shape[0], 3 if gated else 2, x.dtype)
     return often and weight.dtype != x.dtype
+
+
+class Projected(NamedTuple):
+    """The projection's output and its BatchNorm, what squeeze-and-excitation kept, and the weight if it was rounded."""
+
+    u: Tensor
+    norm: Tensor
+    excite: Excite | None
+    weight: Tensor | None
+
+
+def squeeze_excite_project(
+    u: Tensor, norm: Tensor, weights: Any, project: Tensor, activation: str, se_activation: str, bn: Norm
+) -> Projected:
+    """The projection of act(norm(u)), gated where the block's `weights` have squeeze-and-excitation."""
+    excite, se = None, excite_weights(weights)
+    if se is not None:
+        excite = squeeze_excite(u=u, norm=norm, weights=se, activation=activation, se_activation=se_activation)
+    gate = None if excite is None else excite.gate
+    rounded = round_weight(project, u, gate)
+    v, norm_v = pointwise_bn(
+        x=u, weight=project if rounded is None else rounded, in_norm=norm, gate=gate, activation=activation, bn=bn
+    )
+    return Projected(v, norm_v, excite, rounded)
 
 
 def end_block(

@@ -153,7 +153,7 @@ def _row(name: str, module: nn.Module, shape: tuple[int, int, int, int] | None) 
     geometry = _guessed_geometry(module) if block is None or isinstance(block, str) else _geometry(block)
     adapter = adapter_of(type(module))
     if adapter is not None and is_fused(module):
-        live = read(module, adapter)
+        live = read(adapter, module)
         if isinstance(live, str):
             return _eager(name, module, live, geometry, saved)
     if not isinstance(block, (Block, DenseBlock)):

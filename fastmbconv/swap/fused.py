@@ -28,10 +28,9 @@ def own_forward(module: Any) -> Callable[..., Any]:
 
 
 class FusedBlock(Swapped):
-    """Mixed in before a block's own class. Each call describes the block anew, so that no change of it goes unseen."""
+    """Mixed in before a block's own class. A call reads the block anew if anything of it changed (readings.py)."""
 
     is_swap: ClassVar[bool] = True
-    adapter: ClassVar[Adapter]
     read: ClassVar[Read]
     memory: ClassVar[Memory]
     image: ClassVar[str]
@@ -61,17 +60,13 @@ class FusedBlock(Swapped):
         return _rebuild, (type(self).original, type(self).memory), self.__getstate__()
 
 
-def read(module: nn.Module, adapter: Adapter, *args: Any, **kwargs: Any) -> Block | DenseBlock | str:
+def read(adapter: Adapter, module: nn.Module, *args: Any, **kwargs: Any) -> Block | DenseBlock | str:
     """The block as data at this call, or why the module must run its own submodules."""
     reason = dispatch.module_reason(module)
     if reason is not None:
         return reason
     block = adapter(module, *args, **kwargs)
     return block.reason if isinstance(block, NotNow) else block
-
-
-def _read_by(adapter: Adapter, module: nn.Module, *args: Any, **kwargs: Any) -> Block | DenseBlock | str:
-    return read(module, adapter, *args, **kwargs)
 
 
 def fusible(module: nn.Module) -> Block | DenseBlock | str | None:
@@ -119,8 +114,7 @@ def fused_class(original: Any, memory: Memory) -> Any:
     """The fused subclass of a block's class, made once."""
     adapter: Any = adapter_of(original)
     body = {
-        "adapter": staticmethod(adapter),
-        "read": staticmethod(partial(_read_by, adapter)),
+        "read": staticmethod(partial(read, adapter)),
         "original": original,
         "memory": memory,
         "image": list(signature(vars(forward_owner(original))["forward"]).parameters)[1],
