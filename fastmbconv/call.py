@@ -113,7 +113,7 @@ def statistics(*bns: BatchNorm | None) -> Tensors:
     return tuple(found)
 
 
-def single(part: str, bn: BatchNorm, activation: str) -> Settings:
+def describe_single(part: str, bn: BatchNorm, activation: str) -> Settings:
     """Of a part with one BatchNorm."""
     return Settings(part, activation, (norm_settings(bn),))
 
@@ -126,13 +126,13 @@ def norm(settings: Settings, index: int, weight: Tensor | None, bias: Tensor | N
     return Norm(weight, bias, mean, var, count, own)
 
 
-def moved(settings: Settings, statistics: Tensors) -> list[Tensor]:
+def list_moved(settings: Settings, statistics: Tensors) -> list[Tensor]:
     """The running statistics that a call in training changes."""
     pairs = zip(settings.norms, _in_threes(statistics), strict=True)
     return [t for own, three in pairs if own is not None and own.updates for t in three[:2] if t is not None]
 
 
-def read(settings: Settings, statistics: Tensors) -> list[Tensor]:
+def list_read(settings: Settings, statistics: Tensors) -> list[Tensor]:
     """Those that it only reads: fixed ones, and the count where the average is cumulative."""
     found: list[Tensor | None] = []
     for own, three in zip(settings.norms, _in_threes(statistics), strict=True):
@@ -141,8 +141,8 @@ def read(settings: Settings, statistics: Tensors) -> list[Tensor]:
     return [t for t in found if t is not None]
 
 
-def joined(settings: Settings, moved: Sequence[Tensor], read: Sequence[Tensor]) -> Tensors:
-    """The statistics again, from what `moved` and `read` said; None for what the call does not look at."""
+def join_statistics(settings: Settings, moved: Sequence[Tensor], read: Sequence[Tensor]) -> Tensors:
+    """The statistics again, from what `list_moved` and `list_read` said; None for what the call does not look at."""
     moving, fixed = iter(moved), iter(read)
     found: list[Tensor | None] = []
     for own in settings.norms:

@@ -29,7 +29,7 @@ from torch import Tensor
 from fastmbconv import checks, dispatch, reference
 from fastmbconv.block import DenseBlock
 from fastmbconv.functional import compute_dtype, needs_grad, run_prepared, use_kernels
-from fastmbconv.prepared import Prepared, prepared
+from fastmbconv.prepared import Prepared, find_prepared
 
 
 def dense_mbconv(x: Tensor, block: DenseBlock, *, eager: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -47,7 +47,7 @@ def dense_mbconv(x: Tensor, block: DenseBlock, *, eager: Callable[[Tensor], Tens
         ValueError, RuntimeError: as `functional.mbconv` does.
     """
     compute = compute_dtype(x)
-    ready = prepared(x, block, "fast", compute, lambda: _prepare(x, block, compute), asked=False)
+    ready = find_prepared(x, block, "fast", compute, lambda: _prepare(x, block, compute), asked=False)
     if ready is None:
         return reference.dense_mbconv(x, block) if eager is None else eager(x)
     checks.check_dense_input(x, block)

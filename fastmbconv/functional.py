@@ -15,7 +15,7 @@ from torch import Tensor
 from fastmbconv import ahead, call, checks, dispatch, reference
 from fastmbconv.block import Activation, BatchNorm, Block, DenseBlock, Memory, Padding, SqueezeExcite
 from fastmbconv.call import Settings, Tensors
-from fastmbconv.prepared import Prepared, prepared
+from fastmbconv.prepared import Prepared, find_prepared
 
 __all__ = ["BatchNorm", "Block", "SqueezeExcite", "depthwise_bn_act", "mbconv", "squeeze_excite"]
 
@@ -57,7 +57,9 @@ def mbconv(
             checks.check_block(x, block)
         return prepare_mbconv(x, block, memory, compute)
 
-    ready = prepared(x, block, memory, compute, prepare, asked=eager is not None and dispatch.get_backend() == "auto")
+    ready = find_prepared(
+        x, block, memory, compute, prepare, asked=eager is not None and dispatch.get_backend() == "auto"
+    )
     if ready is None:
         return reference.mbconv(x, block) if eager is None else eager(x)
     step: ahead.Step = "infer" if ready.fixed and not needs_grad(x, *ready.weights) else "train"
@@ -138,13 +140,13 @@ def depthwise_bn_act(
     from fastmbconv.fused.single import DEPTHWISE, DepthwiseWeights
 
     weights = DepthwiseWeights(weight, *call.affine(bn))
-    settings = call.single(DEPTHWISE.name, bn, activation)._replace(stride=stride, padding=padding)
+    settings = call.describe_single(DEPTHWISE.name, bn, activation)._replace(stride=stride, padding=padding)
     computed = in_dtype(x, compute_dtype(x))
     if not bn.batch_statistics and not needs_grad(x, *weights):
         return run_inference(computed, None, weights, call.statistics(bn), settings)
     if bn.updates and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
-    _mark_moved(call.moved(settings, call.statistics(bn)))
+    _mark_moved(call.list_moved(settings, call.statistics(bn)))
     return run_fused(computed, None, None, weights, call.statistics(bn), settings)
 
 
@@ -177,7 +179,7 @@ def bn_act(x: Tensor, bn: BatchNorm, activation: Activation) -> Tensor:
     from fastmbconv.fused.single import NORM, NormWeights
 
     weights = NormWeights(*call.affine(bn))
-    return run_inference(x, None, weights, call.statistics(bn), call.single(NORM.name, bn, activation))
+    return run_inference(x, None, weights, call.statistics(bn), call.describe_single(NORM.name, bn, activation))
 
 
 def pointwise_bn_act_pool(x: Tensor, weight: Tensor, bn: BatchNorm, activation: Activation) -> Tensor:
@@ -187,7 +189,7 @@ def pointwise_bn_act_pool(x: Tensor, weight: Tensor, bn: BatchNorm, activation: 
     from fastmbconv.fused.single import POOL, DepthwiseWeights
 
     weights = DepthwiseWeights(weight, *call.affine(bn))
-    return run_inference(x, None, weights, call.statistics(bn), call.single(POOL.name, bn, activation))
+    return run_inference(x, None, weights, call.statistics(bn), call.describe_single(POOL.name, bn, activation))
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastmbconv import flops, plans
-from fastmbconv.call import Part, Settings, Tensors, joined, moved, pack, read, unpack
+from fastmbconv.call import Part, Settings, Tensors, join_statistics, list_moved, list_read, pack, unpack
 from fastmbconv.dispatch import plain
 from fastmbconv.fused import PARTS
 from fastmbconv.fused.stages import keep_present, nhwc
@@ -53,7 +53,10 @@ def forward(
     """
     part = PARTS[settings.part]
     if not plain(x):
-        operator, lists = OPERATORS[f"{part.name}_forward"], (moved(settings, statistics), read(settings, statistics))
+        operator, lists = (
+            OPERATORS[f"{part.name}_forward"],
+            (list_moved(settings, statistics), list_read(settings, statistics)),
+        )
         image, added = nhwc(x), None if shortcut is None else nhwc(shortcut)
         y, *kept = operator(image, added, keep, list(weights), *lists, *pack(settings))
         there = part.present(image, weights, settings)
@@ -86,7 +89,7 @@ def backward(
     if not plain(dy):
         operator, own = OPERATORS[f"{part.name}_backward"], [tensor for tensor in saved if tensor is not None]
         found = iter(operator(nhwc(dy), nhwc(x), keep, own, list(weights), list(needs), *pack(settings)))
-        return _as_weights([next(found) if each else None for each in merged(weights, needs)], weights, needs)
+        return _as_weights([next(found) if each else None for each in merge_needs(weights, needs)], weights, needs)
 
     def run() -> plans.Flat:
         return _as_weights(part.backward(nhwc(dy), nhwc(x), keep, saved, weights, settings, needs), weights, needs)
@@ -105,7 +108,7 @@ def infer(
     if not plain(x):
         image, added = nhwc(x), None if shortcut is None else nhwc(shortcut)
         operator = OPERATORS[f"{part.name}_infer"]
-        return _nchw(operator(image, added, list(weights), read(settings, statistics), *pack(settings)))
+        return _nchw(operator(image, added, list(weights), list_read(settings, statistics), *pack(settings)))
 
     def run() -> tuple[Tensor]:
         added = None if shortcut is None else nhwc(shortcut)
@@ -165,7 +168,7 @@ def _has_others() -> bool:
     return torch.cuda.device_count() > 1
 
 
-def merged(weights: Any, needs: Sequence[bool]) -> list[bool]:
+def merge_needs(weights: Any, needs: Sequence[bool]) -> list[bool]:
     """Which gradients a backward returns: x's and the weights'; a BatchNorm's two are one, in its weight's place."""
     found = list(needs)
     for i, name in enumerate(weights._fields, start=1):
@@ -186,7 +189,7 @@ def _register(part: Part) -> None:
     def forward(x: Tensor, shortcut: Any, keep: Any, weights: Any, moved: Any, read: Any, *packed: Any) -> Any:
         settings = unpack(part.name, *packed)
         with torch.cuda.device_of(x):
-            statistics = joined(settings, moved, read)
+            statistics = join_statistics(settings, moved, read)
             y, saved = part.forward(x, shortcut, keep, part.weights(*weights), statistics, settings)
         return y, *(x.new_empty(0) if tensor is None else tensor for tensor in saved)
 
@@ -199,7 +202,7 @@ def _register(part: Part) -> None:
         kept = _as_saved(part, saved, x, own, settings)
         with torch.cuda.device_of(dy):
             gradients = part.backward(dy, x, keep, kept, own, settings, needs)
-        pairs = zip(gradients, (x, *own), merged(own, needs), strict=True)
+        pairs = zip(gradients, (x, *own), merge_needs(own, needs), strict=True)
         return [_shaped(gradient, like) for gradient, like, each in pairs if each]
 
     def fake_backward(
@@ -208,7 +211,7 @@ def _register(part: Part) -> None:
         own = part.weights(*weights)
         acc = accumulator(x.dtype)
         found = [torch.empty_like(x)] if needs[0] else []
-        for name, weight, each in zip(own._fields, own, merged(own, needs)[1:], strict=True):
+        for name, weight, each in zip(own._fields, own, merge_needs(own, needs)[1:], strict=True):
             if each:
                 pair = name.startswith("bn")
                 channels = _affine_channels(own, name) if pair else 0
@@ -218,7 +221,7 @@ def _register(part: Part) -> None:
     def infer(x: Tensor, shortcut: Any, weights: Any, read: Any, *packed: Any) -> Tensor:
         settings = unpack(part.name, *packed)
         with torch.cuda.device_of(x):
-            return part.infer(x, shortcut, part.weights(*weights), joined(settings, (), read), settings)
+            return part.infer(x, shortcut, part.weights(*weights), join_statistics(settings, (), read), settings)
 
     def fake_infer(x: Tensor, shortcut: Any, weights: Any, read: Any, *packed: Any) -> Tensor:
         return part.fake_infer(x, shortcut, part.weights(*weights), unpack(part.name, *packed))

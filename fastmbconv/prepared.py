@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastmbconv import dispatch
 from fastmbconv.block import BatchNorm, Block, DenseBlock, Memory
-from fastmbconv.call import Settings, Tensors, moved
+from fastmbconv.call import Settings, Tensors, list_moved
 
 MOST = 64  # kinds of images that a block remembers
 
@@ -52,7 +52,7 @@ class Prepared:
         self.fixed = not drops and not any(bn is not None and bn.batch_statistics for bn in bns)
         counts = (bn.num_batches_tracked for bn in bns if bn is not None and bn.updates)
         self.counts = [count for count in counts if count is not None]
-        self.moving = moved(self.settings, self.statistics)
+        self.moving = list_moved(self.settings, self.statistics)
         self._tensors = [t for t in (*self.weights, *self.statistics) if t is not None]
         self._shapes, self._dtypes = [t.shape for t in self._tensors], [t.dtype for t in self._tensors]
         self._devices = [x.device] * len(self._tensors)
@@ -71,7 +71,7 @@ class Prepared:
         )
 
 
-def prepared(
+def find_prepared(
     x: Tensor,
     block: Block | DenseBlock,
     memory: Memory,

@@ -267,7 +267,12 @@ def test_operators_that_talk_pass_opcheck(alone, device):
     module = MBConv(3, 3, expand_ratio=2).to(device).requires_grad_(False)
     x = torch.randn(2, 4, 3, 3, device=device)
     weights, statistics, settings = mbconv.describe(talking(module, alone), True, False)
-    lists = [list(weights), call.moved(settings, statistics), call.read(settings, statistics), *call.pack(settings)]
+    lists = [
+        list(weights),
+        call.list_moved(settings, statistics),
+        call.list_read(settings, statistics),
+        *call.pack(settings),
+    ]
     y, saved = mbconv.forward(x, None, None, weights, statistics, settings)
     kept = [tensor for tensor in saved if tensor is not None]
     dy = torch.randn_like(y).permute(0, 2, 3, 1)

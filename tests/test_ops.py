@@ -76,7 +76,7 @@ def calls(device, dtype=torch.float32):
         return settings, x, shortcut, keep, weights, statistics
 
     def of_single(part, x, weights, bn, act="silu"):
-        return call.single(part, bn, act)._replace(padding=1), x, None, None, weights, call.statistics(bn)
+        return call.describe_single(part, bn, act)._replace(padding=1), x, None, None, weights, call.statistics(bn)
 
     eval_block = replace(block(True, False), project_weight=weight(c, e, 1, 1), bn3=norm(c, False))
     taps, affine = weight(e, 1, 3, 3), call.affine
@@ -120,7 +120,7 @@ def arguments(device, dtype=torch.float32):
         part = PARTS[name]
         for settings, x, shortcut, keep, weights, statistics in rows:
             packed, weights = call.pack(settings), part.weights(*weights)
-            lists = call.moved(settings, statistics), call.read(settings, statistics)
+            lists = call.list_moved(settings, statistics), call.list_read(settings, statistics)
             if part.forward is not None:
                 found[f"{name}_forward"].append((x, shortcut, keep, list(weights), *lists, *packed))
                 y, saved = part.forward(x, shortcut, keep, weights, statistics, settings)
@@ -161,7 +161,9 @@ def test_a_call_crosses_an_operator_whole(device):
     for rows in calls(device).values():
         for settings, *_, statistics in rows:
             assert call.unpack(settings.part, *call.pack(settings)) == settings
-            back = call.joined(settings, call.moved(settings, statistics), call.read(settings, statistics))
+            back = call.join_statistics(
+                settings, call.list_moved(settings, statistics), call.list_read(settings, statistics)
+            )
             for there, before in zip(back, statistics, strict=True):
                 assert there is None or there is before
 
