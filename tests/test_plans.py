@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastmbconv
-from fastmbconv import functional, plans
+from fastmbconv import functional, plans, replay
 from fastmbconv.block import BatchNorm, SqueezeExcite
 from fastmbconv.kernels import launching, pointwise, tables
 from fastmbconv.kernels.traffic import recorded
@@ -244,10 +244,10 @@ def test_a_replay_reads_what_is_there_now(change, device):
 def test_buffers_in_use_at_the_same_time_do_not_overlap(buffers):
     """Each (bytes, how many steps it lives); one begins at each step."""
     spans = [(size, i, i + life) for i, (size, life) in enumerate(buffers)]
-    room, begins = plans.lay_out(spans)
+    room, begins = replay.lay_out(spans)
     for i, (size, first, _) in enumerate(spans):
-        assert begins[i] % plans.LINE == 0 and begins[i] + size <= room
+        assert begins[i] % replay.LINE == 0 and begins[i] + size <= room
         for j in range(i):
             other, _, end = spans[j]
             assert end < first or begins[j] + other <= begins[i] or begins[i] + size <= begins[j], (i, j)
-    assert room <= sum(size + plans.LINE for size, *_ in spans)
+    assert room <= sum(size + replay.LINE for size, *_ in spans)

@@ -12,7 +12,7 @@ from agreement import randomised
 from test_swap_traps import lukemelas_block, timm_block, torchvision_block, transformers_block
 from torch import nn
 
-from fastmbconv import ahead, call, functional, fuse, readings
+from fastmbconv import ahead, call, functional, fuse, prepared, readings
 from fastmbconv.mbconv import MBConv
 
 
@@ -116,9 +116,11 @@ def _change_tensor(owner, name, value, rng):
 
 
 @pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_after_any_change_a_call_is_a_fresh_blocks(make, seed, seen):
+@pytest.mark.parametrize(("seed", "guards"), [(0, True), (1, False)], ids=["torch-guards", "own-look"])
+def test_after_any_change_a_call_is_a_fresh_blocks(make, seed, guards, seen, monkeypatch):
     """To kernels with the same tensors and settings, to eager with the same numbers, or to the same error."""
+    if not guards:
+        monkeypatch.setattr(prepared, "_has_guards", lambda: False)
     rng, x = random.Random(seed), torch.randn(2, 8, 4, 4, dtype=torch.float64)
     origin = randomised(make()).double().train()
     kinds = {Seen: 0, torch.Tensor: 0, tuple: 0}
@@ -131,6 +133,39 @@ def test_after_any_change_a_call_is_a_fresh_blocks(make, seed, seen):
         assert same(ours, fresh), made
         kinds[type(ours)] += 1
     assert kinds[Seen] > CHANGES / 4 and kinds[torch.Tensor] > 0 and kinds[tuple] > 0
+
+
+def test_guards_that_miss_a_change_are_not_used(monkeypatch):
+    """They are private to PyTorch: what this one is pinned to has them, and another one's are tried before use."""
+    prepared._has_guards.cache_clear()
+    assert prepared._has_guards()
+
+    class Blind:
+        def __init__(self, *tensors, **kinds):
+            pass
+
+        def check(self, *tensors):
+            return True
+
+    for name, value in (("TensorGuards", Blind), ("TensorGuards", None), ("TensorGuards", dict)):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch._C._dynamo.guards, name, value)
+            prepared._has_guards.cache_clear()
+            assert not prepared._has_guards()
+            weight = torch.zeros(2, 3)
+            unchanged = prepared.watch([weight])
+            assert unchanged()
+            weight.data = weight.data.view(3, 2).t()
+            assert not unchanged()
+    prepared._has_guards.cache_clear()
+
+
+def test_who_changes_the_mode_is_prepared_for_again(seen):
+    """A guard of one mode says no in another: never a wrong yes, and no error."""
+    block, x = MBConv(4, 4).eval(), torch.randn(2, 4, 3, 3)
+    for mode in (torch.no_grad, torch.inference_mode, torch.no_grad):
+        with mode():
+            assert isinstance(block(x), Seen) and isinstance(block(x), Seen)
 
 
 def test_an_unchanged_block_is_read_once(monkeypatch, seen):
