@@ -9,9 +9,11 @@ dispatcher, autograd and its allocations, and nothing of what a GPU's operators 
 iterators, cuDNN's plans, the driver): no baseline is more favourable to it. Ours costs the same kinds, and Triton's
 launcher. The backward runs in the calling thread, and entering autocast is not counted.
 
-`--json` writes one object a line: a row each, and on the last line the four figures that are watched, of a block under
-bfloat16 autocast: training_ratio (ours over eager's), training_us, inference_us, launch_us. Exit status: 2 where the
-device can't be built, which is without gcc or g++, or under a PyTorch with CUDA.
+`--json` writes one object a line: a row each, and on the last line the figures that are watched, of a block under
+bfloat16 autocast: training_ratio (ours over eager's), training_us, inference_us, launch_us; and training_ratio_cpu, in
+fp32: ours over eager's on CPU tensors, two images of one pixel, whose operators do all their work on the host but for
+the sums. A GPU's eager should lie between these two. Exit status: 2 where the device can't be built, which is without
+gcc or g++, or under a PyTorch with CUDA.
 """
 
 from __future__ import annotations

@@ -32,10 +32,18 @@ clock = time.thread_time_ns
 class Calls:
     """One block's calls on its own input; entering autocast and a mode is the model's, and is not timed."""
 
-    def __init__(self, module: nn.Module, batch: int, dtype: str, mode: Callable[[], Any] = torch.enable_grad) -> None:
-        self.module, self.narrow, self.mode = module, dtype == AUTOCAST, mode
+    def __init__(
+        self,
+        module: nn.Module,
+        batch: int,
+        dtype: str,
+        mode: Callable[[], Any] = torch.enable_grad,
+        device: str = "cuda",
+        side: int = SIDE,
+    ) -> None:
+        self.module, self.narrow, self.mode, self.device = module, dtype == AUTOCAST, mode, device
         with mode():
-            self.x = image(batch, CHANNELS, torch.float32)
+            self.x = image(batch, CHANNELS, torch.float32, device, side)
             self.dy = torch.ones_like(self._forward()[0])
 
     def train(self) -> Sample:
@@ -54,20 +62,27 @@ class Calls:
 
     def _forward(self) -> tuple[Tensor, int]:
         """The block's output, and the nanoseconds that it took."""
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.narrow):
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.narrow):
             began = clock()
             y = self.module(self.x)
             return y, clock() - began
 
 
-def image(batch: int, channels: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(batch, channels, SIDE, SIDE, dtype=dtype, device="cuda", memory_format=torch.channels_last)
+def image(batch: int, channels: int, dtype: torch.dtype, device: str = "cuda", side: int = SIDE) -> Tensor:
+    x = torch.empty(batch, channels, side, side, dtype=dtype, device=device, memory_format=torch.channels_last)
+    return x.fill_(1.0) if device == "cpu" else x
 
 
 def blocks(training: bool, drop_path: float = 0.0) -> tuple[nn.Module, nn.Module]:
     """The same block fused and eager."""
     both = [MBConv(CHANNELS, CHANNELS, drop_path=drop_path).to("cuda").train(training) for _ in range(2)]
     return both[0], fastmbconv.unfuse(both[1])
+
+
+def one_pixel() -> Call:
+    """Eager's training on CPU tensors of two images of one pixel: all of its operators' work, and hardly a sum."""
+    module = fastmbconv.unfuse(MBConv(CHANNELS, CHANNELS)).train()
+    return Calls(module, 2, WIDE, device="cpu", side=1).train
 
 
 def cases() -> Iterator[tuple[str, Call, Call]]:
@@ -120,20 +135,20 @@ def launches_of(device: cuda.Device, call: Call) -> int:
     return device.launches() - before
 
 
-def launch_microseconds(count: int) -> float:
-    """One launch of ours: an inference block's operator by its plan, allocations included, over its launches."""
+def launching() -> Call:
+    """An inference block's operator by its plan, allocations included, some times over."""
     x, (module, _) = image(1, CHANNELS, torch.bfloat16), blocks(False)
     block = module.bfloat16().describe()
     weights, statistics, settings, signature = functional.prepare_mbconv(x, block, "fast", x.dtype).call
 
     def infer() -> Sample:
-        began = clock()
-        for _ in range(OPERATORS_A_SAMPLE):
-            ops.infer(settings, x, None, weights, statistics, signature)
-        return clock() - began, 0
+        with torch.no_grad():
+            began = clock()
+            for _ in range(OPERATORS_A_SAMPLE):
+                ops.infer(settings, x, None, weights, statistics, signature)
+            return clock() - began, 0
 
-    with torch.no_grad():
-        return fastest([infer], count)[0][0] / OPERATORS_A_SAMPLE / LAUNCHES / 1e3
+    return infer
 
 
 def measure(library: ctypes.CDLL, count: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -143,13 +158,16 @@ def measure(library: ctypes.CDLL, count: int) -> tuple[list[dict[str, Any]], dic
     cuda.pass_through()
     torch.set_num_threads(1)
     names, fused, eager = zip(*cases(), strict=True)
-    samples = fastest([call for pair in zip(fused, eager, strict=True) for call in pair], count)
+    pairs = [call for pair in zip(fused, eager, strict=True) for call in pair]
+    *samples, on_cpu, launched = fastest([*pairs, one_pixel(), launching()], count)
     launches = [launches_of(device, call) for call in fused]
     rows = [row(*of) for of in zip(names, samples[::2], samples[1::2], launches, strict=True)]
     training, inference = rows[0], next(one for one in rows if one["what"].startswith("inference"))
+    wide = next(one for one in rows if one["what"] == f"training, {WIDE}")
     return rows, {
         "training_ratio": training["ratio"],
+        "training_ratio_cpu": wide["us"] / (sum(on_cpu) / 1e3),
         "training_us": training["us"],
         "inference_us": inference["us"],
-        "launch_us": launch_microseconds(count),
+        "launch_us": sum(launched) / OPERATORS_A_SAMPLE / LAUNCHES / 1e3,
     }
