@@ -239,5 +239,4 @@ def draw_keep(x: Tensor, block: Block | DenseBlock, dtype: torch.dtype) -> Tenso
     if not block.residual or block.drop is None:
         return None
     ones = torch.ones(x.shape[0], 1, 1, 1, dtype=dtype, device=x.device)
-    with torch.autocast(x.device.type, enabled=False):
-        return block.drop(ones).reshape(-1).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    return block.drop(ones).reshape(-1).to(torch.float64 if dtype == torch.float64 else torch.float32)
