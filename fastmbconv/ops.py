@@ -89,7 +89,7 @@ def backward(
     if not plain(dy):
         operator, own = OPERATORS[f"{part.name}_backward"], [tensor for tensor in saved if tensor is not None]
         found = iter(operator(nhwc(dy), nhwc(x), keep, own, list(weights), list(needs), *pack(settings)))
-        return _as_weights([next(found) if each else None for each in merge_needs(weights, needs)], weights, needs)
+        return _as_weights([next(found) if each else None for each in needs], weights, needs)
 
     def run() -> plans.Flat:
         return _as_weights(part.backward(nhwc(dy), nhwc(x), keep, saved, weights, settings, needs), weights, needs)
@@ -126,14 +126,10 @@ def _nchw(y: Tensor) -> Tensor:
 
 
 def _as_weights(gradients: Sequence[Tensor | None], weights: Any, needs: Sequence[bool]) -> list[Tensor | None]:
-    """x's gradient as [N, C, H, W] and the weights' as they are, a BatchNorm's two taken apart."""
-    dx, *found = gradients
-    for i, (name, weight) in enumerate(zip(weights._fields, weights, strict=True)):
-        gradient = found[i]
-        if name.startswith("bn") and name.endswith("_weight") and gradient is not None:
-            gradient, found[i + 1] = gradient.unbind()
-        found[i] = None if gradient is None or weight is None or not needs[i + 1] else _cast(gradient, weight)
-    return [None if dx is None or not needs[0] else dx.permute(0, 3, 1, 2), *found]
+    """x's gradient as [N, C, H, W] and the weights' as they are."""
+    dx, *found = (gradient if each else None for gradient, each in zip(gradients, needs, strict=True))
+    shaped = (None if each is None else _cast(each, weight) for each, weight in zip(found, weights, strict=True))
+    return [None if dx is None else dx.permute(0, 3, 1, 2), *shaped]
 
 
 def _cast(gradient: Tensor, like: Tensor) -> Tensor:
@@ -168,15 +164,6 @@ def _has_others() -> bool:
     return torch.cuda.device_count() > 1
 
 
-def merge_needs(weights: Any, needs: Sequence[bool]) -> list[bool]:
-    """Which gradients a backward returns: x's and the weights'; a BatchNorm's two are one, in its weight's place."""
-    found = list(needs)
-    for i, name in enumerate(weights._fields, start=1):
-        if name.startswith("bn") and name.endswith("_weight"):
-            found[i], found[i + 1] = (needs[i] or needs[i + 1]), False
-    return found
-
-
 def _as_saved(part: Part, saved: Sequence[Tensor], x: Tensor, weights: Any, settings: Settings) -> Any:
     """What a forward saved, by name, from the tensors that are there."""
     there, found = part.present(x, weights, settings), iter(saved)
@@ -202,21 +189,15 @@ def _register(part: Part) -> None:
         kept = _as_saved(part, saved, x, own, settings)
         with torch.cuda.device_of(dy):
             gradients = part.backward(dy, x, keep, kept, own, settings, needs)
-        pairs = zip(gradients, (x, *own), merge_needs(own, needs), strict=True)
-        return [_shaped(gradient, like) for gradient, like, each in pairs if each]
+        pairs = zip(gradients, (x, *own), needs, strict=True)
+        return [gradient.reshape(like.shape) for gradient, like, each in pairs if each]
 
     def fake_backward(
         dy: Tensor, x: Tensor, keep: Any, saved: Any, weights: Any, needs: Any, *packed: Any
     ) -> list[Tensor]:
-        own = part.weights(*weights)
         acc = accumulator(x.dtype)
-        found = [torch.empty_like(x)] if needs[0] else []
-        for name, weight, each in zip(own._fields, own, merge_needs(own, needs)[1:], strict=True):
-            if each:
-                pair = name.startswith("bn")
-                channels = _affine_channels(own, name) if pair else 0
-                found.append(x.new_empty((2, channels) if pair else weight.shape, dtype=acc))
-        return found
+        found = (x.new_empty(weight.shape, dtype=acc) for weight, each in zip(weights, needs[1:], strict=True) if each)
+        return [*([torch.empty_like(x)] if needs[0] else []), *found]
 
     def infer(x: Tensor, shortcut: Any, weights: Any, read: Any, *packed: Any) -> Tensor:
         settings = unpack(part.name, *packed)
@@ -239,16 +220,6 @@ def _register(part: Part) -> None:
             operator.register_fake(fake)
             OPERATORS[name] = operator
             flops.register(name)
-
-
-def _affine_channels(weights: Any, name: str) -> int:
-    pair = (getattr(weights, name), getattr(weights, name.replace("weight", "bias")))
-    return next(len(tensor) for tensor in pair if tensor is not None)
-
-
-def _shaped(gradient: Tensor, like: Tensor | None) -> Tensor:
-    """In its weight's shape; a BatchNorm's two, and x's own, as they are."""
-    return gradient if like is None or gradient.numel() != like.numel() else gradient.reshape(like.shape)
 
 
 for _part in PARTS.values():

@@ -31,9 +31,9 @@ def total(tensor: Tensor, group: str) -> Tensor:
     return functional.wait_tensor(functional.all_reduce(tensor, "sum", group))
 
 
-def total_of_sums(sums: Tensor, count: int, group: str) -> Tensor:
-    """[2 C + 1]: sums [2, C] and the count, over all processes."""
-    return total(torch.cat((sums.flatten(), sums.new_full((1,), count))), group)
+def total_of_sums(sums: tuple[Tensor, Tensor], count: int, group: str) -> Tensor:
+    """[2 C + 1]: two sums [C] and the count, over all processes."""
+    return total(torch.cat((*sums, sums[0].new_full((1,), count))), group)
 
 
 class Total(torch.autograd.Function):

@@ -141,9 +141,10 @@ def _bn_bwd_finalize_kernel(
     sums_ptr,
     norm_ptr,
     dw_ptr,
-    grads_ptr,
+    dweight_ptr,
+    dbias_ptr,
     coef_ptr,
-    d_weight_ptr,
+    dw_sum_ptr,
     P,
     C,
     WIDTH,
@@ -171,8 +172,8 @@ def _bn_bwd_finalize_kernel(
             b_dbias += tl.load(p_sums, mask=m, other=0.0)
             b_dweight += tl.load(p_sums + C, mask=m, other=0.0)
         b_dbias, b_dweight = sum_rows(b_dbias), sum_rows(b_dweight)
-        tl.store(grads_ptr + o_c, b_dweight, mask=m_c)
-        tl.store(grads_ptr + C + o_c, b_dbias, mask=m_c)
+        tl.store(dweight_ptr + o_c, b_dweight, mask=m_c)
+        tl.store(dbias_ptr + o_c, b_dbias, mask=m_c)
         store_coef(norm_ptr, coef_ptr, o_c, m_c, C, b_dweight, b_dbias, count, BATCH)
     elif dw_ptr is not None:
         o_w = (tl.program_id(0) - blocks) * BW + tl.arange(0, BW)
@@ -182,7 +183,7 @@ def _bn_bwd_finalize_kernel(
             o_p = p0 + tl.arange(0, BQ)
             m = (o_p < P)[:, None] & m_w[None, :]
             b_dw += tl.load(dw_ptr + o_p[:, None].to(tl.int64) * WIDTH + o_w[None, :], mask=m, other=0.0)
-        tl.store(d_weight_ptr + o_w, sum_rows(b_dw), mask=m_w)
+        tl.store(dw_sum_ptr + o_w, sum_rows(b_dw), mask=m_w)
 
 
 @kernel
@@ -368,26 +369,27 @@ def bn_finalize(
 
 def bn_bwd_finalize(
     sums: Tensor, norm: Tensor, count: int, batch_statistics: bool, dw: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(gradients [2, C] of weight and bias, coef [4, C]) from partial sums [P, 2, C] of dv and dv * xhat.
+) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor | None]:
+    """(gradients of weight and bias [C], coef [4, C]) from partial sums [P, 2, C] of dv and dv * xhat.
 
-    The third is the sum of `dw` [P, ...], a weight's partial gradients from the same P programs: more programs of the
-    same launch.
+    The third is the sum of `dw` [P, ...], a convolution's partial gradients from the same P programs: more programs of
+    the same launch.
     """
     parts, _, channels = sums.shape
-    grads = torch.empty(2, channels, dtype=norm.dtype, device=norm.device)
-    coef = torch.empty(4, channels, dtype=norm.dtype, device=norm.device)
-    d_weight = None if dw is None else torch.empty(dw.shape[1:], dtype=dw.dtype, device=dw.device)
-    width = 0 if d_weight is None else d_weight.numel()
+    d_weight, d_bias = norm.new_empty(channels), norm.new_empty(channels)
+    coef = norm.new_empty(4, channels)
+    dw_sum = None if dw is None else dw.new_empty(dw.shape[1:])
+    width = 0 if dw_sum is None else dw_sum.numel()
     tiles = finalize_tiles(parts, channels)
     columns = weight_tiles(parts, width)
     _bn_bwd_finalize_kernel[(cdiv(channels, tiles["BC"]) + cdiv(width, columns["BW"]),)](
         sums_ptr=sums,
         norm_ptr=norm,
         dw_ptr=dw,
-        grads_ptr=grads,
+        dweight_ptr=d_weight,
+        dbias_ptr=d_bias,
         coef_ptr=coef,
-        d_weight_ptr=d_weight,
+        dw_sum_ptr=dw_sum,
         P=parts,
         C=channels,
         WIDTH=width,
@@ -397,8 +399,8 @@ def bn_bwd_finalize(
         **columns,
         **tiles,
     )
-    state("bn_bwd_finalize", (sums, norm, dw), (grads, coef, d_weight))
-    return grads, coef, d_weight
+    state("bn_bwd_finalize", (sums, norm, dw), (d_weight, d_bias, coef, dw_sum))
+    return (d_weight, d_bias), coef, dw_sum
 
 
 def bn_act_fwd(

@@ -77,7 +77,8 @@ def _excite_finish_kernel(
     wr_ptr,
     norm_ptr,
     offset_ptr,
-    grads_ptr,
+    dweight_ptr,
+    dbias_ptr,
     coef_ptr,
     dwr_ptr,
     dbr_ptr,
@@ -123,8 +124,8 @@ def _excite_finish_kernel(
                 b_dg += b_dp * tl.load(act_sums_ptr + o_two + C, mask=m_nc, other=0.0)
         if norm_ptr is not None:
             b_dweight, b_dbias = sum_rows(b_dg), sum_rows(b_db)
-            tl.store(grads_ptr + o_c, b_dweight, mask=m_c)
-            tl.store(grads_ptr + C + o_c, b_dbias, mask=m_c)
+            tl.store(dweight_ptr + o_c, b_dweight, mask=m_c)
+            tl.store(dbias_ptr + o_c, b_dbias, mask=m_c)
             store_coef(norm_ptr, coef_ptr, o_c, m_c, C, b_dweight, b_dbias, N * HW, BATCH)
     elif tl.program_id(1) <= BLOCKS:  # the reduce weight's gradient, of a block of reduced channels
         o_r = (tl.program_id(1) - 1) * BR + tl.arange(0, BR)
@@ -177,12 +178,13 @@ def excite_bwd(
     activation: str,
     norm: Tensor | None = None,
     batch_statistics: bool = False,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None, Tensor, Tensor, Tensor, Tensor]:
     """Backward of pool and excite from `sums` [P, N, 3, C] and `act_sums` [N, 2, C], or [P, N, 1, C] of da * a.
 
-    Returns (offset [N, C], the pool's gradient per pixel; grads [2, C] and coef [4, C] of the BatchNorm before the
-    pool, whose vectors are `norm`, None without it; gradients of reduce weight [R, C], reduce bias [R], expand weight
-    [C, R], expand bias [C]). One launch for what an image's gate tells, one for what is left of a block of channels.
+    Returns (offset [N, C], the pool's gradient per pixel; gradients of weight and bias [C] and coef [4, C] of the
+    BatchNorm before the pool, whose vectors are `norm`, None without it; gradients of reduce weight [R, C], reduce bias
+    [R], expand weight [C, R], expand bias [C]). One launch for what an image's gate tells, one for what is left of a
+    block of channels.
     """
     n, c = gate.shape
     parts, _, rows, _ = sums.shape
@@ -209,8 +211,8 @@ def excite_bwd(
         **tiles,
     )
     state("excite_bwd", (sums, gate, expand_weight), (dq, dz, gated))
-    bn = None if norm is None else (gate.new_empty(2, c), gate.new_empty(4, c))
-    grads, coef = (None, None) if bn is None else bn
+    bn = None if norm is None else (gate.new_empty(c), gate.new_empty(c), gate.new_empty(4, c))
+    d_weight, d_bias, coef = (None,) * 3 if bn is None else bn
     d_reduce, d_reduce_bias = gate.new_empty(reduced, c), gate.new_empty(reduced)
     d_expand, d_expand_bias = gate.new_empty(c, reduced), gate.new_empty(c)
     tiles = finish_tiles(n, c, reduced)
@@ -224,7 +226,8 @@ def excite_bwd(
         wr_ptr=reduce_weight,
         norm_ptr=norm,
         offset_ptr=offset,
-        grads_ptr=grads,
+        dweight_ptr=d_weight,
+        dbias_ptr=d_bias,
         coef_ptr=coef,
         dwr_ptr=d_reduce,
         dbr_ptr=d_reduce_bias,
@@ -244,6 +247,6 @@ def excite_bwd(
     state(
         "excite_finish",
         (gated, None if norm is None else act_sums, pooled, r, dq, dz, reduce_weight, norm),
-        (offset, grads, coef, d_reduce, d_reduce_bias, d_expand, d_expand_bias),
+        (offset, d_weight, d_bias, coef, d_reduce, d_reduce_bias, d_expand, d_expand_bias),
     )
     return offset, bn, d_reduce, d_reduce_bias, d_expand, d_expand_bias

@@ -90,13 +90,13 @@ def backward(
     settings: Settings,
     needs: Sequence[bool],
 ) -> Tensors:
-    """Gradients of u and of the weights; a BatchNorm's two stand as [2, C] in its weight's place."""
+    """Gradients of u and of the weights."""
     activation, (bn1, bn2) = settings.activation, settings.norms
     assert bn1 is not None
     if weights.project is None:
         grads1, coef1 = stages.bn_backward(dy, u, saved.norm1, keep, activation, bn1)
         du = batch_norm.bn_act_bwd(dy, u, saved.norm1, coef1, keep, activation)
-        return du, grads1, *(None,) * 8
+        return du, *grads1, *(None,) * 7
     assert bn2 is not None and saved.v is not None and saved.norm2 is not None
     grads2, coef2 = stages.bn_backward(dy, saved.v, saved.norm2, keep, "none", bn2)
     project = stages.project_backward_from(
@@ -114,7 +114,7 @@ def backward(
         bn2=bn1,
         weight_gradient=needs[1 + Weights._fields.index("project")],
     )
-    return project.du2, project.bn2, None, *project.excite, project.weight, grads2, None
+    return project.du2, *project.bn2, *project.excite, project.weight, *grads2
 
 
 def infer(u: Tensor, shortcut: Tensor | None, weights: Weights, statistics: Tensors, settings: Settings) -> Tensor:

@@ -140,7 +140,7 @@ def backward(
     settings: Settings,
     needs: Sequence[bool],
 ) -> Tensors:
-    """Gradients of x and of the weights; a BatchNorm's two stand as [2, C] in its weight's place."""
+    """Gradients of x and of the weights."""
     activation = settings.activation
     bn1, bn2, bn3 = settings.norms
     assert bn2 is not None and bn3 is not None
@@ -198,7 +198,7 @@ def backward(
                 batch_statistics=bn1.batch_statistics,
             )
     return (
-        dx, d_expand, grads1, None, d_depthwise, project.bn2, None, *project.excite, project.weight, grads3, None
+        dx, d_expand, *(grads1 or (None, None)), d_depthwise, *project.bn2, *project.excite, project.weight, *grads3
     )  # fmt: skip
 
 

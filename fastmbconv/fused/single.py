@@ -66,7 +66,7 @@ def depthwise_backward(
         geometry=_geometry(x, weights, settings),
         bn=None,
     )
-    return dx, d_weight, grads, None
+    return dx, d_weight, *grads
 
 
 def depthwise_infer(x: Tensor, _: None, weights: DepthwiseWeights, statistics: Tensors, settings: Settings) -> Tensor:

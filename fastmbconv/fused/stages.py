@@ -1,7 +1,8 @@
 """The stages that blocks are made of: a convolution or a reduction, and the BatchNorm that it ends with.
 
-`norm` is [4, C] (mean, rstd, scale, shift), `coef` is [4, C] (p, q, r, mean of du = p * dv + q * (u - mean) + r),
-`grads` is [2, C] (of weight, of bias). Statistics of several processes are one small collective in each direction.
+`norm` is [4, C] (mean, rstd, scale, shift), `coef` is [4, C] (p, q, r, mean of du = p * dv + q * (u - mean) + r), and
+`grads` are a BatchNorm's two, [C] each (of weight, of bias). Statistics of several processes are one small collective
+in each direction.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from fastmbconv.kernels.running import Running
 from fastmbconv.kernels.squeeze_excite import excite_fwd
 from fastmbconv.kernels.traffic import summed
 from fastmbconv.kernels.tuning import accumulator
+
+Pair = tuple[Tensor, Tensor]
 
 
 class Excite(NamedTuple):
@@ -93,17 +96,17 @@ def end_norm(partials: Tensor | None, bn: Norm, dtype: torch.dtype, channels: in
 
 def end_norm_backward(
     sums: Tensor, norm: Tensor, count: int, bn: NormSettings, dw: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Pair, Tensor, Tensor | None]:
     """(grads, coef, sum of `dw`) from partial sums [P, 2, C] of dv and dv * xhat."""
     grads, coef, d_weight = batch_norm.bn_bwd_finalize(sums, norm, count, bn.batch_statistics, dw)
     return grads, share_coef(grads, coef, norm, count, bn), d_weight
 
 
-def share_coef(grads: Tensor, coef: Tensor, norm: Tensor, count: int, bn: NormSettings) -> Tensor:
+def share_coef(grads: Pair, coef: Tensor, norm: Tensor, count: int, bn: NormSettings) -> Tensor:
     """`coef` of this process's sums, or, where statistics are those of a group of processes, of everybody's."""
     if not bn.batch_statistics or bn.group is None:
         return coef
-    total = grads.new_empty(grads.numel() + 1) if writing() else ranks.total_of_sums(grads, count, bn.group)
+    total = norm.new_empty(2 * norm.shape[1] + 1) if writing() else ranks.total_of_sums(grads, count, bn.group)
     return synchronised.bn_coef(total, norm)
 
 
@@ -223,7 +226,7 @@ def nhwc(x: Tensor) -> Tensor:
 
 def bn_backward(
     dy: Tensor, u: Tensor, norm: Tensor, keep: Tensor | None, activation: str, bn: NormSettings
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Pair, Tensor]:
     """(grads, coef) of act(norm(u)) * keep: the two reductions of BatchNorm's backward."""
     sums = batch_norm.bn_act_bwd_reduce(dy, u, norm, keep, activation)
     grads, coef, _ = end_norm_backward(sums, norm, u.numel() // u.shape[3], bn)
@@ -235,7 +238,7 @@ class ProjectGradients(NamedTuple):
 
     du2: Tensor
     weight: Tensor | None
-    bn2: Tensor
+    bn2: Pair
     excite: tuple[Tensor | None, ...]
 
 
@@ -264,7 +267,7 @@ def project_backward_from(
     if excite is None or excite_weights is None:
         grads2, coef2, _ = end_norm_backward(sums.flatten(0, 1), norm2, n * h * w, bn2)
     else:
-        offset, bn, *d_excite = excite_backward.excite_bwd(
+        offset, ended, *d_excite = excite_backward.excite_bwd(
             sums=sums,
             act_sums=excite.act_sums,
             pooled=excite.pooled,
@@ -277,8 +280,8 @@ def project_backward_from(
             norm=norm2,
             batch_statistics=bn2.batch_statistics,
         )
-        assert bn is not None
-        grads2, coef2 = bn[0], share_coef(bn[0], bn[1], norm2, n * h * w, bn2)
+        assert ended is not None
+        grads2, coef2 = ended[:2], share_coef(ended[:2], ended[2], norm2, n * h * w, bn2)
     du2, d_weight = project_backward.project_bwd_data(
         da3, du3, weight, u2, norm2, coef2, gate, offset, activation, weight_gradient
     )
@@ -295,7 +298,7 @@ def depthwise_backward(
     activation: str,
     geometry: Geometry,
     bn: NormSettings | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Pair | None, Tensor | None]:
     """(dv, weight gradient, grads, coef) for the BatchNorm of x; without `in_norm` dv is dx (+ residual)."""
     dv, dw, sums = depthwise.depthwise_bwd(
         dy=dy,
