@@ -36,7 +36,6 @@ SHORTER: dict[Any, Callable[..., Any]] = {
     aten.view.default: Tensor.view,
     aten.t.default: Tensor.t,
     aten.permute.default: Tensor.permute,
-    aten.unbind.int: Tensor.unbind,
     aten.mm.out: torch.mm,
     aten.mm.dtype_out: torch.mm,
     aten.addmm.out: torch.addmm,
