@@ -77,9 +77,9 @@ class Part:
     `forward(x, shortcut, keep, weights, statistics, settings)` returns the output, which is [N, C, H, W] in
     channels_last as all others are [N, H, W, C], and what is saved beside x;
     `backward(dy, x, keep, saved, weights, settings, needs)` the gradients of x and the weights, those at least that
-    `needs` has True for; `infer(x, shortcut, weights, statistics,
-    settings)` the output, with running statistics. The `fake_` ones give tensors of the same shapes and dtypes,
-    `present(x, weights, settings)` says which of `saved` are there. `weights` and `saved` are of the types named here.
+    `needs` has True for; `infer(x, shortcut, weights, statistics, settings)` the output, with running statistics. The
+    `fake_` ones give tensors of the same shapes and dtypes, `present(x, weights, settings)` says which of `saved` are
+    there. `weights` and `saved` are of the types named here.
     """
 
     name: str

@@ -61,6 +61,11 @@ def run(key: Any, function: Callable[[], Flat], tensors: Flat) -> Flat:
     return function() if done is None else done
 
 
+def made() -> list[Plan]:
+    """The plans that there are, the oldest first; each one's `source` can be read."""
+    return [plan for plan in _plans.values() if isinstance(plan, Plan)]
+
+
 def forget() -> None:
     """Make every plan anew."""
     _plans.clear()

@@ -72,6 +72,7 @@ class _Writer:
         self.names: dict[str, Any] = {
             "empty": torch.empty, "empty_strided": torch.empty_strided, "profiled": launching.profiled,
         }  # fmt: skip
+        self._devices: dict[torch.device, torch.device] = {}
         self._device = next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
         self._origins, self._inputs, self._outputs = recorder.origins, range(len(tensors)), outputs
         self._returned = {slot for slot in outputs if slot is not None}
@@ -152,11 +153,12 @@ class _Writer:
             return f"t{argument.number}"
         if isinstance(argument, list):
             return f"[{', '.join(map(self._text, argument))}]"
-        if argument is None or type(argument) in (bool, int, str):
+        if argument is None or type(argument) in (bool, int, str) or _is_finite(argument):
             return repr(argument)
         return self._named(argument, type(argument).__name__)
 
     def _kind(self, dtype: torch.dtype, device: torch.device) -> str:
+        device = self._devices.setdefault(device, device)
         return f"dtype={self._named(dtype, str(dtype).rpartition('.')[2])}, device={self._named(device, 'device')}"
 
     def _named(self, value: Any, name: str) -> str:
@@ -216,6 +218,10 @@ class _Writer:
         ]
         room, begins = lay_out([(step.bytes, i, self._last.get(step.slot, i)) for i, step in small])
         return room, {step.slot: begin for (_, step), begin in zip(small, begins, strict=True)}
+
+
+def _is_finite(argument: Any) -> bool:
+    return type(argument) is float and math.isfinite(argument)
 
 
 def lay_out(spans: Sequence[tuple[int, int, int]]) -> tuple[int, list[int]]:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 import weakref
 from dataclasses import dataclass, field
 
@@ -96,8 +97,7 @@ def test_a_replay_is_what_launchers_do(row, device, monkeypatch):
     ours = call(module, third, row)
     with launching.watching():
         assert_equal(ours, call(other, third, row))
-    made = [plan for plan in plans._plans.values() if isinstance(plan, plans.Plan)]
-    assert len(made) == (2 if row.training else 1)
+    assert len(plans.made()) == (2 if row.training else 1)
 
 
 def test_parts_of_their_own_are_replayed_too(device):
@@ -115,7 +115,7 @@ def test_parts_of_their_own_are_replayed_too(device):
         ours = both(x)
         with launching.watching():
             assert all(map(torch.equal, ours, both(x)))
-    assert sum(isinstance(plan, plans.Plan) for plan in plans._plans.values()) == 4
+    assert len(plans.made()) == 4
 
 
 def test_blocks_of_one_shape_share_their_plans(device):
@@ -123,7 +123,7 @@ def test_blocks_of_one_shape_share_their_plans(device):
     row = ROWS["residual"]
     for _ in range(2):
         call(build(row, device), normal(2, 4, 3, 3, dtype=torch.float32, device=device), row)
-    assert len(plans._plans) == 2 and all(isinstance(plan, plans.Plan) for plan in plans._plans.values())
+    assert len(plans._plans) == len(plans.made()) == 2
 
 
 def test_a_pointer_of_another_alignment_takes_the_launchers(device):
@@ -170,6 +170,22 @@ def test_new_tiles_are_asked_for(device):
     with tables.answered_by(lambda question: asked.append(question) or question.default):
         call(module, x, row)
     assert asked
+
+
+def test_a_plan_can_be_read(device):
+    """Its source is the launches in their order, with what is let go between them."""
+    plans.forget()
+    row, module = ROWS["residual"], build(ROWS["residual"], device)
+    x = normal(2, 4, 3, 3, dtype=torch.float32, device=device)
+    for _ in range(2):
+        call(module, x, row)
+    forward, backward = (plan.source for plan in plans.made())
+    launched = re.compile(r"^ +(_[a-z_]+_kernel)(?:_\d+)?[\[(]", re.MULTILINE)
+    with launching.written() as launches:
+        module(x)
+    names = [launch.function.__name__ for launch in launches]
+    assert launched.findall(forward) == names and len(names) > 6
+    assert launched.findall(backward)[0] == "_bn_act_bwd_reduce_kernel" and " = None\n" in backward
 
 
 def test_a_plan_keeps_nothing_of_a_call(device):
