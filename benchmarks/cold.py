@@ -64,9 +64,7 @@ def distinct(model: str, batch: int, dtype: torch.dtype, arch: int) -> dict[str,
             x = torch.empty(batch, shape.in_channels, shape.size, shape.size, dtype=dtype)
             x = x.to(memory_format=torch.channels_last)
             for one in ahead.model_launches(x, block, "fast", "train"):
-                found.setdefault(
-                    Specialised.of(shape.name, one.function, (), {"grid": (1,), **one.arguments}, arch).key, one
-                )
+                found.setdefault(Specialised.of(shape.name, one.function, (1,), one.arguments, arch).key, one)
     return found
 
 

@@ -11,19 +11,7 @@ import fastmbconv
 from fastmbconv import dispatch
 from fastmbconv.kernels import launching, library
 
-Seen = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
-
-
-@contextmanager
-def observed(seen: Seen, *, run: bool) -> Iterator[None]:
-    """Call `seen(kernel, args, kwargs)` for each launch inside the block, its grid in kwargs; run it only if `run`."""
-
-    def launch(kernel: Any, grid: tuple[int, ...], given: dict[str, Any]) -> Any:
-        seen(kernel, (), {"grid": grid, **given})
-        return kernel[grid](**given) if run else None
-
-    with launching.hooked(launch):
-        yield
+Seen = Callable[[Any, tuple[int, ...], dict[str, Any]], Any]  # kernel, grid, arguments
 
 
 @contextmanager
@@ -33,7 +21,7 @@ def caught(seen: Seen) -> Iterator[None]:
         mock.patch.object(dispatch, "device_reason", lambda x: None),
         mock.patch.object(library, "compute", lambda *_: None),
         fastmbconv.backend("triton"),
-        observed(seen, run=False),
+        launching.hooked(seen),
     ):
         yield
 
@@ -43,8 +31,9 @@ def counted() -> Iterator[dict[str, int]]:
     """Kernel names and how often each was launched inside the block."""
     counts: dict[str, int] = {}
 
-    def count(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def count(kernel: Any, grid: tuple[int, ...], given: dict[str, Any]) -> Any:
         counts[kernel.__name__] = counts.get(kernel.__name__, 0) + 1
+        return kernel[grid](**given)
 
-    with observed(count, run=True):
+    with launching.hooked(count):
         yield counts

@@ -93,14 +93,13 @@ class Specialised:
     arguments: issue.Arguments
 
     @classmethod
-    def of(cls, shape: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arch: int) -> Specialised:
+    def of(cls, shape: str, kernel: Any, grid: tuple[int, ...], given: dict[str, Any], arch: int) -> Specialised:
         backend = make_backend(GPUTarget("cuda", arch, 32))
-        grid, kwargs = kwargs["grid"], {"debug": False, **{k: v for k, v in kwargs.items() if k != "grid"}}
-        bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
-            *args, **kwargs
-        )
+        given = {"debug": False, **given}
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, options = bind(**given)
         arguments = {k: v for k, v in bound.items() if not isinstance(v, torch.Tensor)} | {"grid": grid}
-        options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
+        options, signature, constexprs, attrs = kernel._pack_args(backend, given, bound, specialization, options)
         return cls(shape, kernel, arch, signature, constexprs, attrs, options, arguments)
 
     @property
@@ -128,8 +127,8 @@ def launches(shape: Shape, dtype: torch.dtype, archs: list[int], *, ops: bool = 
 def _launches(shape: Shape, dtype: torch.dtype, arch: int, ops: bool) -> list[Specialised]:
     found: list[Specialised] = []
 
-    def keep(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(Specialised.of(shape.name, kernel, args, kwargs, arch))
+    def keep(kernel: Any, grid: tuple[int, ...], given: dict[str, Any]) -> None:
+        found.append(Specialised.of(shape.name, kernel, grid, given, arch))
 
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     dense = (subjects.fused_mbconv, subjects.fused_mbconv_excited, subjects.fused_mbconv_single)

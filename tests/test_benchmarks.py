@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import launches, registry, step_profile, subjects
+from benchmarks import registry, step_profile, subjects
 from benchmarks.comparison import Comparison, Plan
 from benchmarks.record import read
 from fastmbconv import functional, parity
@@ -156,10 +156,10 @@ def test_tf32_is_judged_by_the_digits_that_it_has():
 def test_warm_ups_are_no_launches():
     seen, function = [], SimpleNamespace(__name__="kernel", warmup=lambda grid: None)
     kernel = launching.kernel(function)
-    with launches.observed(lambda kernel, args, kwargs: seen.append((kernel, kwargs)), run=False):
+    with launching.hooked(lambda *launch: seen.append(launch)):
         kernel.warmup(grid=(1,))
         kernel[(1,)](x=2)
-    assert seen == [(function, {"grid": (1,), "x": 2})]
+    assert seen == [(function, (1,), {"x": 2})]
 
 
 def test_a_block_that_ended_a_process_runs_eager_in_a_model(monkeypatch):

@@ -59,8 +59,8 @@ class Launches(list):
         self.names = {tensor.untyped_storage().data_ptr(): name for name, tensor in kept.items()}
         self.made = []  # alive, so that no later tensor gets their memory
 
-    def see(self, kernel, args, kwargs):
-        described = tree_map_only(Tensor, self._described, {**dict(enumerate(args)), **kwargs})
+    def see(self, kernel, grid, given):
+        described = tree_map_only(Tensor, self._described, {"grid": grid, **given})
         self.append((kernel.__name__, str(described)))
 
     def _described(self, tensor):

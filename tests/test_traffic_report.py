@@ -185,8 +185,8 @@ KINDS = [
 def test_launchers_state_what_their_launches_are_given(make, shape):
     given = []
 
-    def seen(kernel, args, kwargs):
-        tensors = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t) and t.is_floating_point()]
+    def seen(kernel, grid, arguments):
+        tensors = [t for t in arguments.values() if torch.is_tensor(t) and t.is_floating_point()]
         given.append((kernel.__name__.removeprefix("_").removesuffix("_kernel"), Counter(t.nbytes for t in tensors)))
 
     subject = make(shape)

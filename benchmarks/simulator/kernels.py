@@ -103,13 +103,12 @@ def collect(shape: Shape, phases: tuple[str, ...], memory: Memory = "fast") -> l
         mine: list[tuple[int, Work]] = []
         kinds: dict[int, dict[str, Kind]] = {}
 
-        def keep(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            special = Specialised.of(shape.name, kernel, args, dict(kwargs), ARCH)
-            arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-            tensors = {k: v.nbytes for k, v in arguments.items() if isinstance(v, torch.Tensor)}
-            rest = (tuple(kwargs["grid"]), special.arguments, tensors)
+        def keep(kernel: Any, grid: tuple[int, ...], given: dict[str, Any]) -> None:
+            special = Specialised.of(shape.name, kernel, grid, given, ARCH)
+            tensors = {k: v.nbytes for k, v in given.items() if isinstance(v, torch.Tensor)}
+            rest = (grid, special.arguments, tensors)
             one = Work(shape.name, shape.count, phase, kernel.__name__, 0, None, special, *rest)
-            kinds[len(stated)] = {k: (tuple(arguments[k].shape), arguments[k].dtype) for k in tensors}
+            kinds[len(stated)] = {k: (tuple(given[k].shape), given[k].dtype) for k in tensors}
             mine.append((len(stated), one))
 
         with caught(keep), recorded() as stated:
