@@ -47,7 +47,7 @@ def dense_mbconv(x: Tensor, block: DenseBlock, *, eager: Callable[[Tensor], Tens
         ValueError, RuntimeError: as `functional.mbconv` does.
     """
     compute = compute_dtype(x)
-    ready = find_prepared(x, block, "fast", compute, lambda: _prepare(x, block, compute), asked=False)
+    ready = find_prepared(x, block, "fast", compute, lambda: _prepare(x, block, compute))
     if ready is None:
         return reference.dense_mbconv(x, block) if eager is None else eager(x)
     checks.check_dense_input(x, block)

@@ -57,9 +57,7 @@ def mbconv(
             checks.check_block(x, block)
         return prepare_mbconv(x, block, memory, compute)
 
-    ready = find_prepared(
-        x, block, memory, compute, prepare, asked=eager is not None and dispatch.get_backend() == "auto"
-    )
+    ready = find_prepared(x, block, memory, compute, prepare)
     if ready is None:
         return reference.mbconv(x, block) if eager is None else eager(x)
     step: ahead.Step = "infer" if ready.fixed and not needs_grad(x, *ready.weights) else "train"

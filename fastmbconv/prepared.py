@@ -57,13 +57,13 @@ class Prepared:
         self.counts = [count for count in counts if count is not None]
         self.moving = list_moved(self.settings, self.statistics)
         tensors = [t for t in (*self.weights, *self.statistics) if t is not None]
-        self._unchanged = watch(tensors) if plain else None
+        self._unchanged = watch(tensors) if plain else lambda: False
         self._now, self._epoch = epoch, epoch()
         self.submitted: set[str] = set()
 
     def holds(self) -> bool:
         """Whether the block's tensors, and what launchers go by beside them, are what they were."""
-        return self._now() == self._epoch and self._unchanged is not None and self._unchanged()
+        return self._now() == self._epoch and self._unchanged()
 
 
 def watch(tensors: Sequence[Tensor]) -> Callable[[], bool]:
@@ -116,17 +116,13 @@ def find_prepared(
     memory: Memory,
     compute: torch.dtype,
     prepare: Callable[[], Prepared | None],
-    asked: bool,
 ) -> Prepared | None:
-    """What the block remembers of images like x, else what `prepare` makes: None where eager takes the call.
-
-    `asked` says that the caller has asked `dispatch.call_reason` about x.
-    """
+    """What the block remembers of images like x, else what `prepare` makes: None where eager takes the call."""
     if not dispatch.plain(x):  # sizes may be symbols
         return prepare()
     key = (x.shape, x.dtype, x.device, compute, memory)
     found = block.calls.get(key)
-    if found is not None and found.holds() and (asked or dispatch.call_reason(x) is None):
+    if found is not None and found.holds() and dispatch.call_reason(x) is None:
         return found
     found = prepare()
     if found is not None:

@@ -12,7 +12,8 @@ from agreement import randomised
 from test_swap_traps import lukemelas_block, timm_block, torchvision_block, transformers_block
 from torch import nn
 
-from fastmbconv import ahead, call, functional, fuse, prepared, readings
+import fastmbconv
+from fastmbconv import ahead, call, dispatch, functional, fuse, prepared, readings, reference
 from fastmbconv.mbconv import MBConv
 
 
@@ -160,8 +161,22 @@ def test_guards_that_miss_a_change_are_not_used(monkeypatch):
     prepared._has_guards.cache_clear()
 
 
-def test_who_changes_the_mode_is_prepared_for_again(seen):
-    """A guard of one mode says no in another: never a wrong yes, and no error."""
+def test_a_remembered_block_runs_eager_in_a_transform(seen, monkeypatch):
+    """Called as data, without a module that asks first; guards of torch's would notice."""
+    monkeypatch.setattr(prepared, "_has_guards", lambda: False)
+    monkeypatch.setattr(dispatch, "device_reason", lambda x: None)
+    block, x = MBConv(4, 4).eval().describe(), torch.randn(2, 4, 3, 3)
+
+    def run(x):
+        return functional.mbconv(x, block, eager=lambda x: reference.mbconv(x, block))
+
+    with fastmbconv.backend("auto"):
+        assert isinstance(run(x), Seen) and isinstance(run(x), Seen)
+        assert torch.func.grad(lambda x: run(x).sum())(x).shape == x.shape
+
+
+def test_modes_that_take_turns_take_the_kernels(seen):
+    """A guard of one mode says no in another: the block is prepared again."""
     block, x = MBConv(4, 4).eval(), torch.randn(2, 4, 3, 3)
     for mode in (torch.no_grad, torch.inference_mode, torch.no_grad):
         with mode():
