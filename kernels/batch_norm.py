@@ -138,26 +138,12 @@ def _bn_finalize_kernel(
 @kernel
 @triton.jit
 def _bn_bwd_finalize_kernel(
-    sums_ptr,
-    norm_ptr,
-    dw_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    coef_ptr,
-    dw_sum_ptr,
-    P,
-    C,
-    WIDTH,
-    count,
-    BATCH: tl.constexpr,
-    ACC: tl.constexpr,
-    BP: tl.constexpr,
-    BC: tl.constexpr,
-    BQ: tl.constexpr,
-    BW: tl.constexpr,
-    ALIGN: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    sums_ptr, norm_ptr, dw_ptr,
+    dweight_ptr, dbias_ptr, coef_ptr, dw_sum_ptr,
+    P, C, WIDTH, count,
+    BATCH: tl.constexpr, ACC: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr, BQ: tl.constexpr, BW: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     C = tl.multiple_of(C, ALIGN)
     blocks = (C + BC - 1) // BC
     if tl.program_id(0) < blocks:
@@ -480,7 +466,8 @@ def bn_act_bwd(
     `norm` is for the activation alone.
     """
     n, h, w, c = dy.shape
-    du, traits = torch.empty_like(dy), dict(activation=activation, keep=keep is not None, u=u is not None)
+    du = torch.empty_like(dy)
+    traits = dict(activation=activation, keep=keep is not None, u=u is not None)
     tiles = chosen("bn_act_bwd", dy, row_tiles, (n * h * w, c), **traits)
     _bn_act_bwd_kernel[(cdiv(n * h * w, tiles["BM"]), cdiv(c, tiles["BC"]))](
         dy_ptr=dy,

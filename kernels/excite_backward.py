@@ -178,7 +178,7 @@ def excite_bwd(
     activation: str,
     norm: Tensor | None = None,
     batch_statistics: bool = False,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, tuple[tuple[Tensor, Tensor], Tensor] | None, Tensor, Tensor, Tensor, Tensor]:
     """Backward of pool and excite from `sums` [P, N, 3, C] and `act_sums` [N, 2, C], or [P, N, 1, C] of da * a.
 
     Returns (offset [N, C], the pool's gradient per pixel; gradients of weight and bias [C] and coef [4, C] of the
@@ -211,8 +211,8 @@ def excite_bwd(
         **tiles,
     )
     state("excite_bwd", (sums, gate, expand_weight), (dq, dz, gated))
-    bn = None if norm is None else (gate.new_empty(c), gate.new_empty(c), gate.new_empty(4, c))
-    d_weight, d_bias, coef = (None,) * 3 if bn is None else bn
+    bn = None if norm is None else ((gate.new_empty(c), gate.new_empty(c)), gate.new_empty(4, c))
+    (d_weight, d_bias), coef = bn or ((None, None), None)
     d_reduce, d_reduce_bias = gate.new_empty(reduced, c), gate.new_empty(reduced)
     d_expand, d_expand_bias = gate.new_empty(c, reduced), gate.new_empty(c)
     tiles = finish_tiles(n, c, reduced)

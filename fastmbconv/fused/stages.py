@@ -267,7 +267,7 @@ def project_backward_from(
     if excite is None or excite_weights is None:
         grads2, coef2, _ = end_norm_backward(sums.flatten(0, 1), norm2, n * h * w, bn2)
     else:
-        offset, ended, *d_excite = excite_backward.excite_bwd(
+        offset, bn, *d_excite = excite_backward.excite_bwd(
             sums=sums,
             act_sums=excite.act_sums,
             pooled=excite.pooled,
@@ -280,8 +280,8 @@ def project_backward_from(
             norm=norm2,
             batch_statistics=bn2.batch_statistics,
         )
-        assert ended is not None
-        grads2, coef2 = ended[:2], share_coef(ended[:2], ended[2], norm2, n * h * w, bn2)
+        assert bn is not None
+        grads2, coef2 = bn[0], share_coef(bn[0], bn[1], norm2, n * h * w, bn2)
     du2, d_weight = project_backward.project_bwd_data(
         da3, du3, weight, u2, norm2, coef2, gate, offset, activation, weight_gradient
     )
