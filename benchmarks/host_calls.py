@@ -79,7 +79,7 @@ def blocks(training: bool, drop_path: float = 0.0) -> tuple[nn.Module, nn.Module
     return both[0], fastmbconv.unfuse(both[1])
 
 
-def one_pixel() -> Call:
+def make_cpu_call() -> Call:
     """Eager's training on CPU tensors of two images of one pixel: all of its operators' work, and hardly a sum."""
     module = fastmbconv.unfuse(MBConv(CHANNELS, CHANNELS)).train()
     return Calls(module, 2, WIDE, device="cpu", side=1).train
@@ -135,7 +135,7 @@ def launches_of(device: cuda.Device, call: Call) -> int:
     return device.launches() - before
 
 
-def launching() -> Call:
+def make_launches() -> Call:
     """An inference block's operator by its plan, allocations included, some times over."""
     x, (module, _) = image(1, CHANNELS, torch.bfloat16), blocks(False)
     block = module.bfloat16().describe()
@@ -159,7 +159,7 @@ def measure(library: ctypes.CDLL, count: int) -> tuple[list[dict[str, Any]], dic
     torch.set_num_threads(1)
     names, fused, eager = zip(*cases(), strict=True)
     pairs = [call for pair in zip(fused, eager, strict=True) for call in pair]
-    *samples, on_cpu, launched = fastest([*pairs, one_pixel(), launching()], count)
+    *samples, on_cpu, launched = fastest([*pairs, make_cpu_call(), make_launches()], count)
     launches = [launches_of(device, call) for call in fused]
     rows = [row(*of) for of in zip(names, samples[::2], samples[1::2], launches, strict=True)]
     training, inference = rows[0], next(one for one in rows if one["what"].startswith("inference"))

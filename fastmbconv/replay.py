@@ -85,12 +85,15 @@ class _Writer:
         self._steps = steps
 
     def source(self) -> str:
-        lines = [*self._beginning()]
+        lines, kept = [*self._beginning()], {*self._inputs, *self._returned, *self._offsets}
+        known = {*self._inputs, *self._offsets}  # whose pointers were read
         for i, step in enumerate(self._steps):
             if isinstance(step, Allocate) and step.slot in self._offsets:
                 continue
-            lines += self._written(step)
-            kept = {*self._inputs, *self._returned, *self._offsets}
+            lines.append(self._written(step))
+            made = () if isinstance(step, Launch) else step.slots
+            lines += [f"p{slot} = t{slot}.data_ptr()" for slot in made if slot in self._pointed - known]
+            known.update(made)
             lines += [f"t{slot} = None" for slot, at in self._last.items() if at == i and slot not in kept]
         found = ", ".join("None" if slot is None else f"t{slot}" for slot in self._outputs)
         head = f"def replay({', '.join(f't{slot}' for slot in self._inputs)}):"
@@ -109,28 +112,30 @@ class _Writer:
             self.names["current_stream"] = driver.active.get_current_stream
             yield f"stream = current_stream({self._device.index or 0})"
 
-    def _written(self, step: Step) -> Iterable[str]:
+    def _written(self, step: Step) -> str:
         if isinstance(step, Allocate):
-            yield f"t{step.slot} = empty_strided({step.size}, {step.stride}, {self._kind(step.dtype, step.device)})"
-        elif isinstance(step, Operate):
-            targets = ", ".join(f"t{slot}" for slot in step.slots)
-            if isinstance(step.function._schema.returns[0].type, torch.ListType):  # maybe of one
-                targets += ","
-            function = SHORTER.get(step.function, step.function)
-            if step.function is aten._to_copy.default and step.kwargs.keys() == {"dtype"}:
-                function = Tensor.to
-            arguments = [self._text(one) for one in step.args]
-            arguments += [f"{name}={self._text(one)}" for name, one in step.kwargs.items()]
-            name = self._named(function, step.function._schema.name.rpartition("::")[2])
-            yield f"{targets} = {name}({', '.join(arguments)})"
-        elif INTERPRETED:
-            start = self._named(launching.kernel(step.function), step.function.__name__)
-            given = ", ".join(f"{name}={self._text(one)}" for name, one in step.given.items())
-            yield f"{start}[{step.grid}]({given})"
-        else:
-            yield self._launch(step)
-        if not isinstance(step, Launch):
-            yield from (f"p{slot} = t{slot}.data_ptr()" for slot in step.slots if slot in self._pointed)
+            return f"t{step.slot} = empty_strided({step.size}, {step.stride}, {self._kind(step.dtype, step.device)})"
+        if isinstance(step, Operate):
+            return self._operate(step)
+        return self._interpret(step) if INTERPRETED else self._launch(step)
+
+    def _operate(self, step: Operate) -> str:
+        schema, kwargs = step.function._schema, step.kwargs
+        targets = ", ".join(f"t{slot}" for slot in step.slots)
+        if isinstance(schema.returns[0].type, torch.ListType):  # maybe of one
+            targets += ","
+        function = SHORTER.get(step.function, step.function)
+        if step.function is aten._to_copy.default and kwargs.keys() == {"dtype"}:
+            function, kwargs = Tensor.to, {**kwargs, "copy": True}
+        arguments = [self._text(one) for one in step.args]
+        arguments += [f"{name}={self._text(one)}" for name, one in kwargs.items()]
+        name = self._named(function, schema.name.rpartition("::")[2])
+        return f"{targets} = {name}({', '.join(arguments)})"
+
+    def _interpret(self, step: Launch) -> str:
+        start = self._named(launching.kernel(step.function), step.function.__name__)
+        given = ", ".join(f"{name}={self._text(one)}" for name, one in step.given.items())
+        return f"{start}[{step.grid}]({given})"
 
     def _launch(self, step: Launch) -> str:
         compiled, name = step.compiled, step.function.__name__
