@@ -102,15 +102,15 @@ def train(x: Tensor, block: Block, memory: Memory) -> Tensor:
     """A training step's launches, forward and backward; no seed is drawn, no batch counted. The output."""
     from fastmbconv import functional
     from fastmbconv.fused import mbconv
+    from fastmbconv.fused.stages import nhwc
 
     ready = functional.prepare_mbconv(x, block, memory, compute := functional.compute_dtype(x))
     weights, statistics, settings = ready.weights, ready.statistics, ready.settings
     drops = block.residual and block.drop is not None
     keep = x.new_empty(x.shape[0], dtype=torch.float32) if drops else None
-    image = x.to(compute).permute(0, 2, 3, 1).contiguous()
+    image = nhwc(x.to(compute))
     y, saved = mbconv.forward(image, None, keep, weights, statistics, settings)
-    dy = y.permute(0, 2, 3, 1).contiguous()
-    mbconv.backward(dy, image, keep, saved, weights, settings, (True,) * (1 + len(weights)))
+    mbconv.backward(nhwc(y), image, keep, saved, weights, settings, (True,) * (1 + len(weights)))
     return y
 
 

@@ -21,14 +21,13 @@ folded, 5 fused. `fastmbconv.traffic.count_dense` counts a given block.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastmbconv import checks, dispatch, reference
 from fastmbconv.block import DenseBlock
-from fastmbconv.functional import compute_dtype, needs_grad, run_prepared, use_kernels
+from fastmbconv.functional import choose_step, compute_dtype, run_prepared, use_kernels
 from fastmbconv.prepared import Prepared, find_prepared
 
 
@@ -53,8 +52,7 @@ def dense_mbconv(x: Tensor, block: DenseBlock, *, eager: Callable[[Tensor], Tens
     checks.check_dense_input(x, block)
     u = block.conv(x.contiguous(memory_format=torch.channels_last))
     checks.check_dense(x, u, block)
-    step: Literal["infer", "train"] = "infer" if ready.fixed and not needs_grad(u, x, *ready.weights) else "train"
-    return run_prepared(x, u, block, ready, step, x if ready.settings.residual else None)
+    return run_prepared(x, u, block, ready, choose_step(ready, u, x), x if ready.settings.residual else None)
 
 
 def _prepare(x: Tensor, block: DenseBlock, compute: torch.dtype) -> Prepared | None:

@@ -60,7 +60,7 @@ def mbconv(
     ready = find_prepared(x, block, memory, compute, prepare)
     if ready is None:
         return reference.mbconv(x, block) if eager is None else eager(x)
-    step: ahead.Step = "infer" if ready.fixed and not needs_grad(x, *ready.weights) else "train"
+    step = choose_step(ready, x)
     ahead.block_called(x, block, memory, step, ready)
     return run_prepared(x, x, block, ready, step)
 
@@ -72,6 +72,11 @@ def prepare_mbconv(x: Tensor, block: Block, memory: Memory, compute: torch.dtype
     lean = keeps_nothing(x, block, memory, compute)
     described = mbconv.describe(block, block.residual and compute == x.dtype, lean)
     return Prepared(x, block, (block.bn1, block.bn2, block.bn3), described, compute)
+
+
+def choose_step(ready: Prepared, *images: Tensor) -> ahead.Step:
+    """Whether a call keeps what a backward needs."""
+    return "infer" if ready.fixed and not needs_grad(*images, *ready.weights) else "train"
 
 
 def run_prepared(
