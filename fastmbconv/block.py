@@ -13,7 +13,8 @@ from fastmbconv import ranks
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Activation = Literal["none", "silu", "relu", "relu6"]
+Activation = Literal["none", "silu", "relu", "relu6", "hardswish", "gelu", "gelu_tanh"]
+Gate = Literal["sigmoid", "hardsigmoid"]
 Padding = int | tuple[int, int] | Literal["same"]
 Memory = Literal["fast", "lean"]
 
@@ -25,6 +26,8 @@ class BatchNorm:
     `weight`, `bias`, `running_mean`, `running_var` are [C] or None; `momentum` None means the cumulative average.
     `training` is the module's own flag: a frozen BN inside a training model has False. With a `process_group` the
     batch's statistics, in training, are those of all its processes' batches; each must make the same calls.
+    `conv_bias` [C] is the bias of the convolution in front of it, where that has one: part of the shift, and of the
+    running mean.
     """
 
     weight: Tensor | None
@@ -36,9 +39,10 @@ class BatchNorm:
     momentum: float | None
     training: bool
     process_group: ProcessGroup | None = None
+    conv_bias: Tensor | None = None
 
     @classmethod
-    def of(cls, module: nn.BatchNorm2d | nn.SyncBatchNorm) -> BatchNorm:
+    def of(cls, module: nn.BatchNorm2d | nn.SyncBatchNorm, conv_bias: Tensor | None = None) -> BatchNorm:
         """Describe a module; nothing is copied. Statistics that it holds but does not track stay out of training."""
         tracked = module.track_running_stats or not module.training
         return cls(
@@ -51,6 +55,7 @@ class BatchNorm:
             momentum=module.momentum,
             training=module.training,
             process_group=ranks.group_of(module) if isinstance(module, nn.SyncBatchNorm) else None,
+            conv_bias=conv_bias,
         )
 
     @property
@@ -71,9 +76,9 @@ class BatchNorm:
 
 @dataclass(frozen=True, slots=True)
 class SqueezeExcite:
-    """Weights of a squeeze-and-excitation path with a sigmoid gate.
+    """Weights of a squeeze-and-excitation path.
 
-    reduce [R, C, 1, 1], expand [C, R, 1, 1], biases [R] and [C].
+    reduce [R, C, 1, 1], expand [C, R, 1, 1], biases [R] and [C]; [R, C] and [C, R] where they are linear layers'.
     """
 
     reduce_weight: Tensor
@@ -81,11 +86,31 @@ class SqueezeExcite:
     expand_weight: Tensor
     expand_bias: Tensor
     activation: Activation = "silu"
+    gate: Gate = "sigmoid"
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A depthwise convolution and its BatchNorm in front of a block: MobileNetV4's universal inverted bottleneck.
+
+    `weight` is [C_in, 1, K, K]; there is no activation.
+    """
+
+    weight: Tensor
+    bn: BatchNorm
+    stride: int
+    padding: Padding
+
+    @property
+    def kernel_size(self) -> int:
+        return self.weight.shape[-1]
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One MBConv block as data: [expand 1x1, BN, act], depthwise KxK, BN, act, [SE], project 1x1, BN, [drop, + x].
+    """One MBConv block as data.
+
+    [depthwise, BN,] [expand 1x1, BN, act], depthwise KxK, BN, act, [SE], project 1x1, BN, [act,] [drop, + x]
 
     Args:
         expand_weight: [C, C_in, 1, 1], or None for a block without expansion (then `bn1` is None too).
@@ -93,9 +118,13 @@ class Block:
         project_weight: [C_out, C, 1, 1].
         padding: pixels on every side, or a pair (top and left, bottom and right), or "same" for TensorFlow's SAME (at
             any resolution).
+        activation: behind the expansion's BatchNorm.
         residual: add the block's input to its output (stride 1, C_in == C_out).
         drop: stochastic depth: each sample's factor, in its dtype or a wider one, from a tensor [N, 1, 1, 1] of ones;
             None if inactive.
+        depthwise_activation: behind the depthwise convolution's; None: as `activation`.
+        project_activation: behind the projection's, before stochastic depth and the shortcut.
+        start: what stands in front of all this; the shortcut is what comes before it.
 
     `calls` is what functional.py remembers of the block's calls.
     """
@@ -112,7 +141,15 @@ class Block:
     activation: Activation
     residual: bool
     drop: Callable[[Tensor], Tensor] | None = None
+    depthwise_activation: Activation | None = None
+    project_activation: Activation = "none"
+    start: Start | None = None
     calls: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def activations(self) -> tuple[Activation, Activation, Activation]:
+        """Behind the expansion's, the depthwise convolution's and the projection's BatchNorm."""
+        return self.activation, self.depthwise_activation or self.activation, self.project_activation
 
     @property
     def kernel_size(self) -> int:
@@ -125,14 +162,14 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class DenseBlock:
-    """A Fused-MBConv block as data: dense KxK conv, BN, act, [SE], [project 1x1, BN], [drop, + x].
+    """A Fused-MBConv block as data: dense KxK conv, BN, act, [SE], [project 1x1, BN, [act]], [drop, + x].
 
     Args:
-        conv: the convolution's module, [N, C_in, H, W] -> [N, C, H', W'], without a bias; `weight`, `stride` and
-            `padding` are its own.
+        conv: the convolution's module, [N, C_in, H, W] -> [N, C, H', W']; `weight`, `stride` and `padding` are its own,
+            and a bias that it adds itself is none of `bn1`.
         project_weight: [C_out, C, 1, 1], or None for a block that ends after its activation (then `bn2` and `se` are
             None too).
-        drop: as in `Block`.
+        drop, project_activation: as in `Block`.
     """
 
     conv: nn.Module
@@ -146,7 +183,13 @@ class DenseBlock:
     activation: Activation
     residual: bool
     drop: Callable[[Tensor], Tensor] | None = None
+    project_activation: Activation = "none"
     calls: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def activations(self) -> tuple[Activation, Activation]:
+        """Behind the convolution's and the projection's BatchNorm."""
+        return self.activation, self.project_activation
 
     @property
     def kernel_size(self) -> int:

@@ -29,12 +29,19 @@ def check_block(x: Tensor, block: Block) -> None:
     """Everything `functional.mbconv` needs of its arguments; ValueError otherwise."""
     hidden = block.depthwise_weight.shape[0]
     _check_image(x, block.in_channels)
+    size = (x.shape[2], x.shape[3])
+    if (start := block.start) is not None:
+        own = "block.start."
+        size = _check_geometry(f"{own}weight", x, size, start.weight, x.shape[1], start.stride, start.padding, own)
+        _check_batch_norm(f"{own}bn", start.bn, x.shape[1], x, x.shape[0] * size[0] * size[1])
     if (block.expand_weight is None) != (block.bn1 is None):
         raise ValueError("block.expand_weight and block.bn1 go together: give both or neither")
     if block.expand_weight is not None and block.bn1 is not None:
         _check_weight("block.expand_weight", block.expand_weight, (hidden, x.shape[1], 1, 1), x)
-        _check_batch_norm("block.bn1", block.bn1, hidden, x, x.shape[0] * x.shape[2] * x.shape[3])
-    pixels = _check_geometry("block.depthwise_weight", x, block.depthwise_weight, hidden, block.stride, block.padding)
+        _check_batch_norm("block.bn1", block.bn1, hidden, x, x.shape[0] * size[0] * size[1])
+    weight = block.depthwise_weight
+    size = _check_geometry("block.depthwise_weight", x, size, weight, hidden, block.stride, block.padding)
+    pixels = size[0] * size[1]
     _check_batch_norm("block.bn2", block.bn2, hidden, x, x.shape[0] * pixels)
     if block.se is not None:
         _check_excite(block.se, hidden, x)
@@ -42,8 +49,9 @@ def check_block(x: Tensor, block: Block) -> None:
     _check_weight("block.project_weight", block.project_weight, (out, hidden, 1, 1), x)
     _check_batch_norm("block.bn3", block.bn3, out, x, x.shape[0] * pixels)
     if block.residual and (pixels != x.shape[2] * x.shape[3] or out != x.shape[1]):
+        strides = f"stride {block.stride}" if start is None else f"strides {start.stride} and {block.stride}"
         raise ValueError(
-            f"block.residual is True with stride {block.stride} and channels {x.shape[1]} -> {out}: "
+            f"block.residual is True with {strides} and channels {x.shape[1]} -> {out}: "
             "it needs the input's own size and channels"
         )
 
@@ -77,13 +85,13 @@ def check_dense(x: Tensor, u: Tensor, block: DenseBlock) -> None:
 def check_depthwise(x: Tensor, weight: Tensor, bn: BatchNorm, stride: int, padding: Padding) -> None:
     """Everything `functional.depthwise_bn_act` needs of its arguments; ValueError otherwise."""
     _check_image(x, weight.shape[0])
-    pixels = _check_geometry("weight", x, weight, x.shape[1], stride, padding)
-    _check_batch_norm("bn", bn, x.shape[1], x, x.shape[0] * pixels)
+    height, width = _check_geometry("weight", x, (x.shape[2], x.shape[3]), weight, x.shape[1], stride, padding)
+    _check_batch_norm("bn", bn, x.shape[1], x, x.shape[0] * height * width)
 
 
 def check_squeeze_excite(x: Tensor, se: SqueezeExcite, channels: int) -> None:
     """Everything `functional.squeeze_excite` needs of its arguments; ValueError otherwise."""
-    _check_image(x, se.reduce_weight.shape[1] if se.reduce_weight.dim() == 4 else channels)
+    _check_image(x, se.reduce_weight.shape[1] if se.reduce_weight.dim() in (2, 4) else channels)
     _check_excite(se, x.shape[1], x)
 
 
@@ -111,17 +119,27 @@ def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: expected one device")
 
 
-def _check_geometry(name: str, x: Tensor, weight: Tensor, channels: int, stride: int, padding: Padding) -> int:
+def _check_geometry(
+    name: str,
+    x: Tensor,
+    size: tuple[int, int],
+    weight: Tensor,
+    channels: int,
+    stride: int,
+    padding: Padding,
+    owner: str = "",
+) -> tuple[int, int]:
+    """Pixels of a depthwise convolution's output, from those of its input; `owner` precedes the settings' names."""
     k = weight.shape[-1]
     _check_weight(name, weight, (channels, 1, k, k), x)
     if not isinstance(stride, int) or stride < 1:
-        raise ValueError(f"stride is {stride!r}: expected an integer >= 1")
+        raise ValueError(f"{owner}stride is {stride!r}: expected an integer >= 1")
     if padding != "same" and not all(isinstance(side, int) and side >= 0 for side in _sides(padding)):
-        raise ValueError(f"padding is {padding!r}: expected an integer >= 0, a pair of them or 'same'")
-    height, width = (output_size(s, sum(pads(s, k, stride, padding)), k, stride) for s in x.shape[2:])
+        raise ValueError(f"{owner}padding is {padding!r}: expected an integer >= 0, a pair of them or 'same'")
+    height, width = (output_size(s, sum(pads(s, k, stride, padding)), k, stride) for s in size)
     if height < 1 or width < 1:
         raise ValueError(f"x is {x.shape[2]} x {x.shape[3]} pixels: too small for kernel size {k}, padding {padding!r}")
-    return height * width
+    return height, width
 
 
 def _sides(padding: Padding) -> tuple[object, ...]:
@@ -136,6 +154,8 @@ def _check_batch_norm(name: str, bn: BatchNorm, channels: int, x: Tensor, values
         if tuple(tensor.shape) != (channels,):
             raise ValueError(f"{name}.{part} has shape {tuple(tensor.shape)}: expected ({channels},)")
         _check_device(f"{name}.{part}", tensor, x)
+    if bn.conv_bias is not None:
+        _check_weight(f"{name}.conv_bias", bn.conv_bias, (channels,), x)
     if bn.eps < 0:
         raise ValueError(f"{name}.eps is {bn.eps}: expected >= 0")
     if bn.batch_statistics and bn.group is None and values == 1:
@@ -144,7 +164,12 @@ def _check_batch_norm(name: str, bn: BatchNorm, channels: int, x: Tensor, values
 
 def _check_excite(se: SqueezeExcite, channels: int, x: Tensor) -> None:
     reduced = se.reduce_weight.shape[0]
-    _check_weight("se.reduce_weight", se.reduce_weight, (reduced, channels, 1, 1), x)
+    _check_mixing("se.reduce_weight", se.reduce_weight, (reduced, channels), x)
     _check_weight("se.reduce_bias", se.reduce_bias, (reduced,), x)
-    _check_weight("se.expand_weight", se.expand_weight, (channels, reduced, 1, 1), x)
+    _check_mixing("se.expand_weight", se.expand_weight, (channels, reduced), x)
     _check_weight("se.expand_bias", se.expand_bias, (channels,), x)
+
+
+def _check_mixing(name: str, weight: Tensor, shape: tuple[int, int], x: Tensor) -> None:
+    """A 1x1 convolution's weight, or a linear layer's."""
+    _check_weight(name, weight, shape if weight.dim() == 2 else (*shape, 1, 1), x)

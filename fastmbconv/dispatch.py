@@ -141,17 +141,42 @@ def block_reason(block: Block | DenseBlock) -> str | None:
     if isinstance(block, DenseBlock):
         reason = activation_reason(block.activation)
     else:
-        reason = shape_reason(block.kernel_size, block.stride, block.padding, block.activation)
+        reason = shape_reason(block.kernel_size, block.stride, block.padding, block.activation) or _start_reason(block)
     if reason is None and block.se is not None:
         reason = activation_reason(block.se.activation) or squeeze_reason(block.se)
+    if reason is None:
+        reason = _end_reason(block) or bias_reason(*norms(block))
     if reason is None and isinstance(block, Block) and block.expand_weight is not None:
         channels = block.in_channels
         return f"{channels} input channels (supported: up to {MOST_INPUTS})" if channels > MOST_INPUTS else None
     return reason
 
 
+def norms(block: Block | DenseBlock) -> tuple[BatchNorm | None, ...]:
+    """The BatchNorms of a block, None for one that isn't there; without that of a block's start."""
+    return (block.bn1, block.bn2) if isinstance(block, DenseBlock) else (block.bn1, block.bn2, block.bn3)
+
+
+def _start_reason(block: Block) -> str | None:
+    if block.activations[1] != block.activation:
+        return f"activation {block.activations[1]!r} after the depthwise convolution (supported: {block.activation!r})"
+    return None if block.start is None else "a depthwise convolution in front of the block"
+
+
+def _end_reason(block: Block | DenseBlock) -> str | None:
+    activation = block.project_activation
+    return None if activation == "none" else f"activation {activation!r} after the projection (supported: 'none')"
+
+
+def bias_reason(*bns: BatchNorm | None) -> str | None:
+    """Why no kernel takes these BatchNorms behind their convolutions' biases, or None."""
+    return "a convolution's bias" if any(bn is not None and bn.conv_bias is not None for bn in bns) else None
+
+
 def squeeze_reason(se: SqueezeExcite) -> str | None:
-    """Why no kernel takes this squeeze-and-excitation's width, or None."""
+    """Why no kernel takes this squeeze-and-excitation's gate or width, or None."""
+    if se.gate != "sigmoid":
+        return f"gate {se.gate!r} (supported: sigmoid)"
     reduced = se.reduce_weight.shape[0]
     return None if reduced <= MOST_REDUCED else f"{reduced} reduced channels (supported: up to {MOST_REDUCED})"
 

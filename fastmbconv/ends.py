@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastmbconv import dispatch, functional
 from fastmbconv.block import Activation, BatchNorm
-from fastmbconv.mbconv import ACTIVATIONS, NORMS, Conv2d
+from fastmbconv.mbconv import ACTIVATIONS, NORMS, Conv2d, computes
 
 
 class ConvBNAct(nn.Module):
@@ -62,10 +62,12 @@ class ConvBNAct(nn.Module):
 
     def replaced_reason(self) -> str | None:
         """Why the kernels don't know what this module computes, or None: somebody replaced one of its layers."""
-        for name, expected in (("conv", (Conv2d,)), ("bn", NORMS), ("act", (ACTIVATIONS[self.activation],))):
+        for name, expected in (("conv", (Conv2d,)), ("bn", NORMS)):
             layer = self._modules[name]
             if type(layer) not in expected:
                 return f"{name} is a {type(layer).__name__}"
+        if not computes(self.act, self.activation):
+            return f"act is a {type(self.act).__name__}"
         return None if self.conv.bias is None else "conv has a bias"
 
 

@@ -136,6 +136,7 @@ def depthwise_bn_act(
         dispatch.call_reason(x)
         or dispatch.shape_reason(weight.shape[-1], stride, padding, activation)
         or dispatch.size_reason(x, x.shape[1])
+        or dispatch.bias_reason(bn)
         or dispatch.layout_reason(weight, *call.affine(bn), bn.running_mean, bn.running_var)
     )
     if not use_kernels(reason, x):

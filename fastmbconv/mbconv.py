@@ -6,6 +6,7 @@ Sandler et al., MobileNetV2, 2018, section 3.3; with squeeze-and-excitation: Tan
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -21,9 +22,26 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "relu": nn.ReLU,
     "relu6": nn.ReLU6,
+    "hardswish": nn.Hardswish,
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
 }
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
+
+
+def computes(module: nn.Module | None, activation: str) -> bool:
+    """Whether a module is the one that `ACTIVATIONS` makes for this activation, and no other."""
+    return _traits(module) == _expected(activation)
+
+
+def _traits(module: nn.Module | None) -> tuple[object, ...]:
+    return type(module), getattr(module, "approximate", None)
+
+
+@cache
+def _expected(activation: str) -> tuple[object, ...]:
+    return _traits(ACTIVATIONS[activation]())
 
 
 class StochasticDepth(nn.Module):
@@ -99,13 +117,14 @@ def _bias(conv: nn.Conv2d) -> Tensor:
     return conv.bias
 
 
-def _replaced(module: nn.Module, types: Mapping[str, object]) -> str | None:
-    """Which submodule is not of the type that it was made with, or None."""
+def _replaced(module: nn.Module, types: Mapping[str, object], activation: str) -> str | None:
+    """Which submodule is not of the type that it was made with, or None; `act` computes the activation."""
     for name, expected in types.items():
         child = module._modules.get(name)
         if child is not None and type(child) not in (expected if isinstance(expected, tuple) else (expected,)):
             return f"{name} is a {type(child).__name__}"
-    return None
+    act = module._modules.get("act")
+    return None if computes(act, activation) else f"act is a {type(act).__name__}"
 
 
 class MBConv(nn.Module):
@@ -203,9 +222,9 @@ class MBConv(nn.Module):
 
     def replaced_reason(self) -> str | None:
         """Which submodule is of another type than the one that this block was made with, or None."""
-        reason = _replaced(self, {**self._TYPES, "act": ACTIVATIONS[self.activation]})
+        reason = _replaced(self, self._TYPES, self.activation)
         if reason is None and self.se is not None:
-            reason = _replaced(self.se, {**self.se._TYPES, "act": ACTIVATIONS[self.se.activation]})
+            reason = _replaced(self.se, self.se._TYPES, self.se.activation)
         return reason
 
     def eager_reason(self) -> str | None:

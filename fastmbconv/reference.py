@@ -6,24 +6,31 @@ All images are [N, C, H, W]. Nothing here calls a kernel of ours; dtype in is dt
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastmbconv import ranks
-from fastmbconv.block import Activation, BatchNorm, Block, DenseBlock, Padding, SqueezeExcite, pads
+from fastmbconv.block import Activation, BatchNorm, Block, DenseBlock, Gate, Padding, SqueezeExcite, pads
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "silu": F.silu,
     "relu": F.relu,
     "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
+GATES: dict[Gate, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}
 
 
 def batch_norm(x: Tensor, bn: BatchNorm) -> Tensor:
-    """`nn.BatchNorm2d.forward` on a description of it, running statistics included."""
+    """`nn.BatchNorm2d.forward` on a description of it, running statistics included, behind its convolution's bias."""
+    if bn.conv_bias is not None:
+        x = x + bn.conv_bias.to(x.dtype)[:, None, None]
     momentum = 0.0 if bn.momentum is None else bn.momentum
     if bn.updates and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
@@ -65,35 +72,43 @@ def depthwise_bn_act(
 
 
 def squeeze_excite(x: Tensor, se: SqueezeExcite) -> Tensor:
-    """x * sigmoid(expand(act(reduce(mean of x over the image)))): Hu et al., 2018."""
+    """x * gate(expand(act(reduce(mean of x over the image)))), gate = sigmoid: Hu et al., 2018."""
     pooled = x.mean((2, 3), keepdim=True)
-    reduced = ACTIVATIONS[se.activation](F.conv2d(pooled, se.reduce_weight, se.reduce_bias))
-    return x * torch.sigmoid(F.conv2d(reduced, se.expand_weight, se.expand_bias))
+    reduced = ACTIVATIONS[se.activation](F.conv2d(pooled, _as_conv(se.reduce_weight), se.reduce_bias))
+    return x * GATES[se.gate](F.conv2d(reduced, _as_conv(se.expand_weight), se.expand_bias))
+
+
+def _as_conv(weight: Tensor) -> Tensor:
+    """A linear layer's weight as a 1x1 convolution's."""
+    return weight[:, :, None, None] if weight.dim() == 2 else weight
 
 
 def mbconv(x: Tensor, block: Block) -> Tensor:
-    """The whole block: [expand, BN, act], depthwise, BN, act, [SE], project, BN, [stochastic depth, + x]."""
-    h = x
+    """The whole block, in the order of `Block`."""
+    h, start = x, block.start
+    after_expand, after_depthwise, after_project = block.activations
+    if start is not None:
+        h = depthwise_bn_act(h, start.weight, start.bn, start.stride, start.padding, "none")
     if block.expand_weight is not None:
         assert block.bn1 is not None
-        h = ACTIVATIONS[block.activation](batch_norm(F.conv2d(h, block.expand_weight), block.bn1))
-    h = depthwise_bn_act(h, block.depthwise_weight, block.bn2, block.stride, block.padding, block.activation)
+        h = ACTIVATIONS[after_expand](batch_norm(F.conv2d(h, block.expand_weight), block.bn1))
+    h = depthwise_bn_act(h, block.depthwise_weight, block.bn2, block.stride, block.padding, after_depthwise)
     if block.se is not None:
         h = squeeze_excite(h, block.se)
-    h = batch_norm(F.conv2d(h, block.project_weight), block.bn3)
+    h = ACTIVATIONS[after_project](batch_norm(F.conv2d(h, block.project_weight), block.bn3))
     if block.residual and block.drop is not None:
         h = (h * block.drop(h.new_ones(h.shape[0], 1, 1, 1))).to(h.dtype)
     return h + x if block.residual else h
 
 
 def dense_mbconv(x: Tensor, block: DenseBlock) -> Tensor:
-    """The whole Fused-MBConv block: dense conv, BN, act, [SE], [project, BN], [stochastic depth, + x]."""
+    """The whole Fused-MBConv block: dense conv, BN, act, [SE], [project, BN, act], [stochastic depth, + x]."""
     h = ACTIVATIONS[block.activation](batch_norm(block.conv(x), block.bn1))
     if block.se is not None:
         h = squeeze_excite(h, block.se)
     if block.project_weight is not None:
         assert block.bn2 is not None
-        h = batch_norm(F.conv2d(h, block.project_weight), block.bn2)
+        h = ACTIVATIONS[block.project_activation](batch_norm(F.conv2d(h, block.project_weight), block.bn2))
     if block.residual and block.drop is not None:
         h = (h * block.drop(h.new_ones(h.shape[0], 1, 1, 1))).to(h.dtype)
     return h + x if block.residual else h
