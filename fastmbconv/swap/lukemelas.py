@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmbconv.block import Block
-from fastmbconv.swap.parts import Gate, Kinds, Module, Parts, Stage, assemble, children_reason, kind, name
+from fastmbconv.swap.parts import Kinds, Module, Parts, Squeeze, Stage, assemble, children_reason, kind, name
 from fastmbconv.swap.places import Method, Names
 
 HOMES = ("efficientnet_pytorch.utils", "segmentation_models_pytorch.encoders._efficientnet")
@@ -62,7 +62,7 @@ def _assemble(module: Module, expands: bool, excites: bool, residual: bool, rate
         for conv in sorted(EXCITE):
             if _padding(children[conv]) not in (0, None):
                 return f"{conv} pads"
-        gate = Gate(children["_se_reduce"], swish, children["_se_expand"], None)
+        gate = Squeeze(children["_se_reduce"], swish, children["_se_expand"], None)
     *expand, depthwise, project = stages
     drops = residual and rate and module.training
     return assemble(

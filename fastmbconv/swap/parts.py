@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastmbconv.block import Activation, BatchNorm, Block, DenseBlock, Padding, SqueezeExcite
+from fastmbconv.block import Activation, BatchNorm, Block, DenseBlock, Gate, Padding, SqueezeExcite, Start
 from fastmbconv.mbconv import NORMS
 
 SHARDED = "torch.distributed.tensor.DTensor"  # FSDP makes it a plain tensor in the block's forward
@@ -23,7 +23,12 @@ ACTIVATIONS: dict[type[nn.Module], Activation] = {
     nn.SiLU: "silu",
     nn.ReLU: "relu",
     nn.ReLU6: "relu6",
+    nn.Hardswish: "hardswish",
 }
+GATES: dict[type[nn.Module], Gate] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hardsigmoid"}
+
+
+SUPPORTED = "SiLU, ReLU, ReLU6, Hardswish, GELU"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,32 +38,57 @@ class Kinds:
     convs: frozenset[str] = frozenset()
     same_convs: frozenset[str] = frozenset()
     norms: frozenset[str] = frozenset()
-    gates: frozenset[str] = frozenset()
+    gates: Mapping[str, Gate] = field(default_factory=dict)
     drops: frozenset[str] = frozenset()
     activations: Mapping[str, Activation] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
+class Convolution:
+    """`F.conv2d` with a module's parameters, as the module that it might be."""
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    groups: int
+    padding_mode: str = "zeros"
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape[2:])
+
+    @property
+    def in_channels(self) -> int:
+        return self.weight.shape[1] * self.groups
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
 class Stage:
-    """A convolution, the norm behind it, and the activation behind that (None: no activation).
+    """A convolution, the norm behind it, and the activation behind that, by its name too (None: no activation).
 
     `padding` counts what is padded outside the convolution too; None: only the convolution pads.
     """
 
     conv: Module
     norm: Module
-    act: Module | None
+    act: Module | Activation | None
     padding: Padding | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
-    """The leaves of a squeeze-and-excitation path; gate None: the block's forward calls sigmoid itself."""
+class Squeeze:
+    """The leaves of a squeeze-and-excitation path, its functions by their names too; `gate` None: sigmoid."""
 
     reduce: Module
-    act: Module
+    act: Module | Activation
     expand: Module
-    gate: Module | None
+    gate: Module | Gate | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +97,19 @@ class Parts:
 
     `depthwise` is the dense convolution, and `project` None where none follows it, for `assemble_dense`.
     `drop_rate` is the rate of `drop`, which counts only in a block with a residual; `drop_function` is what
-    `Block.drop` says, for this call, in a block without such a module.
+    `Block.drop` says, for this call, in a block without such a module. `start` is a depthwise stage without activation
+    in front of the expansion.
     """
 
     expand: Stage | None
     depthwise: Stage
-    se: Gate | None
+    se: Squeeze | None
     project: Stage | None
     residual: bool
     drop: Module | None
     drop_rate: float
     drop_function: Callable[[Tensor], Tensor] | None = None
+    start: Stage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,23 +153,24 @@ def assemble(parts: Parts, kinds: Kinds) -> Block | str:
     stages = [("depthwise convolution", parts.depthwise), ("projection", parts.project)]
     if parts.expand is not None:
         stages.insert(0, ("expansion", parts.expand))
+    if parts.start is not None:
+        stages.insert(0, ("start", parts.start))
+    activations = []
     for role, stage in stages:
         reason = conv_reason(role, stage.conv, kinds) or norm_reason(role, stage.norm, kinds)
-        if reason is None and stage is not parts.depthwise:
+        if reason is None and (stage is parts.depthwise or stage is parts.start):
+            reason = _depthwise_reason(role, stage.conv)
+        elif reason is None:
             reason = pointwise_reason(role, stage)
         if reason is not None:
             return reason
-    reason = _depthwise_reason(parts.depthwise.conv) or _gate_reason(parts.se, kinds) or _drop_reason(parts, kinds)
-    if reason is not None:
-        return reason
-    activation = activation_of(parts.depthwise.act, kinds)
-    if activation is None:
-        return unknown_activation("depthwise convolution", parts.depthwise.act)
-    if parts.expand is not None and activation_of(parts.expand.act, kinds) != activation:
-        return unknown_activation("expansion", parts.expand.act, f"the depthwise stage has {activation}")
-    if activation_of(parts.project.act, kinds) != "none":
-        return unknown_activation("projection", parts.project.act, "allowed is none")
-    return _block(parts, kinds, activation)
+        activations.append(activation_of(stage.act, kinds))
+        if activations[-1] is None:
+            return unknown_activation(role, stage.act)
+    if parts.start is not None and activations.pop(0) != "none":
+        return unknown_activation("start", parts.start.act, "allowed is none")
+    reason = _gate_reason(parts.se, kinds) or _drop_reason(parts, kinds)
+    return reason or _block(parts, kinds, activations)
 
 
 def assemble_dense(parts: Parts, kinds: Kinds) -> DenseBlock | str:
@@ -160,8 +193,9 @@ def assemble_dense(parts: Parts, kinds: Kinds) -> DenseBlock | str:
     activation = activation_of(dense.act, kinds)
     if activation is None:
         return unknown_activation("dense convolution", dense.act)
-    if project is not None and activation_of(project.act, kinds) != "none":
-        return unknown_activation("projection", project.act, "allowed is none")
+    project_activation = "none" if project is None else activation_of(project.act, kinds)
+    if project_activation is None:
+        return unknown_activation("projection", None if project is None else project.act)
     if project is None and parts.se is not None:
         return "a squeeze-excite without a projection behind it"
     return DenseBlock(
@@ -172,35 +206,45 @@ def assemble_dense(parts: Parts, kinds: Kinds) -> DenseBlock | str:
         bn1=BatchNorm.of(dense.norm),
         se=None if parts.se is None else _squeeze_excite(parts.se, kinds),
         project_weight=None if project is None else project.conv.weight,
-        bn2=None if project is None else BatchNorm.of(project.norm),
+        bn2=None if project is None else BatchNorm.of(project.norm, project.conv.bias),
         activation=activation,
         residual=parts.residual,
         drop=_drop(parts),
+        project_activation=project_activation,
     )
 
 
-def _block(parts: Parts, kinds: Kinds, activation: Activation) -> Block | str:
+def _block(parts: Parts, kinds: Kinds, activations: list[Any]) -> Block | str:
+    """`activations`: behind the expansion, if there is one, the depthwise convolution and the projection."""
     conv = parts.depthwise.conv
     stride = conv.stride[0]
-    expand, project = parts.expand, parts.project
+    expand, start, project = parts.expand, parts.start, parts.project
     assert project is not None
     block = Block(
         expand_weight=None if expand is None else expand.conv.weight,
-        bn1=None if expand is None else BatchNorm.of(expand.norm),
+        bn1=None if expand is None else BatchNorm.of(expand.norm, expand.conv.bias),
         depthwise_weight=conv.weight,
-        bn2=BatchNorm.of(parts.depthwise.norm),
+        bn2=BatchNorm.of(parts.depthwise.norm, conv.bias),
         se=None if parts.se is None else _squeeze_excite(parts.se, kinds),
         project_weight=project.conv.weight,
-        bn3=BatchNorm.of(project.norm),
+        bn3=BatchNorm.of(project.norm, project.conv.bias),
         stride=stride,
         padding=_padding(parts.depthwise, kinds),
-        activation=activation,
+        activation=activations[0],
         residual=parts.residual,
         drop=_drop(parts),
+        depthwise_activation=activations[-2],
+        project_activation=activations[-1],
+        start=None if start is None else _start(start, kinds),
     )
     if parts.residual and (stride != 1 or block.in_channels != block.project_weight.shape[0]):
         return "a residual around a block that changes its input's shape"
     return block
+
+
+def _start(start: Stage, kinds: Kinds) -> Start:
+    conv = start.conv
+    return Start(conv.weight, BatchNorm.of(start.norm, conv.bias), conv.stride[0], _padding(start, kinds))
 
 
 def _drop(parts: Parts) -> Callable[[Tensor], Tensor] | None:
@@ -210,22 +254,40 @@ def _drop(parts: Parts) -> Callable[[Tensor], Tensor] | None:
     return drop if parts.residual and drop is not None and drop.training and parts.drop_rate > 0 else None
 
 
-def _squeeze_excite(gate: Gate, kinds: Kinds) -> SqueezeExcite:
+def _squeeze_excite(squeeze: Squeeze, kinds: Kinds) -> SqueezeExcite:
     return SqueezeExcite(
-        gate.reduce.weight,
-        gate.reduce.bias,
-        gate.expand.weight,
-        gate.expand.bias,
-        activation=activation_of(gate.act, kinds) or "none",
+        squeeze.reduce.weight,
+        _bias(squeeze.reduce),
+        squeeze.expand.weight,
+        _bias(squeeze.expand),
+        activation=activation_of(squeeze.act, kinds) or "none",
+        gate=gate_of(squeeze.gate, kinds) or "sigmoid",
     )
 
 
-def activation_of(act: Module | None, kinds: Kinds) -> Activation | None:
-    return "none" if act is None else ACTIVATIONS.get(type(act)) or kinds.activations.get(kind(act))
+def _bias(layer: Module) -> Tensor:
+    bias: Tensor | None = layer.bias
+    return layer.weight.new_zeros(layer.weight.shape[0]) if bias is None else bias
 
 
-def unknown_activation(role: str, act: Module | None, allowed: str = "supported: SiLU, ReLU, ReLU6") -> str:
-    return f"the activation after the {role} is {'none' if act is None else name(act)} ({allowed})"
+def activation_of(act: Module | Activation | None, kinds: Kinds) -> Activation | None:
+    """An activation's name; "none" for none, None for one that isn't known."""
+    if act is None or isinstance(act, str):
+        return act or "none"  # type: ignore[return-value]
+    if type(act) is nn.GELU:
+        return "gelu" if act.approximate == "none" else "gelu_tanh"
+    return ACTIVATIONS.get(type(act)) or kinds.activations.get(kind(act))
+
+
+def gate_of(gate: Module | Gate | None, kinds: Kinds) -> Gate | None:
+    """A gate's name; None for one that isn't known."""
+    if gate is None or isinstance(gate, str):
+        return gate or "sigmoid"  # type: ignore[return-value]
+    return GATES.get(type(gate)) or kinds.gates.get(kind(gate))
+
+
+def unknown_activation(role: str, act: Module | Activation | None, allowed: str = f"supported: {SUPPORTED}") -> str:
+    return f"the activation after the {role} is {_named(act)} ({allowed})"
 
 
 def _padding(stage: Stage, kinds: Kinds) -> Padding:
@@ -240,10 +302,8 @@ def _padding(stage: Stage, kinds: Kinds) -> Padding:
 
 
 def conv_reason(role: str, conv: Module, kinds: Kinds) -> str | None:
-    if type(conv) is not nn.Conv2d and kind(conv) not in kinds.same_convs | kinds.convs:
+    if type(conv) not in (nn.Conv2d, Convolution) and kind(conv) not in kinds.same_convs | kinds.convs:
         return f"the {role} is a {name(conv)}"
-    if conv.bias is not None:
-        return f"the {role} has a bias"
     if conv.padding_mode != "zeros":
         return f"the {role} pads with {conv.padding_mode!r}"
     if is_traceable_wrapper_subclass(conv.weight) and kind(conv.weight) != SHARDED:
@@ -263,19 +323,17 @@ def pointwise_reason(role: str, stage: Stage) -> str | None:
     return None
 
 
-def _depthwise_reason(conv: Module) -> str | None:
+def _depthwise_reason(role: str, conv: Module) -> str | None:
     if not conv.groups == conv.in_channels == conv.out_channels:
-        return (
-            f"the depthwise convolution has {conv.groups} groups for {conv.in_channels} -> {conv.out_channels} channels"
-        )
+        return f"the {role} has {conv.groups} groups for {conv.in_channels} -> {conv.out_channels} channels"
     if conv.dilation != (1, 1):
-        return f"the depthwise convolution has dilation {conv.dilation[0]}"
+        return f"the {role} has dilation {conv.dilation[0]}"
     padding = (conv.padding, conv.padding) if isinstance(conv.padding, str) else conv.padding
     for what, pair in (("kernel", conv.kernel_size), ("stride", conv.stride), ("padding", padding)):
         if pair[0] != pair[1]:
-            return f"the depthwise convolution's {what} is {pair[0]}x{pair[1]}, not square"
+            return f"the {role}'s {what} is {pair[0]}x{pair[1]}, not square"
     if conv.kernel_size[0] % 2 == 0:
-        return f"the depthwise convolution's kernel is even: {conv.kernel_size[0]}"
+        return f"the {role}'s kernel is even: {conv.kernel_size[0]}"
     return None
 
 
@@ -290,21 +348,27 @@ def norm_reason(role: str, norm: Module, kinds: Kinds) -> str | None:
     return None
 
 
-def _gate_reason(gate: Gate | None, kinds: Kinds) -> str | None:
-    if gate is None:
+def _gate_reason(squeeze: Squeeze | None, kinds: Kinds) -> str | None:
+    if squeeze is None:
         return None
-    for conv in (gate.reduce, gate.expand):
+    for conv in (squeeze.reduce, squeeze.expand):
+        if type(conv) is nn.Linear:
+            continue
         if type(conv) is not nn.Conv2d and kind(conv) not in kinds.same_convs | kinds.convs:
             return f"a squeeze-excite convolution is a {name(conv)}"
         if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding not in ((0, 0), "same", "valid"):
             return "a squeeze-excite convolution is not 1x1"
-        if conv.groups != 1 or conv.bias is None:
-            return "a squeeze-excite convolution has groups or lacks a bias"
-    if gate.gate is not None and type(gate.gate) is not nn.Sigmoid and kind(gate.gate) not in kinds.gates:
-        return f"the squeeze-excite gate is {name(gate.gate)} (supported: Sigmoid)"
-    if activation_of(gate.act, kinds) in (None, "none"):
-        return f"the squeeze-excite activation is {name(gate.act)} (supported: SiLU, ReLU, ReLU6)"
+        if conv.groups != 1:
+            return "a squeeze-excite convolution has groups"
+    if gate_of(squeeze.gate, kinds) is None:
+        return f"the squeeze-excite gate is {_named(squeeze.gate)} (supported: Sigmoid, Hardsigmoid)"
+    if activation_of(squeeze.act, kinds) in (None, "none"):
+        return f"the squeeze-excite activation is {_named(squeeze.act)} (supported: {SUPPORTED})"
     return None
+
+
+def _named(function: Module | str | None) -> str:
+    return "none" if function is None else function if isinstance(function, str) else name(function)
 
 
 def _drop_reason(parts: Parts, kinds: Kinds) -> str | None:

@@ -81,6 +81,8 @@ class Site:
             return self.pool.reason
         if isinstance(self.padding, str) and self.padding != "same":
             return f"the {self.role} {self.padding}"
+        if self.conv.bias is not None:
+            return f"the {self.role} has a bias"
         stage = Stage(self.conv, self.norm, self.act, self.padding)  # type: ignore[arg-type]
         return conv_reason(self.role, self.conv, self.kinds) or pointwise_reason(self.role, stage)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from fastmbconv.block import Block, DenseBlock
 from fastmbconv.swap.parts import (
-    Gate,
     Kinds,
     Module,
     Parts,
+    Squeeze,
     Stage,
     assemble,
     assemble_dense,
@@ -22,15 +24,28 @@ from fastmbconv.swap.places import Method, Names, Pool
 KINDS = Kinds(
     same_convs=frozenset({"timm.layers.conv2d_same.Conv2dSame"}),
     norms=frozenset({"timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct"}),
-    gates=frozenset({"timm.layers.activations.Sigmoid"}),
+    gates={
+        "timm.layers.activations.Sigmoid": "sigmoid",
+        "timm.layers.activations.HardSigmoid": "hardsigmoid",
+        "timm.layers.activations_me.HardSigmoidMe": "hardsigmoid",
+    },
     drops=frozenset({"timm.layers.drop.DropPath"}),
-    activations={"timm.layers.activations.Swish": "silu", "timm.layers.activations_me.SwishMe": "silu"},
+    activations={
+        "timm.layers.activations.Swish": "silu",
+        "timm.layers.activations_me.SwishMe": "silu",
+        "timm.layers.activations.HardSwish": "hardswish",
+        "timm.layers.activations_me.HardSwishMe": "hardswish",
+        "timm.layers.activations.GELU": "gelu",
+        "timm.layers.activations.GELUTanh": "gelu_tanh",
+    },
 )
+UNITS = {f"timm.layers.conv_bn_act.{unit}" for unit in ("ConvNormAct", "ConvBnAct")}
 SQUEEZE_EXCITE = "timm.models._efficientnet_blocks.SqueezeExcite"
 INVERTED = {"conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"}
 SEPARABLE = {"conv_dw", "bn1", "conv_pw", "bn2"}
 EDGE = {"conv_exp", "bn1", "conv_pwl", "bn2"}
 SINGLE = {"conv", "bn1"}
+UNIVERSAL = {"dw_start", "pw_exp", "dw_mid", "se", "pw_proj", "dw_end", "layer_scale", "drop_path"}
 OPTIONAL = frozenset({"aa", "se", "drop_path", "conv_s2d", "bn_s2d"})
 POOLS = "timm.layers.adaptive_avgmax_pool"
 
@@ -47,8 +62,6 @@ def inverted_residual(module: Module) -> Block | str:
 
 def depthwise_separable(module: Module) -> Block | str:
     """`DepthwiseSeparableConv`: conv_dw, bn1, [se], conv_pw, bn2, [drop_path]."""
-    if module.has_pw_act:
-        return "an activation after the projection (has_pw_act)"
     return children_reason(module, SEPARABLE, OPTIONAL) or _assemble(
         module,
         expand=None,
@@ -77,7 +90,7 @@ def _parts(module: Module, expand: Stage | None, depthwise: Stage, project: Stag
     if se is not None and type(se) is not nn.Identity:
         if kind(se) != SQUEEZE_EXCITE:
             return f"the squeeze-excite is a {kind(se)}"
-        gate = Gate(se.conv_reduce, se.act1, se.conv_expand, se.gate)
+        gate = Squeeze(se.conv_reduce, se.act1, se.conv_expand, se.gate)
     return Parts(
         expand=expand,
         depthwise=depthwise,
@@ -110,8 +123,30 @@ def cond_conv_residual(module: Module) -> str:
     return "its weights depend on the input (CondConv)"
 
 
-def universal_inverted_residual(module: Module) -> str:
-    return "MobileNetV4's block: other depthwise convolutions, and layer scale"
+def universal_inverted_residual(module: Module) -> Block | str:
+    """`UniversalInvertedResidual`: [dw_start,] pw_exp, dw_mid, [se], pw_proj, [drop_path]; conv, bn in each."""
+    if (reason := children_reason(module, UNIVERSAL)) is not None:
+        return reason
+    for layer, told in (("dw_end", "a depthwise convolution behind the projection"), ("layer_scale", "layer scale")):
+        if type(module._modules[layer]) is not nn.Identity:
+            return f"{told} ({layer})"
+    if type(module.dw_mid) is nn.Identity:
+        return "no depthwise convolution behind the expansion (dw_mid)"
+    stages = {}
+    for layer in ("dw_start", "pw_exp", "dw_mid", "pw_proj"):
+        unit = module._modules[layer]
+        if layer == "dw_start" and type(unit) is nn.Identity:
+            continue
+        if kind(unit) not in UNITS:
+            return f"{layer} is a {name(unit)}"
+        reason = children_reason(unit, {"conv", "bn"}, frozenset({"aa"}))
+        if reason is None and type(unit._modules.get("aa") or nn.Identity()) is not nn.Identity:
+            reason = f"anti-aliasing ({name(unit.aa)})"
+        if reason is not None:
+            return f"{layer}: {reason}"
+        stages[layer] = _stage(unit.conv, unit.bn)
+    parts = _parts(module, stages["pw_exp"], stages["dw_mid"], stages["pw_proj"])
+    return parts if isinstance(parts, str) else assemble(replace(parts, start=stages.get("dw_start")), KINDS)
 
 
 def mobile_attention(module: Module) -> str:

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from fastmbconv.block import Block, DenseBlock
-from fastmbconv.swap.parts import Gate, Kinds, Module, Parts, Stage, assemble, assemble_dense, kind, name
+from fastmbconv.swap.parts import Kinds, Module, Parts, Squeeze, Stage, assemble, assemble_dense, kind, name
 from fastmbconv.swap.places import Layer, Method, Pool, Site, chained, pooled, same
 
 KINDS = Kinds(drops=frozenset({"torchvision.ops.stochastic_depth.StochasticDepth"}))
@@ -89,7 +89,7 @@ def _leaves(layer: Module) -> Iterator[Module]:
         yield from _leaves(child)
 
 
-def _assemble(stages: list[Stage], gate: Gate | None, residual: bool, drop: Module | None) -> Block | str:
+def _assemble(stages: list[Stage], gate: Squeeze | None, residual: bool, drop: Module | None) -> Block | str:
     if len(stages) not in (2, 3):
         return f"{len(stages)} convolutions (supported: 2, or 3 with an expansion)"
     *expand, depthwise, project = stages
@@ -114,14 +114,14 @@ def _stage(layer: Module) -> Stage | str:
     return Stage(conv, norm, *act or [None])
 
 
-def _gate(layer: Module) -> Gate | None | str:
+def _gate(layer: Module) -> Squeeze | None | str:
     if type(layer) is nn.Identity:
         return None
     if kind(layer) != SQUEEZE_EXCITE:
         return f"the squeeze-excite is a {kind(layer)}"
     if type(layer.avgpool) is not nn.AdaptiveAvgPool2d or layer.avgpool.output_size not in (1, (1, 1)):
         return f"the squeeze-excite pools with {name(layer.avgpool)}"
-    return Gate(layer.fc1, layer.activation, layer.fc2, layer.scale_activation)
+    return Squeeze(layer.fc1, layer.activation, layer.fc2, layer.scale_activation)
 
 
 def fused_mbconv(module: Module) -> DenseBlock | str:

@@ -7,7 +7,7 @@ from functools import partial
 from torch import nn
 
 from fastmbconv.block import Block
-from fastmbconv.swap.parts import Gate, Kinds, Module, NotNow, Parts, Stage, assemble, children_reason, kind, name
+from fastmbconv.swap.parts import Kinds, Module, NotNow, Parts, Squeeze, Stage, assemble, children_reason, kind, name
 from fastmbconv.swap.places import Method, Names
 
 PREFIXES = (
@@ -46,7 +46,7 @@ def block(prefix: str, module: Module) -> Block | NotNow | str:
         Parts(
             expand=None if expand is None else Stage(expand.expand_conv, expand.expand_bn, expand.expand_act),
             depthwise=Stage(depthwise.depthwise_conv, depthwise.depthwise_norm, depthwise.depthwise_act, padding),
-            se=Gate(excite.reduce, excite.act_reduce, excite.expand, excite.act_expand),
+            se=Squeeze(excite.reduce, excite.act_reduce, excite.expand, excite.act_expand),
             project=Stage(projection.project_conv, projection.project_bn, None),
             residual=residual,
             drop=None,

@@ -1,0 +1,150 @@
+"""Anybody's module as a graph, by `torch.fx`: what its forward computes of one image.
+
+What is traced is a shadow of the module: other objects of the same classes that share parameters and buffers and have
+no hooks, so that nothing of the module itself is called, and either mode can be looked at.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastmbconv.swap.registry import forward_owner
+from fastmbconv.swap.swapped import unfused_copy
+
+HOOKS = [name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))]
+ROOT = "inner"  # the traced module's name inside of what is traced
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A graph and the modules that it calls, by their names inside the traced module.
+
+    `outputs` is the traced module's output; of a Sequential, what each of its children gives, in order.
+    """
+
+    image: fx.Node
+    outputs: tuple[fx.Node, ...]
+    modules: dict[str, nn.Module]
+    training: bool
+
+
+def is_torchs(module: nn.Module) -> bool:
+    """Whether a module computes what torch's own class of that name does, though it may be a subclass of it."""
+    return forward_owner(type(module)).__module__.startswith(("torch.nn.", "torch.ao.nn."))
+
+
+def is_sequence(module: nn.Module) -> bool:
+    """Whether a module runs its children one after the other, as nn.Sequential does."""
+    return forward_owner(type(module)) is nn.Sequential and "forward" not in vars(module)
+
+
+def has_tensors(module: nn.Module) -> bool:
+    """Whether there is a parameter or a buffer in a module."""
+    return next(iter((*module.parameters(), *module.buffers())), None) is not None
+
+
+def shadow(module: nn.Module, *, training: bool) -> nn.Module:
+    """The same tree of other objects, un-fused, without hooks, in this mode; parameters and buffers are shared."""
+    twin: nn.Module = unfused_copy(module)
+    for each in twin.modules():
+        each.training = training
+        vars(each).update({name: OrderedDict() for name in HOOKS if name in vars(each)})
+    return twin
+
+
+class _Call(nn.Module):
+    """A module's call with one image, and all else that it may take left at its default."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.given: list[Any] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not is_sequence(self.inner):
+            self.given.append(self.inner(x))
+            return cast(Tensor, self.given[-1])
+        for child in self.inner.children():
+            x = child(x)
+            self.given.append(x)
+        return x
+
+
+class _Tracer(fx.Tracer):
+    """Goes into modules that hold tensors, down to torch's own, and into those that `opaque` does not name."""
+
+    def __init__(self, opaque: frozenset[nn.Module]) -> None:
+        super().__init__()
+        self.opaque = opaque
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if m in self.opaque:
+            return True
+        return not is_sequence(m) and (is_torchs(m) or not has_tensors(m))
+
+
+def trace(twin: nn.Module, opaque: frozenset[nn.Module] = frozenset()) -> Trace | str:
+    """The graph of a shadow's forward, or why there is none; `opaque` are not looked into."""
+    call = _Call(twin)
+    if torch.nn.modules.module._has_any_global_hook():
+        return "a hook on every module"
+    try:
+        graph = _Tracer(opaque).trace(call)
+    except fx.proxy.TraceError:
+        return "its forward takes another way for other values or sizes of its input"
+    except Exception as error:  # whatever somebody's code does with what is no tensor
+        return f"torch.fx can't trace its forward: {_first_line(error)}"
+    if not all(isinstance(given, fx.Proxy) for given in call.given):
+        (kind,) = {type(given).__name__ for given in call.given if not isinstance(given, fx.Proxy)} or {"nothing"}
+        return f"its forward returns a {kind}, not one tensor"
+    modules = dict(twin.named_modules(remove_duplicate=False))
+    (image,) = (node for node in graph.nodes if node.op == "placeholder")
+    return Trace(image, tuple(given.node for given in call.given), modules, twin.training)
+
+
+def path_of(target: Any) -> str:
+    """A node's target as a name inside the traced module."""
+    return str(target).removeprefix(ROOT).removeprefix(".")
+
+
+def inputs_of(node: fx.Node) -> list[fx.Node]:
+    """The nodes among a node's positional and named arguments, themselves or inside a list or slice."""
+    return node.all_input_nodes
+
+
+def run(nodes: list[fx.Node], values: dict[fx.Node, Any], modules: dict[str, nn.Module]) -> Any:
+    """The last node's value, from values of those that come before all of them."""
+    values = dict(values)
+    for node in nodes:
+        args, kwargs = (fx.node.map_arg(given, lambda each: values[each]) for given in (node.args, node.kwargs))
+        values[node] = _run_one(node, args, kwargs, modules)
+    return values[nodes[-1]]
+
+
+def _run_one(node: fx.Node, args: Any, kwargs: Any, modules: dict[str, nn.Module]) -> Any:
+    if node.op == "call_module":
+        return modules[path_of(node.target)](*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if node.op == "call_function":
+        return cast(Any, node.target)(*args, **kwargs)
+    raise ValueError(f"node is a {node.op}: expected a call")
+
+
+def calls_of(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> Iterator[str]:
+    """What the nodes call, for a reader: a module's repr, a function's or a method's name."""
+    for node in nodes:
+        if node.op == "call_module":
+            yield repr(modules[path_of(node.target)]).partition("\n")[0].removesuffix("(")
+        else:
+            yield getattr(node.target, "__name__", str(node.target)).strip("_")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

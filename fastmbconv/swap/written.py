@@ -1,0 +1,320 @@
+"""Blocks of classes that no adapter knows: found by structure, proved once, and read at each call.
+
+What a forward makes of its layers is told by a trace, which holds as long as what it may have gone by is what it was:
+the modules' classes and attributes, and their modes where those make a difference. Layers are read as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from inspect import Parameter, signature
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastmbconv.block import Block, DenseBlock, Padding
+from fastmbconv.swap.matching import ConvRecipe, NoMatch, Recipe, StageRecipe, match
+from fastmbconv.swap.parts import Convolution, Kinds, Module, NotNow, Parts, Squeeze, Stage, assemble, kind
+from fastmbconv.swap.proving import why_not
+from fastmbconv.swap.registry import adapter_of, forward_owner
+from fastmbconv.swap.tracing import Trace, is_sequence, is_torchs, shadow, trace
+
+State = tuple[Any, ...]
+LIVE = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.SyncBatchNorm)  # whose attributes are read at each call
+CHANGED = "an attribute or a submodule of it has changed since fuse: fuse it again"
+MODES = (True, False)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """What a module in some state computes: a block's recipe, or why it is none. `modal`: the state has the mode."""
+
+    state: State
+    recipe: Recipe | str
+    modal: bool
+
+
+Ways = tuple[Way, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A block, or what looks like one: then `ways` is the reason why it is none.
+
+    `module` is a Sequential of its own for a run of another Sequential's children; that one is `holder`, and the run
+    begins at its child `begin`.
+    """
+
+    name: str
+    module: nn.Module
+    ways: Ways | str
+    holder: nn.Module | None = None
+    begin: int = 0
+
+
+def read_written(ways: Ways, module: Module, *args: Any, **kwargs: Any) -> Block | DenseBlock | NotNow | str:
+    """The adapter of a class that was found by structure."""
+    found = next((way for way in ways if way.state == _state(module, way.recipe, modal=way.modal)), None)
+    if found is None:
+        return CHANGED
+    if isinstance(found.recipe, str):
+        return found.recipe
+    block = block_of_recipe(module, found.recipe)
+    if isinstance(block, str) or not (args or kwargs):
+        return block
+    reason = _given_reason(module, args, kwargs)
+    return block if reason is None else NotNow(block, reason)
+
+
+def block_of_recipe(module: Module, recipe: Recipe) -> Block | str:
+    """The block as data, from the module's own layers as they are now; or why it is none."""
+    drop = None if recipe.drop is None else module.get_submodule(recipe.drop)
+    stages = [stage for stage in (recipe.start, recipe.expand, recipe.depthwise, recipe.project) if stage is not None]
+    kinds = Kinds(
+        convs=frozenset(kind(_convolution(module, stage.conv)) for stage in stages),
+        norms=frozenset(kind(module.get_submodule(stage.norm)) for stage in stages),
+        drops=frozenset() if drop is None else frozenset({kind(drop)}),
+    )
+    se = recipe.se
+    start, expand = (None if stage is None else _stage(module, stage) for stage in (recipe.start, recipe.expand))
+    parts = Parts(
+        start=start,
+        expand=expand,
+        depthwise=_stage(module, recipe.depthwise),
+        se=None if se is None else _squeeze(module, se),
+        project=_stage(module, recipe.project),
+        residual=recipe.residual,
+        drop=drop,
+        drop_rate=1.0,  # the module knows; it is asked at each call
+    )
+    return assemble(parts, kinds)
+
+
+def _squeeze(module: Module, se: Any) -> Squeeze:
+    return Squeeze(module.get_submodule(se.reduce), se.act, module.get_submodule(se.expand), se.gate)
+
+
+def _stage(module: Module, stage: StageRecipe) -> Stage:
+    conv = _convolution(module, stage.conv)
+    return Stage(conv, module.get_submodule(stage.norm), stage.act, _padding(conv, stage.padded))
+
+
+def _convolution(module: Module, recipe: ConvRecipe) -> Any:
+    conv: Any = module.get_submodule(recipe.path)
+    if recipe.fixed is None:
+        return conv
+    stride, padding, dilation, groups, biased = recipe.fixed
+    stride, dilation = ((each, each) if isinstance(each, int) else each for each in (stride, dilation))
+    padding = (padding, padding) if isinstance(padding, int) else padding
+    return Convolution(conv.weight, conv.bias if biased else None, stride, padding, dilation, groups)
+
+
+def _padding(conv: Any, padded: tuple[int, int]) -> Padding | None:
+    """What is padded outside the convolution and by it; None where only the convolution pads."""
+    if padded == (0, 0):
+        return None
+    own = {"valid": 0, "same": conv.kernel_size[0] // 2}.get(conv.padding, conv.padding)
+    own = own if isinstance(own, int) else own[0]
+    return (own + padded[0], own + padded[1]) if padded[0] != padded[1] else own + padded[0]
+
+
+def _state(module: Module, recipe: Recipe | str, *, modal: bool) -> State:
+    """All that a forward may go by, but for what is read at each call."""
+    drop = None if isinstance(recipe, str) else recipe.drop
+    return tuple(_one_state(path, each, path == drop, modal) for path, each in _every(module))
+
+
+def _every(module: Module, path: str = "") -> Iterator[tuple[str, Module]]:
+    """A module and all inside it by their names, once for each name."""
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _every(child, f"{path}.{name}" if path else name)
+
+
+def _one_state(path: str, module: Module, drops: bool, modal: bool) -> State:
+    if drops or (isinstance(module, LIVE) and is_torchs(module)):
+        return path, kind(module)
+    attributes = tuple((name, _plain(value)) for name, value in vars(module).items() if name not in _every_has())
+    return path, kind(module), module.training if modal else None, attributes
+
+
+@cache
+def _every_has() -> frozenset[str]:
+    return frozenset(vars(nn.Module()))
+
+
+def _plain(value: Any) -> Any:
+    """An attribute's value as far as it can be compared, kept and stored."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (tuple, list, set, dict)):
+        return repr(value)
+    if callable(value) and not isinstance(value, nn.Module):
+        return getattr(value, "__module__", ""), getattr(value, "__qualname__", repr(type(value)))
+    return type(value).__module__, type(value).__qualname__
+
+
+def _given_reason(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Which argument besides the image is not the forward's own default, or None."""
+    parameters = list(signature(vars(forward_owner(type(module)))["forward"]).parameters.values())[2:]
+    defaults = {each.name: each.default for each in parameters}
+    given = dict(zip(defaults, args, strict=False)) | kwargs
+    if len(args) > len(defaults):
+        return f"called with {1 + len(args)} arguments"
+    for name, value in given.items():
+        default = defaults.get(name, Parameter.empty)
+        if value is not default and (isinstance(value, Tensor) or value != default):
+            return f"called with {name} = {value!r}" if _is_short(value) else f"called with another {name}"
+    return None
+
+
+def _is_short(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def find(model: nn.Module, *, verify: bool = True, again: bool = False) -> list[Found]:
+    """Every block of a class that no adapter knows, and what looks like one with the reason why it is none.
+
+    Args:
+        verify: prove each by its values (proving.py).
+        again: look at those too that are fused already.
+    """
+    return _Finder(verify, again).visit("", model)[0]
+
+
+@dataclass
+class _Finder:
+    verify: bool
+    again: bool
+
+    def __post_init__(self) -> None:
+        self.seen: set[nn.Module] = set()
+
+    def visit(self, name: str, module: nn.Module) -> tuple[list[Found], int]:
+        """What is found in a module, and how many depthwise convolutions it has outside of known blocks."""
+        if module in self.seen or self._is_known(module):
+            return [], 0
+        self.seen.add(module)
+        if _is_depthwise(module):
+            return [], 1
+        found: list[Found] = []
+        count = 0
+        for key, child in module.named_children():
+            more, depthwise = self.visit(f"{name}.{key}" if name else key, child)
+            found, count = found + more, count + depthwise
+        return self._merged(name, module, found, count), count
+
+    def _is_known(self, module: nn.Module) -> bool:
+        adapter = adapter_of(type(module))
+        return adapter is not None and not (self.again and getattr(type(module), "ways", None) is not None)
+
+    def _merged(self, name: str, module: nn.Module, found: list[Found], count: int) -> list[Found]:
+        if count == 0 or isinstance(module, (nn.ModuleList, nn.ModuleDict)) or "forward" in vars(module):
+            return found
+        if count <= 2 and _has_pointwise(module):
+            ways = self.ways_of(module)
+            if not isinstance(ways, str):
+                return [Found(name, module, ways)]
+            if not is_sequence(module) and not found:
+                return [Found(name, module, ways)]
+        if is_sequence(module):
+            return self._with_runs(name, module, found)
+        return found
+
+    def ways_of(self, module: nn.Module) -> Ways | str:
+        """What a module computes in each mode; or why it is a block in neither."""
+        recipes: list[Recipe | str] = []
+        for training in MODES:
+            twin = shadow(module, training=training)
+            recipes.append(self._recipe_of(twin))
+        if all(isinstance(recipe, str) for recipe in recipes):
+            return str(recipes[0])
+        if recipes[0] == recipes[1]:
+            return (Way(_state(module, recipes[0], modal=False), recipes[0], False),)
+        ways = []
+        for training, recipe in zip(MODES, recipes, strict=True):
+            ways.append(Way(_state(shadow(module, training=training), recipe, modal=True), recipe, True))
+        return tuple(ways)
+
+    def _recipe_of(self, twin: nn.Module) -> Recipe | str:
+        traced = trace(twin)
+        if isinstance(traced, str):
+            return traced
+        try:
+            recipe = match(traced, traced.outputs[-1], {traced.image}).recipe
+        except NoMatch as reason:
+            return str(reason)
+        return self._proved(twin, recipe)
+
+    def _proved(self, twin: nn.Module, recipe: Recipe) -> Recipe | str:
+        block = block_of_recipe(twin, recipe)
+        reason = block if isinstance(block, str) else None
+        if reason is None and self.verify:
+            reason = why_not(twin, lambda module: block_of_recipe(module, recipe))
+        return recipe if reason is None else reason
+
+    def _with_runs(self, name: str, module: nn.Module, found: list[Found]) -> list[Found]:
+        """What was found, and the runs of children that are blocks; a reason only where nothing else was found."""
+        children = list(module.children())
+        inside = {each.module for each in found if not isinstance(each.ways, str)} | {
+            each.holder for each in found if each.holder is not None
+        }
+        opaque = frozenset(child for child in children if _is_opaque(child, inside) or self._is_known(child))
+        twin = shadow(module, training=True)
+        pairs = dict(zip(children, twin.children(), strict=True))
+        traced = trace(twin, frozenset(pairs[child] for child in opaque))
+        if isinstance(traced, str):
+            return found
+        runs, reason = _runs(traced)
+        made: list[Found] = []
+        for begin, end in runs:
+            shell = nn.Sequential(*children[begin:end])
+            shell.training = module.training
+            ways = self.ways_of(shell)
+            made.append(Found(f"{name}[{begin}:{end}]", shell, ways, None if isinstance(ways, str) else module, begin))
+        left = [each for each in found if isinstance(each.ways, str)]
+        if not made and not found and reason is not None and _has_pointwise(module):
+            return [Found(name, module, reason)]
+        return [*(each for each in found if each not in left or not made), *made]
+
+
+def _runs(traced: Trace) -> tuple[list[tuple[int, int]], str | None]:
+    """(begin, end) of the children that are blocks together, and why the last candidate is none."""
+    boundaries = {node: place for place, node in reversed(list(enumerate((traced.image, *traced.outputs))))}
+    taken: set[Any] = set()
+    runs: list[tuple[int, int]] = []
+    reason = None
+    for end, out in enumerate(traced.outputs, 1):
+        try:
+            found = match(traced, out, boundaries.keys(), taken)
+        except NoMatch as error:
+            reason = str(error)
+            continue
+        run = boundaries[found.first], end
+        if runs and run[0] == runs[-1][0]:  # the same block with its last activation, or with what does nothing
+            runs.pop()
+        if found.nodes & taken and not (runs == [] or run[0] >= runs[-1][1]):
+            continue
+        runs.append(run)
+        taken |= found.nodes
+    return runs, reason
+
+
+def _is_opaque(child: nn.Module, inside: set[Any]) -> bool:
+    """Whether a child of a Sequential must not be looked into: a block is inside, or it can't be traced."""
+    if any(each in inside for each in child.modules()):
+        return True
+    return not is_torchs(child) and isinstance(trace(shadow(child, training=True)), str)
+
+
+def _is_depthwise(module: Any) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+
+
+def _has_pointwise(module: nn.Module) -> bool:
+    return any(
+        isinstance(each, nn.Conv2d) and each.kernel_size == (1, 1) and each.groups == 1 for each in module.modules()
+    )
