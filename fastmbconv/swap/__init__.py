@@ -18,28 +18,41 @@ from fastmbconv.checks import check_memory, check_model
 from fastmbconv.ends import ConvBNAct
 from fastmbconv.swap.ends import ends_of
 from fastmbconv.swap.explain import Explanation, Row, explain
-from fastmbconv.swap.fused import fusible, swap_in, swap_out
+from fastmbconv.swap.fused import FusedBlock, fusible, swap_in, swap_out
+from fastmbconv.swap.runs import Run, runs_of, shell_of, swap_in_runs
+from fastmbconv.swap.written import Ways, find
 
 __all__ = ["Explanation", "Row", "explain", "fuse", "unfuse"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def fuse(model: Model, filter_fn: Callable[[nn.Module, str], bool] | None = None, *, memory: Memory = "fast") -> Model:
+def fuse(
+    model: Model,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    *,
+    memory: Memory = "fast",
+    verify: bool = True,
+) -> Model:
     """Make a model's MBConv blocks run fused, in place, and return it.
 
-    Blocks of fastmbconv, timm (InvertedResidual, DepthwiseSeparableConv, EdgeResidual, ConvBnAct), torchvision (MBConv,
-    FusedMBConv, InvertedResidual), efficientnet_pytorch and segmentation_models_pytorch (MBConvBlock), and transformers
-    (EfficientNetBlock, AlignVisionBlock) are known; a block that can't be fused stays as it is, and `explain` says why.
-    Fusing twice is fusing once, with the later `memory`. Without a filter the stem and the head of these libraries'
-    models go through kernels too, in eval mode where no gradient is wanted: BatchNorm and activation in one pass, the
-    head together with its pool where the model's forward gives no other use to its map.
+    Known by their classes are blocks of fastmbconv, timm (InvertedResidual, DepthwiseSeparableConv, EdgeResidual,
+    UniversalInvertedResidual, ConvBnAct), torchvision (MBConv, FusedMBConv, InvertedResidual), efficientnet_pytorch and
+    segmentation_models_pytorch (MBConvBlock), and transformers (EfficientNetBlock, AlignVisionBlock). Of other modules,
+    and of runs of children in an nn.Sequential, torch.fx traces the forward; what computes an MBConv block in one mode
+    or both is fused, once it has proved in float64 to have the block's output, gradients and running statistics. A
+    block that can't be fused stays as it is, and `explain` says why. Fusing twice is fusing once, with the later
+    `memory`. Without a filter the stem and the head of the libraries' models go through kernels too, in eval mode where
+    no gradient is wanted: BatchNorm and activation in one pass, the head together with its pool where the model's
+    forward gives no other use to its map.
 
     Args:
         model: any module; a block itself too.
         filter_fn: called as filter_fn(block, fully_qualified_name) for each block that can be fused; false leaves it.
+            A run of a Sequential's children comes as a Sequential of its own, called "name[begin:end]".
         memory: "lean" keeps no expanded tensor for the backward, which computes it again: less memory, more work.
             "fast" is the faster plan: "lean" too, at shapes where `fastmbconv tune` found it so on this GPU.
+        verify: whether a block that no adapter knows is proved; that takes some hundredths of a second each.
 
     Raises:
         ValueError: for another `memory` than "fast" and "lean".
@@ -49,18 +62,55 @@ def fuse(model: Model, filter_fn: Callable[[nn.Module, str], bool] | None = None
     check_memory(memory)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn is a {type(filter_fn).__name__}: allowed is a function (module, name) -> bool")
-    before: Block | None = None
+    chosen: Callable[[nn.Module, str], bool] = (lambda *_: True) if filter_fn is None else filter_fn
+    blocks: list[nn.Module] = []
     for name, module in list(model.named_modules()):
         block = fusible(module)
-        if block is not None and not isinstance(block, str) and (filter_fn is None or filter_fn(module, name)):
+        if block is not None and not isinstance(block, str) and _ways_of(module) is None and chosen(module, name):
             swap_in(module, memory)
-            if before is not None:
-                ahead.follows(before.depthwise_weight, _described(weakref.ref(module), memory))
-            before = block if isinstance(block, Block) else None
+            blocks.append(module)
+    blocks += _fuse_written(model, chosen, memory, verify)
+    before: Block | None = None
+    for module in blocks:
+        if before is not None:
+            ahead.follows(before.depthwise_weight, _described(weakref.ref(module), memory))
+        block = fusible(module)
+        before = block if isinstance(block, Block) else None
     if filter_fn is None:
         for end in ends_of(model):
             end.swap_in()
     return model
+
+
+def _fuse_written(
+    model: nn.Module, chosen: Callable[[nn.Module, str], bool], memory: Memory, verify: bool
+) -> list[nn.Module]:
+    """Swap in what is found by structure, and return it; what was one before and is one no more is swapped out."""
+    blocks: list[nn.Module] = []
+    runs: dict[nn.Module, list[Run]] = {module: [] for module in model.modules() if runs_of(module)}
+    for found in find(model, verify=verify, again=True):
+        if isinstance(found.ways, str):
+            if _ways_of(found.module) is not None:
+                swap_out(found.module)
+        elif chosen(found.module, found.name):
+            if found.holder is None:
+                swap_in(found.module, memory, found.ways)
+                blocks.append(found.module)
+            else:
+                end = found.begin + len(list(found.module.children()))
+                runs.setdefault(found.holder, []).append(Run(found.begin, end, found.ways, memory))
+    for holder, inside in runs.items():
+        if inside:
+            swap_in_runs(holder, tuple(inside))
+            blocks += [shell_of(holder, run) for run in inside]
+        else:
+            swap_out(holder)
+    return blocks
+
+
+def _ways_of(module: nn.Module) -> Ways | None:
+    """What a fused module that was found by structure computes."""
+    return type(module).ways if isinstance(module, FusedBlock) else None
 
 
 def _described(module: weakref.ref[nn.Module], memory: Memory) -> ahead.Next:

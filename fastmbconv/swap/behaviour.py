@@ -14,9 +14,11 @@ from math import prod
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmbconv import reference
+from fastmbconv.block import pads
 
 Behaviour = Literal["same", "drop", "dropout", "mean", "other"]
 CLOSE = 1e-9
@@ -94,3 +96,20 @@ def _in_mode(module: nn.Module, training: bool) -> nn.Module:
     for each in twin.modules():
         each.training = training
     return twin
+
+
+def pads_same(conv: nn.Conv2d) -> bool:
+    """Whether a convolution of somebody's own pads as TensorFlow's SAME does, whatever the image's size."""
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
+    if conv.padding_mode != "zeros" or conv.kernel_size != (kernel, kernel) or conv.stride != (stride, stride):
+        return False
+    twin = deepcopy(conv).to(device="cpu", dtype=torch.float64)
+    twin.weight.data = probe(*conv.weight.shape)
+    for size in range(2 * kernel, 2 * kernel + stride + 1):
+        x = probe(1, conv.in_channels, size, size + 1)
+        sides = (pads(each, kernel, stride, "same") for each in (size + 1, size))
+        padded = F.pad(x, [side for pair in sides for side in pair])
+        bias = None if twin.bias is None else twin.bias.detach()
+        if not same(probed(twin, x), F.conv2d(padded, twin.weight.detach(), bias, stride, 0, 1, conv.groups)):
+            return False
+    return conv.dilation == (1, 1)

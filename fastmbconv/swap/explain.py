@@ -14,12 +14,13 @@ from fastmbconv.block import Block, DenseBlock
 from fastmbconv.checks import check_model
 from fastmbconv.swap.ends import End, ends_of
 from fastmbconv.swap.fused import FusedBlock, fusible, is_fused, read
-from fastmbconv.swap.registry import adapter_of, forward_owner
+from fastmbconv.swap.registry import adapter_of
+from fastmbconv.swap.runs import runs_of, shell_of
 from fastmbconv.swap.saving import Saving, end_saving, input_shapes, saving
 from fastmbconv.swap.table import table
+from fastmbconv.swap.written import Found, find, read_written
 
 Shapes = dict[nn.Module, tuple[int, int, int, int]]
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,24 +108,49 @@ def explain(model: nn.Module, input_shape: tuple[int, int, int, int] | None = No
     """
     check_model(model)
     ends = ends_of(model)
-    known = [module for module in model.modules() if adapter_of(type(module)) is not None]
-    wanted = known + [module for end in ends for module in (end.site.conv, end.site.norm)]
+    wanted = [module for module in model.modules() if _may_begin_block(module)]
+    wanted += [module for end in ends for module in (end.site.conv, end.site.norm)]
     shapes = {} if input_shape is None else input_shapes(model, wanted, input_shape)
     names = {module: name for name, module in model.named_modules()}
     return Explanation(rows(model, shapes), tuple(_end_row(names[end.site.conv], end, shapes) for end in ends))
 
 
 def rows(model: nn.Module, shapes: Shapes) -> tuple[Row, ...]:
-    """A row for each known block, and for each unknown module that looks like one."""
-    candidates = _lookalikes(model)
-    found = []
+    """A row for each known block, each that is found by structure, and each module that looks like one."""
+    found = find(model)
+    written = {each.module: each for each in found if each.holder is None}
+    runs = [each for each in found if each.holder is not None]
+    rows = []
     for name, module in model.named_modules():
         if adapter_of(type(module)) is not None:
-            found.append(_row(name, module, shapes.get(module)))
-        elif module in candidates:
-            reason = f"no adapter for {type(module).__module__}.{type(module).__qualname__}"
-            found.append(_eager(name, module, reason, _guessed_geometry(module)))
-    return tuple(found)
+            rows.append(_row(name, module, shapes.get(module)))
+        elif module in written:
+            rows.append(_written_row(written[module], shapes.get(module)))
+        for run in runs:
+            if run.holder is module:
+                rows.append(_run_row(run, shapes.get(next(run.module.children()))))
+    return tuple(rows)
+
+
+def _written_row(found: Found, shape: tuple[int, int, int, int] | None) -> Row:
+    """Of what isn't fused."""
+    module = found.module
+    if isinstance(found.ways, str):
+        return _eager(found.name, module, found.ways, _guessed_geometry(module))
+    block = read_written(found.ways, module)
+    if not isinstance(block, Block):
+        return _eager(found.name, module, str(block), _guessed_geometry(module))
+    saved = saving(block, module.training, shape)
+    return _eager(found.name, module, "not fused: fastmbconv.fuse does it", _geometry(block), saved)
+
+
+def _run_row(found: Found, shape: tuple[int, int, int, int] | None) -> Row:
+    holder = found.holder
+    assert holder is not None
+    for run in runs_of(holder):
+        if list(holder.children())[run.begin : run.end] == list(found.module.children()):
+            return _row(found.name, shell_of(holder, run), shape)
+    return _written_row(found, shape)
 
 
 def _end_row(name: str, end: End, shapes: Shapes) -> Row:
@@ -182,6 +208,11 @@ def _geometry(block: Block | DenseBlock) -> Geometry:
     return Geometry((block.in_channels, hidden, out), block.kernel_size, block.stride, block.se is not None)
 
 
+def _may_begin_block(module: nn.Module) -> bool:
+    """Whether a block's input is this module's."""
+    return adapter_of(type(module)) is not None or (bool(list(module.children())) or isinstance(module, nn.Conv2d))
+
+
 def _convolutions(module: nn.Module) -> list[Any]:
     """Anything that convolves, torch's or not."""
     wanted = ("in_channels", "out_channels", "kernel_size", "stride", "groups")
@@ -208,18 +239,3 @@ def _first(size: Any) -> int:
 
 def _is_depthwise(conv: Any) -> bool:
     return conv.groups == conv.in_channels > 1
-
-
-def _lookalikes(model: nn.Module) -> set[nn.Module]:
-    """The innermost modules, no mere containers, that hold one depthwise convolution and a pointwise one."""
-    known = {module for module in model.modules() if adapter_of(type(module)) is not None}
-    found: set[nn.Module] = set()
-    for module in reversed(list(model.modules())):  # children before their parents
-        if isinstance(module, CONTAINERS) and forward_owner(type(module)) in (*CONTAINERS, nn.Module):
-            continue
-        convs = _convolutions(module)
-        depthwise = sum(map(_is_depthwise, convs))
-        pointwise = any(_first(conv.kernel_size) == 1 and conv.groups == 1 for conv in convs)
-        if depthwise == 1 and pointwise and not any(child in found or child in known for child in module.modules()):
-            found.add(module)
-    return found

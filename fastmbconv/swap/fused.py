@@ -19,6 +19,7 @@ from fastmbconv.readings import Read, block_of
 from fastmbconv.swap.parts import NotNow
 from fastmbconv.swap.registry import Adapter, adapter_of, forward_owner
 from fastmbconv.swap.swapped import Swapped
+from fastmbconv.swap.written import Ways, read_written
 
 
 def own_forward(module: Any) -> Callable[..., Any]:
@@ -34,6 +35,7 @@ class FusedBlock(Swapped):
     read: ClassVar[Read]
     memory: ClassVar[Memory]
     image: ClassVar[str]
+    ways: ClassVar[Ways | None]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         original = own_forward(self)
@@ -57,7 +59,8 @@ class FusedBlock(Swapped):
         return functional.mbconv(args[0], block, eager=eager, memory=type(self).memory)
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
-        return _rebuild, (type(self).original, type(self).memory), self.__getstate__()
+        cls = type(self)
+        return _rebuild, (cls.original, cls.memory, cls.ways), self.__getstate__()
 
 
 def read(adapter: Adapter, module: nn.Module, *args: Any, **kwargs: Any) -> Block | DenseBlock | str:
@@ -89,13 +92,14 @@ def is_fused(module: nn.Module) -> bool:
     return module.fused if isinstance(module, MBConv) else isinstance(module, FusedBlock)
 
 
-def swap_in(module: nn.Module, memory: Memory) -> None:
-    """Make a fusible block a fused one."""
+def swap_in(module: nn.Module, memory: Memory, ways: Ways | None = None) -> None:
+    """Make a fusible block a fused one; `ways` says what it is where no adapter does."""
     if isinstance(module, MBConv):
         module.fused, module.memory = True, memory
-    else:
-        cls: Any = type(module)
-        module.__class__ = fused_class(cls.original if isinstance(module, FusedBlock) else cls, memory)
+        return
+    cls: Any = type(module)
+    fused = isinstance(module, FusedBlock)
+    module.__class__ = fused_class(cls.original if fused else cls, memory, ways or (cls.ways if fused else None))
 
 
 def swap_out(module: nn.Module) -> None:
@@ -110,13 +114,16 @@ def swap_out(module: nn.Module) -> None:
 
 
 @cache
-def fused_class(original: Any, memory: Memory) -> Any:
-    """The fused subclass of a block's class, made once."""
-    adapter: Any = adapter_of(original)
-    body = {
+def fused_class(original: Any, memory: Memory, ways: Ways | None = None) -> Any:
+    """The fused subclass of a block's class, made once for all that compute the same."""
+    adapter: Any = adapter_of(original) if ways is None else partial(read_written, ways)
+    body: dict[str, Any] = {} if ways is None else {"adapter": staticmethod(adapter)}
+    body |= {
+        "is_swap": True,
         "read": staticmethod(partial(read, adapter)),
         "original": original,
         "memory": memory,
+        "ways": ways,
         "image": list(signature(vars(forward_owner(original))["forward"]).parameters)[1],
         "__module__": FusedBlock.__module__,
         "__doc__": original.__doc__,
@@ -124,7 +131,7 @@ def fused_class(original: Any, memory: Memory) -> Any:
     return type(f"Fused{original.__name__}", (FusedBlock, original), body)
 
 
-def _rebuild(original: Any, memory: Memory = "fast") -> nn.Module:
+def _rebuild(original: Any, memory: Memory = "fast", ways: Ways | None = None) -> nn.Module:
     """An empty fused module, for copy and pickle to fill: stored models name this function."""
-    cls = fused_class(original, memory)
+    cls = fused_class(original, memory, ways)
     return cls.__new__(cls)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
@@ -30,7 +30,7 @@ ELEMENTWISE = (
     | {"hardtanh", "hardtanh_", "gelu", "mish", "elu", "selu", "leaky_relu", "softplus", "sigmoid", "sigmoid_", "sqrt"}
     | {"abs", "square", "maximum", "minimum", "dropout", "clone", "contiguous"}
 )
-SIZES = {"size", "dim", "getattr", "getitem", "floordiv", "numel"}  # of what tells an image's sizes, not its values
+SIZES = {"size", "dim", "getattr", "getitem", "floordiv", "numel"}  # of sizes, not of values
 
 
 class NoMatch(Exception):
@@ -52,13 +52,13 @@ class ConvRecipe:
 class StageRecipe:
     """A convolution, its BatchNorm's path, the activation behind it, and what is padded in front of it.
 
-    `padded` counts pixels (at top and left, at bottom and right).
+    `padded` counts pixels (at top and left, at bottom and right), or is TensorFlow's way.
     """
 
     conv: ConvRecipe
     norm: str
     act: Activation
-    padded: tuple[int, int] = (0, 0)
+    padded: tuple[int, int] | Literal["same"] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +165,10 @@ class _Matcher:
         conv = self._conv(u, role)
         v, padded = self._unpad(u.all_input_nodes[0])
         self.nodes.update((*region, root, u))
+        if not is_torchs(self._conv_of(u)) and conv.fixed is None:
+            if padded != (0, 0):
+                raise NoMatch(f"a padding before a {type(self._conv_of(u)).__name__}, which pads itself: not supported")
+            return StageRecipe(conv, norm, act, "same"), v
         return StageRecipe(conv, norm, act, padded), v
 
     def _expansion(self, v: fx.Node) -> tuple[StageRecipe | None, fx.Node]:
@@ -326,6 +330,8 @@ class _Matcher:
         return named
 
     def _why_no_norm(self, root: fx.Node, region: list[fx.Node], role: str) -> str:
+        if (pair := self._pair(root, SUMS)) is not None and any(each in self.starts for each in pair):
+            return f"{self._calls(region)} behind the sum with the block's input: not supported"
         if self._conv_of(root) is not None:
             return f"no BatchNorm after the {role}"
         if root.op == "placeholder":
@@ -359,14 +365,16 @@ class _Matcher:
         """The module whose convolution a node is, or None."""
         module = self._module(node)
         if module is not None:
-            return module if isinstance(module, nn.Conv2d) and is_torchs(module) else None
+            known = isinstance(module, nn.Conv2d) and (is_torchs(module) or behaviour.pads_same(module))
+            return module if known else None
         if node.op == "call_function" and _name(node) == "conv2d":
             weight = _conv2d_arguments(node)["weight"]
             return self.trace.modules.get(path_of(getattr(weight, "target", "")).rpartition(".")[0])
         return None
 
     def _groups(self, conv: ConvRecipe) -> int:
-        return int(self.trace.modules[conv.path].groups if conv.fixed is None else conv.fixed[3])
+        module: Any = self.trace.modules[conv.path]
+        return int(module.groups if conv.fixed is None else conv.fixed[3])
 
     def _is_pointwise(self, node: fx.Node) -> bool:
         conv = self._conv_of(node)
@@ -383,7 +391,8 @@ class _Matcher:
         return inner, (before + sides[0], after + sides[1])
 
     def _padded(self, v: fx.Node) -> tuple[int, int] | None:
-        module, sides = self._module(v), None
+        module = self._module(v)
+        sides: Any = None
         if isinstance(module, nn.ZeroPad2d) and is_torchs(module):
             sides = module.padding
         elif v.op == "call_function" and _name(v) == "pad":
@@ -395,7 +404,7 @@ class _Matcher:
             return 0, 0
         if sides is None:
             return None
-        left, right, top, bottom = (*cast(Any, sides), 0, 0)[:4]
+        left, right, top, bottom = (*sides, 0, 0)[:4]
         if not all(isinstance(side, int) for side in (left, right, top, bottom)):
             raise NoMatch("a padding that depends on the image's size: not supported")
         if (left, right) != (top, bottom):

@@ -32,7 +32,13 @@ def forward_owner(cls: type) -> type:
 
 
 def adapter_of(cls: type) -> Adapter | None:
-    """The adapter for instances of a module class, or None for a class that none knows."""
+    """The adapter for instances of a module class, or None for a class that none knows.
+
+    A fused class whose module was found by structure has an adapter of its own.
+    """
+    own: Adapter | None = vars(cls).get("adapter")
+    if own is not None:
+        return own
     owner = forward_owner(cls)
     return ADAPTERS.get(f"{owner.__module__}.{owner.__qualname__}") if is_own(owner, "forward") else None
 

@@ -7,7 +7,7 @@ no hooks, so that nothing of the module itself is called, and either mode can be
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -77,7 +77,7 @@ class _Call(nn.Module):
 
 
 class _Tracer(fx.Tracer):
-    """Goes into modules that hold tensors, down to torch's own, and into those that `opaque` does not name."""
+    """Goes into modules that hold tensors, down to torch's own, unless `opaque` names them."""
 
     def __init__(self, opaque: frozenset[nn.Module]) -> None:
         super().__init__()
@@ -88,12 +88,25 @@ class _Tracer(fx.Tracer):
             return True
         return not is_sequence(m) and (is_torchs(m) or not has_tensors(m))
 
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if is_sequence(m) and m not in self.opaque:  # perhaps a slice of one, which has no name
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
 
 def trace(twin: nn.Module, opaque: frozenset[nn.Module] = frozenset()) -> Trace | str:
-    """The graph of a shadow's forward, or why there is none; `opaque` are not looked into."""
+    """The graph of a shadow's forward, or why there is none; `opaque` are not looked into.
+
+    Nor is a convolution of somebody's own whose forward can't be traced: behaviour.py tells what it does.
+    """
     call = _Call(twin)
     if torch.nn.modules.module._has_any_global_hook():
         return "a hook on every module"
+    if not isinstance(twin, nn.Conv2d):
+        own = (each for each in twin.modules() if isinstance(each, nn.Conv2d) and not is_torchs(each))
+        opaque |= {each for each in own if isinstance(trace(each), str)}
     try:
         graph = _Tracer(opaque).trace(call)
     except fx.proxy.TraceError:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastmbconv import dispatch
 from fastmbconv.block import Block, DenseBlock, Padding
 from fastmbconv.swap.matching import ConvRecipe, NoMatch, Recipe, StageRecipe, match
 from fastmbconv.swap.parts import Convolution, Kinds, Module, NotNow, Parts, Squeeze, Stage, assemble, kind
@@ -52,6 +53,11 @@ class Found:
     ways: Ways | str
     holder: nn.Module | None = None
     begin: int = 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is a block in some mode."""
+        return not isinstance(self.ways, str)
 
 
 def read_written(ways: Ways, module: Module, *args: Any, **kwargs: Any) -> Block | DenseBlock | NotNow | str:
@@ -111,10 +117,10 @@ def _convolution(module: Module, recipe: ConvRecipe) -> Any:
     return Convolution(conv.weight, conv.bias if biased else None, stride, padding, dilation, groups)
 
 
-def _padding(conv: Any, padded: tuple[int, int]) -> Padding | None:
+def _padding(conv: Any, padded: Any) -> Padding | None:
     """What is padded outside the convolution and by it; None where only the convolution pads."""
-    if padded == (0, 0):
-        return None
+    if padded in ((0, 0), "same"):
+        return padded if padded == "same" else None
     own = {"valid": 0, "same": conv.kernel_size[0] // 2}.get(conv.padding, conv.padding)
     own = own if isinstance(own, int) else own[0]
     return (own + padded[0], own + padded[1]) if padded[0] != padded[1] else own + padded[0]
@@ -214,15 +220,14 @@ class _Finder:
     def _merged(self, name: str, module: nn.Module, found: list[Found], count: int) -> list[Found]:
         if count == 0 or isinstance(module, (nn.ModuleList, nn.ModuleDict)) or "forward" in vars(module):
             return found
+        whole = None
         if count <= 2 and _has_pointwise(module):
-            ways = self.ways_of(module)
-            if not isinstance(ways, str):
-                return [Found(name, module, ways)]
-            if not is_sequence(module) and not found:
-                return [Found(name, module, ways)]
+            whole = Found(name, module, self.ways_of(module))
+            if whole.fits:
+                return [whole]
         if is_sequence(module):
-            return self._with_runs(name, module, found)
-        return found
+            found = self._with_runs(name, module, found)
+        return found if found or whole is None else [whole]
 
     def ways_of(self, module: nn.Module) -> Ways | str:
         """What a module computes in each mode; or why it is a block in neither."""
@@ -251,7 +256,7 @@ class _Finder:
 
     def _proved(self, twin: nn.Module, recipe: Recipe) -> Recipe | str:
         block = block_of_recipe(twin, recipe)
-        reason = block if isinstance(block, str) else None
+        reason = block if isinstance(block, str) else dispatch.block_reason(block)
         if reason is None and self.verify:
             reason = why_not(twin, lambda module: block_of_recipe(module, recipe))
         return recipe if reason is None else reason
@@ -259,7 +264,7 @@ class _Finder:
     def _with_runs(self, name: str, module: nn.Module, found: list[Found]) -> list[Found]:
         """What was found, and the runs of children that are blocks; a reason only where nothing else was found."""
         children = list(module.children())
-        inside = {each.module for each in found if not isinstance(each.ways, str)} | {
+        inside = {each.module for each in found if each.fits} | {
             each.holder for each in found if each.holder is not None
         }
         opaque = frozenset(child for child in children if _is_opaque(child, inside) or self._is_known(child))
@@ -268,30 +273,26 @@ class _Finder:
         traced = trace(twin, frozenset(pairs[child] for child in opaque))
         if isinstance(traced, str):
             return found
-        runs, reason = _runs(traced)
+        runs = _runs(traced)
         made: list[Found] = []
         for begin, end in runs:
             shell = nn.Sequential(*children[begin:end])
             shell.training = module.training
             ways = self.ways_of(shell)
             made.append(Found(f"{name}[{begin}:{end}]", shell, ways, None if isinstance(ways, str) else module, begin))
-        left = [each for each in found if isinstance(each.ways, str)]
-        if not made and not found and reason is not None and _has_pointwise(module):
-            return [Found(name, module, reason)]
+        left = [each for each in found if not each.fits]
         return [*(each for each in found if each not in left or not made), *made]
 
 
-def _runs(traced: Trace) -> tuple[list[tuple[int, int]], str | None]:
-    """(begin, end) of the children that are blocks together, and why the last candidate is none."""
+def _runs(traced: Trace) -> list[tuple[int, int]]:
+    """(begin, end) of the children that are blocks together."""
     boundaries = {node: place for place, node in reversed(list(enumerate((traced.image, *traced.outputs))))}
     taken: set[Any] = set()
     runs: list[tuple[int, int]] = []
-    reason = None
     for end, out in enumerate(traced.outputs, 1):
         try:
             found = match(traced, out, boundaries.keys(), taken)
-        except NoMatch as error:
-            reason = str(error)
+        except NoMatch:
             continue
         run = boundaries[found.first], end
         if runs and run[0] == runs[-1][0]:  # the same block with its last activation, or with what does nothing
@@ -300,7 +301,7 @@ def _runs(traced: Trace) -> tuple[list[tuple[int, int]], str | None]:
             continue
         runs.append(run)
         taken |= found.nodes
-    return runs, reason
+    return runs
 
 
 def _is_opaque(child: nn.Module, inside: set[Any]) -> bool:
