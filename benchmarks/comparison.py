@@ -18,7 +18,7 @@ import fastmbconv
 from benchmarks import timing
 from benchmarks.launches import counted
 from benchmarks.poison import poisoned
-from benchmarks.subjects import Subject, settle
+from benchmarks.subjects import TRAINING_FORWARD, Subject, settle
 from fastmbconv import parity
 from fastmbconv.graphs import Recording, uncached_autocast
 
@@ -29,6 +29,7 @@ GRAPHS = (GRAPHED, EAGER_GRAPHED)
 EAGER = {"eager-nchw": torch.contiguous_format, "eager-nhwc": torch.channels_last}
 COMPILE = {"compile": None, "max-autotune": "max-autotune"}
 PEERS = (*EAGER, *COMPILE)
+TRAINING = ("fwd_bwd", TRAINING_FORWARD)
 LATENCY = {"reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"}  # with CUDA graphs: for whole models
 COMPILE_SECONDS = {
     "compile": 20.0,
@@ -87,7 +88,7 @@ class Candidate:
             return self.run(self.x)
 
     def outputs(self) -> dict[str, Tensor]:
-        if self.mode == "fwd_no_grad":
+        if self.mode != "fwd_bwd":
             with torch.no_grad():
                 return {"y": self.forward()}
         y = self.forward()
@@ -101,7 +102,7 @@ class Candidate:
         return {"y": y.detach(), **grads}
 
     def buffers(self) -> dict[str, Tensor]:
-        return {name: b for name, b in self.module.named_buffers() if b.is_floating_point() and self.mode == "fwd_bwd"}
+        return {name: b for name, b in self.module.named_buffers() if b.is_floating_point() and self.mode in TRAINING}
 
     def step(self) -> None:
         if "torch._inductor" in sys.modules:  # seconds to import, and only torch.compile's graphs need the mark
@@ -133,7 +134,7 @@ class Comparison:
         self.subject, self.mode, self.plan = subject, mode, plan
         self.is_model = subject.elements == 0
         torch.manual_seed(0)
-        self.base = settle(subject.make()).to(plan.device).train(mode == "fwd_bwd")
+        self.base = settle(subject.make()).to(plan.device).train(mode in TRAINING)
         self.x = _random(subject.size, plan, seed=3)
         self.candidates: dict[str, Candidate] = {}
         self.problems: dict[str, str] = {}

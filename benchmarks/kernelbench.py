@@ -18,10 +18,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import fastmbconv
+
+if TYPE_CHECKING:
+    from fastmbconv.swap import Explanation
 
 Size = tuple[int, int, int, int]
 
@@ -46,6 +52,12 @@ class Problem:
     small_shape: Size
     small: Callable[[], nn.Module] | None = None
     expanded: int = 0
+
+    def explained(self, training: bool = True) -> Explanation:
+        """What `fuse` makes of its blocks, and what that saves; without any tensor's memory."""
+        with torch.device("meta"):
+            model = fastmbconv.fuse(self.make()).train(training)
+        return fastmbconv.explain(model, self.shape)
 
     def tiny(self) -> Problem:
         """The same structure at a size that an interpreter can run."""
@@ -253,4 +265,5 @@ _ALL = (
     Problem(23, "EfficientNetB1", EfficientNetB1, (10, 3, 240, 240), 7, 7, (1.62, 2.19), _TINY),
     Problem(24, "EfficientNetB2", EfficientNetB2, (2, 3, 224, 224), 5, 0, (1.64, 1.66), _TINY),
 )  # fmt: skip
+NOTHING_FUSED = "fuse finds no MBConv block in it"
 PROBLEMS = {problem.name: problem for problem in _ALL}

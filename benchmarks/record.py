@@ -15,7 +15,7 @@ OURS, GRAPHED = "fastmbconv", "fastmbconv-graph"
 SUFFIX = ".jsonl"
 TEXTS = ("mode", "dtype", "model", "block", "status")  # where a row has them
 LARGEST = 1e30  # no byte count, rate or time is: what is larger is broken
-MODES = ("fwd_bwd", "fwd_no_grad")
+MODES = ("fwd_bwd", "fwd_no_grad", "fwd_training")
 
 Row = dict[str, Any]
 

@@ -12,11 +12,12 @@ import torch
 from benchmarks import cache, comparison, step_profile, subjects, timing, training
 from benchmarks.comparison import COMPILE, EAGER, LATENCY, Plan
 from benchmarks.figures import group_by_gpu, make_slug
+from benchmarks.kernelbench import NOTHING_FUSED, PROBLEMS
 from benchmarks.record import SUFFIX, read
 from benchmarks.recorder import RESULTS, versions
 from benchmarks.registry import BATCHES, Shape, by_weight, shapes
 from benchmarks.section import Context
-from benchmarks.subjects import MODES, Subject
+from benchmarks.subjects import MODES, TRAINING_FORWARD, Subject
 from fastmbconv.efficientnet import EfficientNet
 from fastmbconv.scaling import COEFFICIENTS
 
@@ -215,6 +216,20 @@ def worst_kernels(folder: Path) -> list[str]:
         if make_slug(device.name) == here:
             return [kernel.name for kernel in device.kernels() if kernel.lost > 0][:KERNELS_TUNED]
     return []
+
+
+def run_kernelbench(context: Context) -> None:
+    """KernelBench's models as it times them: forward in training mode, float32 whose convolutions may take TF32."""
+    how = plan(context, peers=(*EAGER, "compile"), rounds=10, compile_scale=MODEL_COMPILE_SCALE)
+    if not context.dry:
+        how = replace(how, dtype=torch.float32, tf32=True)
+    for problem in PROBLEMS.values():
+        problem = problem.tiny() if context.dry else problem
+        subject = subjects.kernelbench(problem)
+        if problem.explained().fused:
+            compare(context, [(subject, TRAINING_FORWARD, how)])
+        else:
+            context.add({"what": subject.name, "mode": TRAINING_FORWARD, "skipped": NOTHING_FUSED})
 
 
 def run_training(context: Context) -> None:

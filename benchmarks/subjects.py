@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmbconv
+from benchmarks.kernelbench import Problem
 from benchmarks.registry import BATCHES, Shape
 from fastmbconv import functional, reference
 from fastmbconv.block import Activation, BatchNorm, Block, DenseBlock, Memory
@@ -22,6 +23,7 @@ from fastmbconv.mbconv import ACTIVATIONS, MBConv, SqueezeExcitation, Stochastic
 from fastmbconv.scaling import COEFFICIENTS, Coefficients
 
 MODES = ("fwd_no_grad", "fwd_bwd")  # evaluation without gradients; training, forward and backward
+TRAINING_FORWARD = "fwd_training"  # BatchNorms train, and no gradient is wanted: what KernelBench times
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,12 @@ def tiny_model() -> Subject:
         return Fused(fastmbconv.unfuse(nn.Sequential(stem, block, *head)))
 
     return Subject("tiny model n2 12px", make, (2, 3, 12, 12), 0, "tiny")
+
+
+def kernelbench(problem: Problem) -> Subject:
+    """A model of KernelBench's, as it is written there and after `fuse`."""
+    name = f"kernelbench {problem.number} {problem.name} n{problem.shape[0]} {problem.shape[2]}px"
+    return Subject(name, lambda: Fused(problem.make()), problem.shape, problem.expanded, f"kernelbench{problem.number}")
 
 
 def _own(coefficients: Coefficients) -> nn.Module:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks.comparison import OURS, PEERS, Plan, compare
+from benchmarks.kernelbench import Problem
 from benchmarks.registry import Shape, by_weight
 from benchmarks.subjects import MODES, Subject
 
@@ -45,18 +46,29 @@ every_shape = pytest.mark.parametrize("shape", by_weight(), ids=lambda s: s.name
 
 
 @cache
-def _row(make: Callable[[Shape], Subject], shape: Shape, mode: str, dry: bool) -> dict[str, Any]:
+def _row(
+    make: Callable[[Any], Subject], shape: Shape | Problem, mode: str, dry: bool, tf32: bool = False
+) -> dict[str, Any]:
     if dry:
         plan = Plan("cpu", torch.float32, tuple(p for p in PEERS if p.startswith("eager")), 1, interpreted=True)
         return compare(make(shape.tiny()), mode, plan)
-    return compare(make(shape), mode, Plan("cuda", torch.bfloat16))
+    return compare(make(shape), mode, Plan("cuda", torch.float32 if tf32 else torch.bfloat16, tf32=tf32))
 
 
 def tabulate(
-    benchmark: Any, make: Callable[[Shape], Subject], shape: Shape, mode: str, candidate: str, dry: bool
+    benchmark: Any,
+    make: Callable[[Any], Subject],
+    shape: Shape | Problem,
+    mode: str,
+    candidate: str,
+    dry: bool,
+    tf32: bool = False,
 ) -> None:
-    """Play one candidate's samples back; a group whose parity gate is red has no figures at all."""
-    row = _row(make, shape, mode, dry)
+    """Play one candidate's samples back; a group whose parity gate is red has no figures at all.
+
+    In bf16, or with `tf32` in float32 whose products may take TF32.
+    """
+    row = _row(make, shape, mode, dry, tf32)
     if "error" in row:
         pytest.fail(f"{row['what']} {mode}: no figure, {row['error']}")
     if candidate not in row["results"]:

@@ -39,6 +39,7 @@ SECOND = (
 APART = (  # in neither command; `--sections` chooses them
     Section("start", 140, 75, "from fuse to the first step, with an empty cache and a full one"),
     Section("ops", 60, 20, "depthwise and squeeze-excite by themselves"),
+    Section("kernelbench", 240, 60, "KernelBench's MBConv models, as it times them"),
     Section("training", 240, 120, "the same loss curve, fused and eager"),
 )
 SECTIONS = {section.name: section for section in (*FIRST, *SECOND, *APART)}

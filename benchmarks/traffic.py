@@ -10,6 +10,8 @@ Figures are in passes: bytes over the bytes of E, the expanded tensor at the dep
 * lean: the same as fused, with `memory="lean"`, which keeps no expanded tensor before the depthwise convolution.
 * Fused-MBConv's blocks have a table of their own, in passes of u, the dense convolution's output, which a library
   computes: its bytes are counted, those of what follows are stated.
+* KernelBench's problems have a table too, in bytes and in their own float32: the count of fastmbconv/traffic.py for a
+  step and for an inference, summed over the blocks that `fuse` finds in each; "-" where it finds none.
 * saved: bytes that autograd keeps for backward, from its own hooks, without parameters and buffers; a storage once.
 It is a count, not a measurement: each launch takes its tensors from memory once, and no cache spans two launches.
 """
@@ -19,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmbconv
+from benchmarks.kernelbench import PROBLEMS, Problem
 from benchmarks.launches import caught
 from benchmarks.registry import DENSE, Shape, shapes
 from benchmarks.subjects import FusedMBConv
@@ -282,6 +285,32 @@ def dense_table(rows: list[DenseRow]) -> str:
     return "\n".join(lines)
 
 
+def kernelbench_bytes(problem: Problem, training: bool) -> tuple[int, int, int]:
+    """(blocks that are fused, their bytes by eager, their bytes fused) in a step or in an inference."""
+    fused = [r.saving for r in problem.explained(training) if r.path == "fused" and r.saving is not None]
+    moved_by = [saving.bytes for saving in fused if saving.bytes is not None]
+    return len(fused), sum(eager for eager, _ in moved_by), sum(ours for _, ours in moved_by)
+
+
+def kernelbench_table(problems: Iterable[Problem] = tuple(PROBLEMS.values())) -> str:
+    """A line per problem, in GB; a count, no measurement."""
+    lines = [
+        f"{'KernelBench':42} {'fused':>7}  {'eager GB':>8} {'fused GB':>8} {'less':>6}"
+        f"  | {'inference':>9} {'fused GB':>8} {'less':>6}"
+    ]
+    for problem in problems:
+        (blocks, *step), (_, *inference) = (kernelbench_bytes(problem, training) for training in (True, False))
+        name = f"{problem.number} {problem.name} n{problem.shape[0]} {problem.shape[2]}px"
+        cells = [
+            f"{eager / 1e9:{width}.2f} {ours / 1e9:8.2f} {eager / ours:5.2f}x"
+            if ours
+            else f"{'-':>{width}} {'-':>8} {'-':>6}"
+            for width, (eager, ours) in ((8, step), (9, inference))
+        ]
+        lines.append(f"{name:42} {blocks:2} / {problem.blocks:2}  {cells[0]}  | {cells[1]}")
+    return "\n".join(lines)
+
+
 def standard(r: Row) -> bool:
     """The kind of block that the targets are about: stride 1, squeeze-and-excitation, residual, an expansion."""
     return r.shape.residual and r.shape.se and r.shape.expand_ratio != 1
@@ -344,7 +373,7 @@ def main() -> int:
     rows = list(rows_of(args.model, args.batch))
     if args.launches:
         print("\n".join(map(launch_table, rows)))
-    print(f"{table(rows)}\n{summary(rows)}\n{dense_table(list(map(dense_row, DENSE)))}")
+    print(f"{table(rows)}\n{summary(rows)}\n{dense_table(list(map(dense_row, DENSE)))}\n{kernelbench_table()}")
     if args.json:
         args.json.write_text(json.dumps([as_json(r) for r in rows], indent=1))
     return 0
