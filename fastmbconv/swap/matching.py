@@ -102,6 +102,18 @@ def match(trace: Trace, out: fx.Node, starts: Collection[fx.Node], taken: Collec
     return _Matcher(trace, starts, taken).match(out)
 
 
+def match_whole(trace: Trace) -> Recipe:
+    """The block that a graph computes, and nothing else.
+
+    Raises:
+        NoMatch: with what stands in the way.
+    """
+    matcher = _Matcher(trace, {trace.image}, ())
+    found = matcher.match(trace.outputs[-1])
+    matcher.check_nothing_else()
+    return found.recipe
+
+
 @dataclass
 class _Matcher:
     trace: Trace
@@ -113,7 +125,7 @@ class _Matcher:
         v, shortcut = self._split_residual(out)
         v, drop = self._strip_drop(v)
         if drop is not None and shortcut is None:
-            raise NoMatch(f"{self._call(out)} drops samples, and no residual is added")
+            raise NoMatch("stochastic depth without a residual: not supported")
         project, v = self._stage(v, "projection")
         v, se = self._excite(v)
         depthwise, v = self._stage(v, "depthwise convolution")
@@ -124,8 +136,20 @@ class _Matcher:
         if first not in self.starts or (shortcut is not None and first is not shortcut):
             raise NoMatch(f"{self._call(first)} before the first convolution: not supported")
         self._check_consumers(out, first)
+        norms = [self.trace.modules[each.norm] for each in (start, expand, depthwise, project) if each is not None]
+        if len(set(norms)) < len(norms):
+            raise NoMatch("a BatchNorm stands in two places: not supported")
         recipe = Recipe(start, expand, depthwise, se, project, shortcut is not None, drop)
         return Match(recipe, first, frozenset(self.nodes))
+
+    def check_nothing_else(self) -> None:
+        for node in self.trace.graph.nodes:
+            if (
+                node not in self.nodes
+                and node.op not in ("placeholder", "get_attr", "output")
+                and not self._is_size(node)
+            ):
+                raise NoMatch(f"it computes more than a block: {self._call(node)}")
 
     def _split_residual(self, out: fx.Node) -> tuple[fx.Node, fx.Node | None]:
         pair = self._pair(out, SUMS)
@@ -331,7 +355,7 @@ class _Matcher:
 
     def _why_no_norm(self, root: fx.Node, region: list[fx.Node], role: str) -> str:
         if (pair := self._pair(root, SUMS)) is not None and any(each in self.starts for each in pair):
-            return f"{self._calls(region)} behind the sum with the block's input: not supported"
+            return f"{self._calls(region or [root])} behind the sum with the block's input: not supported"
         if self._conv_of(root) is not None:
             return f"no BatchNorm after the {role}"
         if root.op == "placeholder":
@@ -433,11 +457,18 @@ class _Matcher:
         return self.trace.modules[path_of(node.target)] if node.op == "call_module" else None
 
     def _call(self, node: fx.Node) -> str:
-        return "the block's input" if node.op == "placeholder" else f"a {next(calls_of([node], self.trace.modules))}"
+        return (
+            "the block's input" if node.op == "placeholder" else _with_article([*calls_of([node], self.trace.modules)])
+        )
 
     def _calls(self, nodes: list[fx.Node]) -> str:
-        named = [name for name in calls_of(nodes, self.trace.modules) if name not in SIZES]
-        return f"a {', '.join(named)}" if named else "nothing"
+        return _with_article([name for name in calls_of(nodes, self.trace.modules) if name not in SIZES])
+
+
+def _with_article(named: list[str]) -> str:
+    if not named:
+        return "nothing"
+    return f"{'an' if named[0][0] in 'aeiouAEIOU' else 'a'} {', '.join(named)}"
 
 
 def _name(node: fx.Node) -> str:

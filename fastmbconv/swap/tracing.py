@@ -1,13 +1,14 @@
 """Anybody's module as a graph, by `torch.fx`: what its forward computes of one image.
 
-What is traced is a shadow of the module: other objects of the same classes that share parameters and buffers and have
-no hooks, so that nothing of the module itself is called, and either mode can be looked at.
+What is traced is a shadow of the module: other objects of the same classes that share parameters and have no
+hooks, so that nothing of the module itself is called, and either mode can be looked at.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ class Trace:
     `outputs` is the traced module's output; of a Sequential, what each of its children gives, in order.
     """
 
+    graph: fx.Graph
     image: fx.Node
     outputs: tuple[fx.Node, ...]
     modules: dict[str, nn.Module]
@@ -50,11 +52,16 @@ def has_tensors(module: nn.Module) -> bool:
 
 
 def shadow(module: nn.Module, *, training: bool) -> nn.Module:
-    """The same tree of other objects, un-fused, without hooks, in this mode; parameters and buffers are shared."""
+    """The same tree of other objects, un-fused, without hooks, in this mode; parameters are shared, buffers copied."""
     twin: nn.Module = unfused_copy(module)
     for each in twin.modules():
+        if isinstance(each, torch.jit.ScriptModule):  # the caller's own: there is no copy
+            continue
         each.training = training
-        vars(each).update({name: OrderedDict() for name in HOOKS if name in vars(each)})
+        own = vars(each)
+        own.update({name: OrderedDict() for name in HOOKS if name in own})
+        own["_buffers"] = {name: None if b is None else b.detach().clone() for name, b in each._buffers.items()}
+        own.update({name: copy(value) for name, value in own.items() if type(value) in (list, dict, set)})
     return twin
 
 
@@ -78,6 +85,8 @@ class _Call(nn.Module):
 
 class _Tracer(fx.Tracer):
     """Goes into modules that hold tensors, down to torch's own, unless `opaque` names them."""
+
+    proxy_buffer_attributes = True
 
     def __init__(self, opaque: frozenset[nn.Module]) -> None:
         super().__init__()
@@ -107,6 +116,7 @@ def trace(twin: nn.Module, opaque: frozenset[nn.Module] = frozenset()) -> Trace 
     if not isinstance(twin, nn.Conv2d):
         own = (each for each in twin.modules() if isinstance(each, nn.Conv2d) and not is_torchs(each))
         opaque |= {each for each in own if isinstance(trace(each), str)}
+    before = {each: _attributes(each) for each in twin.modules()}
     try:
         graph = _Tracer(opaque).trace(call)
     except fx.proxy.TraceError:
@@ -116,9 +126,20 @@ def trace(twin: nn.Module, opaque: frozenset[nn.Module] = frozenset()) -> Trace 
     if not all(isinstance(given, fx.Proxy) for given in call.given):
         (kind,) = {type(given).__name__ for given in call.given if not isinstance(given, fx.Proxy)} or {"nothing"}
         return f"its forward returns a {kind}, not one tensor"
+    for each, attributes in before.items():
+        now = _attributes(each)
+        changed = [name for name in {**attributes, **now} if now.get(name, before) != attributes.get(name, before)]
+        if changed:
+            return f"its forward changes an attribute ({changed[0]})"
     modules = dict(twin.named_modules(remove_duplicate=False))
     (image,) = (node for node in graph.nodes if node.op == "placeholder")
-    return Trace(image, tuple(given.node for given in call.given), modules, twin.training)
+    return Trace(graph, image, tuple(given.node for given in call.given), modules, twin.training)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What a forward might change of a module, by identity; of a list, how long it is."""
+    plain = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    return {name: (id(value), len(value) if type(value) in (list, dict, set) else 0) for name, value in plain.items()}
 
 
 def path_of(target: Any) -> str:
@@ -160,4 +181,6 @@ def calls_of(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> Iterator[st
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    """An error's kind and first sentence."""
+    line = str(error).strip().partition("\n")[0].partition(". ")[0].partition(" - got")[0]
+    return f"{type(error).__name__}: {line}"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastmbconv import dispatch
 from fastmbconv.block import Block, DenseBlock, Padding
-from fastmbconv.swap.matching import ConvRecipe, NoMatch, Recipe, StageRecipe, match
+from fastmbconv.swap.matching import ConvRecipe, NoMatch, Recipe, StageRecipe, match, match_whole
 from fastmbconv.swap.parts import Convolution, Kinds, Module, NotNow, Parts, Squeeze, Stage, assemble, kind
 from fastmbconv.swap.proving import why_not
 from fastmbconv.swap.registry import adapter_of, forward_owner
@@ -249,7 +249,7 @@ class _Finder:
         if isinstance(traced, str):
             return traced
         try:
-            recipe = match(traced, traced.outputs[-1], {traced.image}).recipe
+            recipe = match_whole(traced)
         except NoMatch as reason:
             return str(reason)
         return self._proved(twin, recipe)
@@ -312,7 +312,8 @@ def _is_opaque(child: nn.Module, inside: set[Any]) -> bool:
 
 
 def _is_depthwise(module: Any) -> bool:
-    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+    """Or nearly: two channels a group."""
+    return isinstance(module, nn.Conv2d) and 2 * module.groups >= module.in_channels > 1 < module.groups
 
 
 def _has_pointwise(module: nn.Module) -> bool:
