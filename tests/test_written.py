@@ -1,0 +1,435 @@
+"""Blocks of classes that no adapter knows: which are fused, which are not and why, and what changes that at a call."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import written_efficientnets as e
+from agreement import assert_kernels_agree, outcome, randomised
+from near_misses import NEAR_MISSES, SHAPE, TRAIN
+from torch import nn
+from written import WRITTEN
+
+import fastmbconv
+from benchmarks.kernelbench import PROBLEMS
+from fastmbconv import explain, fuse, unfuse
+from fastmbconv.swap.fused import FusedBlock
+from fastmbconv.swap.matching import Recipe
+from fastmbconv.swap.proving import why_not
+from fastmbconv.swap.runs import FusedRuns
+from fastmbconv.swap.tracing import shadow
+from fastmbconv.swap.written import block_of_recipe, find
+
+# (fused in eval mode, in training, of how many), and reasons of the others.
+TAKEN = {
+    "v1_module": (2, 2, 2, ()),
+    "v1_flat": (3, 3, 3, ()),
+    "v2_one_sequential": (3, 3, 3, ()),
+    "v2_conv_bn_relu": (3, 3, 3, ()),
+    "v2_shortcut": (2, 2, 3, ("what is added last is not the block's own input",)),
+    "v2_flat": (2, 2, 2, ()),
+    "v2_nested": (2, 2, 2, ()),
+    "v2_module_list": (3, 3, 3, ()),
+    "v3_gate_before_activation": (3, 3, 4, ("the squeeze-excite stands before the activation: not supported",)),
+    "v3_gate_after_activation": (3, 3, 3, ()),
+    "v3_activated_sum": (1, 1, 2, ("a ReLU(inplace=True) behind the sum with the block's input: not supported",)),
+    "v4_universal": (3, 3, 4, ("a dense convolution where the depthwise convolution is expected",)),
+    "v4_bias": (2, 2, 2, ()),
+    "mobilevit": (2, 2, 2, ()),
+    "swish_module": (3, 3, 3, ()),
+    "swish_autograd": (1, 1, 1, ()),
+    "same_padding": (3, 3, 3, ()),
+    "static_padding": (2, 2, 2, ()),
+    "mean": (4, 4, 4, ()),
+    "argument": (3, 3, 3, ()),
+    "argument_left_out": (2, 2, 2, ()),
+    "checkpointed": (1, 0, 1, ("in training its 0.bn1.running_mean is 1.1e-01 apart",)),
+    "asserting": (0, 0, 2, ("its forward takes another way for other values or sizes of its input",)),
+    "drop_path_module": (3, 3, 3, ()),
+    "tutorial": (3, 1, 3, ("rand() received an invalid combination of arguments",)),
+    "v2_efficientnet": (2, 2, 2, ()),
+    "coatnet": (2, 2, 3, ("the expansion is 1x1, stride 2, groups 1, not 1x1",)),
+    "coatnet_prenorm": (2, 2, 2, ()),
+    "maxvit": (3, 3, 3, ()),
+    "maxvit_window": (0, 0, 1, ("as the squeeze: not supported (supported: the image's mean)",)),
+    "maxvit_gelu": (2, 2, 2, ()),
+    "tinyvit": (0, 0, 2, ("a GELU(approximate='none') behind the sum with the block's input: not supported",)),
+    "tinyvit_relu": (0, 0, 1, ("a ReLU() behind the sum with the block's input: not supported",)),
+}
+# Near misses that are fused into what they are.
+RIGHT = {"padding_asymmetric", "training"}
+# Those that differ from their twins in nothing that a call of the block alone would show.
+UNSEEN = {"side_effect", "gate_unused", "half_the_groups"}
+
+
+def row_counts(model):
+    rows = explain(model).rows
+    return sum(row.path == "fused" for row in rows), len(rows), [row.reason for row in rows if row.reason]
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_kernelbench(name):
+    problem = PROBLEMS[name]
+    model = fuse(problem.make())
+    fused, rows, reasons = row_counts(model)
+    assert fused == problem.blocks
+    if name == "EfficientNetB2":
+        assert rows == 5
+        assert set(reasons) == {"the projection takes the squeeze-excite's gate itself: nothing is multiplied by it"}
+    else:
+        assert rows == fused and not reasons
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_written(name):
+    eval_count, training_count, total, reasons = TAKEN[name]
+    model = fuse(WRITTEN[name].make())
+    for training, count in ((False, eval_count), (True, training_count)):
+        fused, rows, found = row_counts(model.train(training))
+        assert (fused, rows) == (count, total), found
+    assert all(any(reason in each for each in found) for reason in reasons)
+    assert len(found) == total - training_count
+
+
+def test_every_written_model_is_expected():
+    assert TAKEN.keys() == WRITTEN.keys()
+
+
+@pytest.mark.parametrize("name", [name for name, (_, training, _, _) in TAKEN.items() if training])
+def test_kernels_agree(name):
+    torch.manual_seed(0)
+    model = randomised(WRITTEN[name].make())
+    assert_kernels_agree(model.train(), torch.randn(WRITTEN[name].shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_misses_are_not_their_twins(name):
+    near = NEAR_MISSES[name]
+    for training in (True, False):
+        torch.manual_seed(1)
+        own = randomised(near.make()).train(training)
+        fused = fuse(copy.deepcopy(own))
+        assert isinstance(fused, FusedBlock) <= (name in RIGHT or any(way.modal for way in type(fused).ways))
+        x = torch.randn(SHAPE, dtype=torch.float64)
+        with fastmbconv.backend("triton"):
+            ours = outcome(fused, fused, x)
+        theirs = outcome(own, own, x)
+        for key, value in theirs.items():
+            torch.testing.assert_close(ours[key], value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("name", sorted(NEAR_MISSES.keys() - UNSEEN))
+def test_proof_alone_catches_near_misses(name):
+    """As if the matcher had taken them for their twins."""
+    near = NEAR_MISSES[name]
+    (found,) = find(near.plain())
+    (way,) = found.ways
+    assert isinstance(way.recipe, Recipe)
+    reasons = []
+    for training in (True, False):
+        twin = shadow(near.make(), training=training)
+        reasons.append(why_not(twin, lambda module: block_of_recipe(module, way.recipe)))
+    assert any(reasons)
+    assert reasons[0] or TRAIN in near.same
+
+
+def test_proof_takes_the_twins():
+    for near in list(NEAR_MISSES.values())[:3]:
+        (found,) = find(near.plain())
+        assert found.fits
+
+
+def fused_block(**settings):
+    torch.manual_seed(2)
+    return fuse(randomised(e.MeanBlock(8, 8, **settings)))
+
+
+def image(channels=8, size=8):
+    return torch.randn(2, channels, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def reason(model):
+    """Why a call runs the one block of a model eager, "" for through the kernels."""
+    (row,) = explain(model).rows
+    return row.reason
+
+
+def wrapped_forward(module):
+    def forward(x):
+        return 2 * type(module).forward(module, x)
+
+    module.forward = forward
+
+
+CHANGES = {
+    "hook": (lambda m: m.bn1.register_forward_hook(lambda *_: None), "a hook on bn1"),
+    "leaf of another type": (
+        lambda m: setattr(m, "bn1", nn.GroupNorm(2, 16)), "an attribute or a submodule of it has changed since fuse",
+    ),
+    "leaf of a subclass": (
+        lambda m: setattr(m, "conv_dw", e.SameConv2d(16, 16, 3, 1, 16)), "an attribute or a submodule of it has changed",
+    ),
+    "attribute": (lambda m: setattr(m, "use_se", False), "an attribute or a submodule of it has changed since fuse"),
+    "more children": (lambda m: m.add_module("more", nn.Identity()), "an attribute or a submodule of it has changed"),
+    "forward of a child": (lambda m: wrapped_forward(m.bn2), "a forward replaced on bn2"),
+    "stride": (lambda m: setattr(m.conv_pw, "stride", (2, 2)), "the expansion is 1x1, stride 2, groups 1, not 1x1"),
+    "bias": (lambda m: setattr(m.conv_pw, "bias", nn.Parameter(torch.ones(16, dtype=torch.float64))), ""),
+    "weight": (lambda m: setattr(m.conv_pw, "weight", nn.Parameter(m.conv_pw.weight * 2)), ""),
+    "frozen norm": (lambda m: m.bn2.eval(), ""),
+    "eps": (lambda m: setattr(m.bn3, "eps", 0.1), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_each_call_sees_what_changed(change):
+    """And computes what the block's own forward does then."""
+    model = fused_block()
+    x = image()
+    with fastmbconv.backend("triton"):
+        model(x)
+    apply, expected = CHANGES[change]
+    apply(model)
+    assert reason(model).startswith(expected) and bool(reason(model)) == bool(expected)
+    own = unfuse(copy.deepcopy(model)).double()
+    if change == "leaf of another type":
+        model.double()
+    with fastmbconv.backend("triton"):
+        ours = outcome(model, model, x)
+    theirs = outcome(own, own, x)
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_forward_replaced_on_the_instance():
+    model = e.MeanBlock(8, 8)
+    wrapped_forward(model)
+    assert explain(fuse(model)).fused == 0
+
+
+def test_fuse_again_takes_what_changed():
+    model = fused_block()
+    model.use_se = False
+    assert reason(model)
+    assert reason(fuse(model)) == ""
+    model.use_residual = "maybe"  # another attribute of no use
+    fuse(model)
+    model.bn1 = nn.GroupNorm(2, 16)
+    fuse(model)
+    assert type(model) is e.MeanBlock and "GroupNorm" in reason(model)
+
+
+def test_stochastic_depth_is_the_blocks_own():
+    """The same samples from the same seed, and a rate that changes later."""
+    torch.manual_seed(4)
+    own = randomised(e.DropPathBlock(8, 8, drop_rate=0.5))
+    fused = fuse(copy.deepcopy(own))
+    x = torch.cat([image()] * 8)
+    for rate in (0.5, 0.9, 0.0):
+        for module in (own, fused):
+            next(m for m in module.modules() if isinstance(m, e.DropPath)).drop_prob = rate
+        assert reason(fused) == ""
+        with fastmbconv.backend("triton"):
+            ours = outcome(fused, fused, x)
+        theirs = outcome(own, own, x)
+        for key, value in theirs.items():
+            torch.testing.assert_close(ours[key], value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_other_arguments_run_eager():
+    own = randomised(e.ArgumentBlock(8, 8)).train()
+    fused = fuse(copy.deepcopy(own))
+    for args, kwargs in (((), {}), ((0.5,), {}), ((), {"drop_connect_rate": 0.5}), ((None,), {})):
+        torch.manual_seed(5)
+        theirs = own(image(), *args, **kwargs)
+        torch.manual_seed(5)
+        with fastmbconv.backend("triton"):
+            torch.testing.assert_close(fused(image(), *args, **kwargs), theirs, rtol=1e-9, atol=1e-9)
+    with pytest.raises(TypeError):
+        fused(image(), 0.1, 0.2, 0.3)
+    with fastmbconv.backend("triton"):
+        assert fused(x=image()).shape == image().shape
+
+
+class TwoValues(e.MeanBlock):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class NeedsMore(e.MeanBlock):
+    def forward(self, x, scale):
+        return super().forward(x)
+
+
+class Counts(e.MeanBlock):
+    calls = 0
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return super().forward(x)
+
+
+class Appends(e.MeanBlock):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x)
+        return super().forward(x)
+
+
+class CountsInABuffer(e.MeanBlock):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("cls", "expected"),
+    [
+        (TwoValues, "its forward returns a tuple, not one tensor"),
+        (NeedsMore, "missing 1 required positional argument: 'scale'"),
+        (Counts, "its forward changes an attribute (calls)"),
+        (Appends, "its forward changes an attribute (seen)"),
+        (CountsInABuffer, "it computes more than a block: an add"),
+    ],
+)
+def test_refused(cls, expected):
+    model = fuse(cls(8, 8))
+    assert type(model) is cls and expected in reason(model)
+    assert not getattr(model, "seen", []) and float(getattr(model, "calls", 0)) == 0
+
+
+def test_nothing_of_the_callers_is_touched():
+    """By fuse and explain: no hook of his runs, no random number is drawn, no statistic or mode changes."""
+    model = nn.Sequential(e.DropPathBlock(8, 8, drop_rate=0.5), e.MeanBlock(8, 8))
+    called = []
+    for module in model.modules():
+        module.register_forward_hook(lambda *_: called.append(1))
+    model[0].eval()
+    before = copy.deepcopy(model.state_dict()), torch.get_rng_state(), [m.training for m in model.modules()]
+    fuse(model)
+    explain(model, (2, 8, 8, 8))
+    assert not [1 for each in called if each] or len(called) == len(list(model.modules()))  # explain's own forward
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert [m.training for m in model.modules()] == before[2]
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before[0].values(), strict=True))
+    assert list(model.state_dict()) == list(before[0])
+
+
+@pytest.mark.parametrize("make", [e.MeanBlock, WRITTEN["v1_flat"].make], ids=["module", "run"])
+def test_copies_and_files(make):
+    model = fuse(make(8, 8) if make is e.MeanBlock else make())
+    x = torch.randn(2, 8, 16, 16) if make is e.MeanBlock else torch.randn(WRITTEN["v1_flat"].shape)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False))
+    expected = copy.deepcopy(model).eval()(x)
+    for each in copies:
+        assert type(each) is type(model) and explain(each).fused == explain(model).fused > 0
+        assert torch.equal(each.eval()(x), expected)
+        assert "fused" not in repr(unfuse(each))
+
+
+def test_filter_and_names():
+    model, names = WRITTEN["v1_flat"].make(), []
+    fuse(model, lambda module, name: names.append((name, type(module))) or name == "[9:15]")
+    assert names == [(f"[{begin}:{begin + 6}]", nn.Sequential) for begin in (3, 9, 15)]
+    assert isinstance(model, FusedRuns)
+    assert [row.path for row in explain(model).rows] == ["eager", "fused", "eager"]
+    assert fuse(model) is model and explain(model).fused == 3
+    fuse(model, lambda *_: True, memory="lean")
+    assert {run.memory for run in type(model).runs} == {"lean"}
+    assert type(unfuse(model)) is nn.Sequential
+
+
+def test_runs_see_what_changed():
+    """A hook in a run, a child that was replaced, and one that was taken out: the Sequential's own forward counts."""
+    torch.manual_seed(6)
+    model = fuse(randomised(WRITTEN["v1_flat"].make()).eval())
+    x = torch.randn(WRITTEN["v1_flat"].shape, dtype=torch.float64)
+
+    def check():
+        with fastmbconv.backend("triton"):
+            ours = model(x)
+        torch.testing.assert_close(ours, unfuse(copy.deepcopy(model))(x), rtol=1e-9, atol=1e-9)
+
+    check()
+    seen = []
+    handle = model[5].register_forward_hook(lambda *_: seen.append(1))
+    with fastmbconv.backend("triton"):
+        model(x)
+    assert seen
+    handle.remove()
+    model[4] = nn.Identity()
+    check()
+    model[20] = nn.Sigmoid()
+    check()
+    del model[22:]
+    check()
+
+
+def test_blocks_that_share_a_leaf():
+    torch.manual_seed(7)
+    own = nn.Sequential(e.MeanBlock(8, 8), e.MeanBlock(8, 8)).double()
+    own[1].conv_dw, own[1].bn2 = own[0].conv_dw, own[0].bn2
+    fused = fuse(copy.deepcopy(own))
+    assert explain(fused).fused == 2
+    with fastmbconv.backend("triton"):
+        ours = outcome(fused, fused, image())
+    theirs = outcome(own, own, image())
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_one_block_in_two_places_is_one():
+    shared = e.MeanBlock(8, 8)
+    assert len(explain(fuse(nn.Sequential(shared, shared)))) == 1
+
+
+def test_without_proof():
+    near = NEAR_MISSES["gate_detached"]
+    assert explain(fuse(near.make(), verify=False)).fused == 1  # what only the proof can see
+    assert explain(fuse(near.make())).fused == 0
+
+
+def test_compiled():
+    """One graph, without a break; runs of a flat Sequential run eager in it."""
+    torch.manual_seed(8)
+    model = fuse(randomised(nn.Sequential(e.MeanBlock(8, 8), e.MeanBlock(8, 8, 2)))).eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with fastmbconv.backend("triton"):
+        torch.testing.assert_close(compiled(image()), model(image()), rtol=1e-9, atol=1e-9)
+    flat = fuse(WRITTEN["v1_flat"].make()).eval()
+    x = torch.randn(WRITTEN["v1_flat"].shape)
+    with fastmbconv.backend("triton"):
+        torch.testing.assert_close(torch.compile(flat, backend="eager", fullgraph=True)(x), unfuse(flat)(x))
+
+
+def test_compiled_before_fuse():
+    own = nn.Sequential(e.MeanBlock(8, 8)).eval()
+    assert explain(fuse(torch.compile(own, backend="eager"))).fused == 1
+
+
+def test_wrapped_by_data_parallel():
+    assert explain(fuse(nn.DataParallel(nn.Sequential(e.MeanBlock(8, 8))))).fused == 1
+
+
+def test_scripted_model_inside():
+    """Is nobody's to trace, and keeps its mode."""
+    model = nn.Sequential(e.MeanBlock(8, 8), torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 1)))).eval()
+    assert explain(fuse(model)).fused == 1
+    assert not model[1].training
+
+
+def test_meta_parameters():
+    with torch.device("meta"):
+        model = nn.Sequential(e.MeanBlock(8, 8))
+    assert explain(fuse(model)).fused == 1
