@@ -1,7 +1,8 @@
 """KernelBench's MBConv models against eager and torch.compile: `pytest benchmarks/bench_kernelbench.py`.
 
 `fwd_training` is what KernelBench times: the forward in training mode without gradients, in float32, whose convolutions
-may take TF32. `published_ms` beside it is from another GPU, host and PyTorch (benchmarks/kernelbench.py).
+may take TF32. Fused runs in channels_last, its input too, as eager-nhwc does. `published_ms` beside it is from another
+GPU, host and PyTorch (benchmarks/kernelbench.py).
 """
 
 import pytest
