@@ -236,8 +236,7 @@ class DropoutAlways(Plain):
     """Of whole images, in eval mode too."""
 
     def add(self, h, x):
-        kept = torch.rand(len(h), 1, 1, 1, device=h.device) < 0.5
-        return h * kept / 0.5 + x
+        return h * h.new_empty(h.shape[0], 1, 1, 1).bernoulli_(0.5) / 0.5 + x
 
 
 class DropOfTheBatch(Plain):
@@ -245,7 +244,7 @@ class DropOfTheBatch(Plain):
 
     def add(self, h, x):
         if self.training:
-            h = h * (torch.rand(1, device=h.device) < 0.8) / 0.8
+            h = h * h.new_empty(1, 1, 1, 1).bernoulli_(0.8) / 0.8
         return h + x
 
 
@@ -253,7 +252,7 @@ class NoisyDrop(Plain):
     """A factor between 0 and 2 for each image: its mean is 1, and it drops none."""
 
     def add(self, h, x):
-        return h * (2 * torch.rand(len(h), 1, 1, 1, device=h.device)) + x if self.training else h + x
+        return h * h.new_empty(h.shape[0], 1, 1, 1).uniform_(0, 2) + x if self.training else h + x
 
 
 class TwoNorms(Plain):

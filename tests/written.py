@@ -179,8 +179,12 @@ WRITTEN = {
         "Sequentials in a wrapper that drops and adds; gate by flatten(2).mean(-1), Linear without bias, Unflatten",
     ),
     "maxvit_window": Written(
-        lambda: nn.Sequential(_maxvit(8, 8, gate=e.UnflattenSE)), SMALL, 1, 1,
+        lambda: nn.Sequential(_maxvit(8, 8, gate=e.WindowSE)), SMALL, 1, 1,
         "the gate pools by a window that happens to be the image",
+    ),
+    "maxvit_sliced": Written(
+        lambda: nn.Sequential(_maxvit(8, 8, gate=e.SlicedSE)), IMAGE, 1, 1,
+        "the gate's forward slices its Sequential: a module without a name, for a trace",
     ),
     "maxvit_gelu": Written(
         lambda: nn.Sequential(_maxvit(8, 8, act=nn.GELU, bias=True), _maxvit(8, 12, True, nn.GELU, True)), IMAGE, 2, 0,

@@ -1,6 +1,7 @@
 """EfficientNets, and transformers that begin with their blocks, as people write them, small. See written.py."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -351,24 +352,40 @@ class CoAtNetBlock(nn.Module):
         return x + self.conv(x)
 
 
-class UnflattenSE(nn.Module):
-    """What others do by einops: reduce to [N, C], then back to [N, C, 1, 1]."""
+class Reduce(nn.Module):
+    """[N, C, H, W] to [N, C], as einops' layer does it."""
 
-    def __init__(self, channels, act, bias=False):
+    def forward(self, x):
+        return x.flatten(2).mean(dim=-1)
+
+
+class UnflattenSE(nn.Module):
+    """Reduce to [N, C], then back to [N, C, 1, 1]."""
+
+    reduced = (Reduce,)
+
+    def __init__(self, channels, act):
         super().__init__()
-        reduced = channels // 4
         self.gate = nn.Sequential(
-            nn.AvgPool2d(8), nn.Flatten(), nn.Linear(channels, reduced, bias=bias), act(),
-            nn.Linear(reduced, channels, bias=bias), nn.Sigmoid(), nn.Unflatten(1, (channels, 1, 1)),
+            *(make() for make in self.reduced), nn.Linear(channels, channels // 4, bias=False), act(),
+            nn.Linear(channels // 4, channels, bias=False), nn.Sigmoid(), nn.Unflatten(1, (channels, 1, 1)),
         )  # fmt: skip
 
     def forward(self, x):
         return x * self.gate(x)
 
 
-class FlattenMeanSE(UnflattenSE):
+class WindowSE(UnflattenSE):
+    """Its window has to be the image."""
+
+    reduced = (partial(nn.AvgPool2d, 8), nn.Flatten)
+
+
+class SlicedSE(UnflattenSE):
+    """Calls a part of its Sequential, which is a new one each time."""
+
     def forward(self, x):
-        return x * self.gate[2:](x.flatten(2).mean(dim=-1))
+        return x * self.gate[1:](x.mean((2, 3)))
 
 
 class ResidualWrapper(nn.Module):
@@ -383,7 +400,7 @@ class ResidualWrapper(nn.Module):
         return out + x
 
 
-def maxvit_block(inputs, outputs, downsample=False, act=nn.SiLU, bias=False, gate=FlattenMeanSE, dropout=0.0):
+def maxvit_block(inputs, outputs, downsample=False, act=nn.SiLU, bias=False, gate=UnflattenSE, dropout=0.0):
     """A Sequential from a function, in a wrapper where there is a residual."""
     hidden = 2 * outputs
     net = nn.Sequential(
