@@ -150,7 +150,7 @@ def distinct(model: nn.Module, x: Tensor) -> Iterator[tuple[str, nn.Module, Tens
         assert block is not None and not isinstance(block, str)
         padding = block.padding if isinstance(block, DenseBlock) else (block.padding, block.depthwise_weight.shape)
         weights = tuple((key, tensor.shape) for key, tensor in module.state_dict().items())
-        key = (type(module), weights, image.shape, block.stride, padding, block.activation, block.residual)
+        key = (type(module), weights, image.shape, block.stride, padding, block.activations, block.residual)
         if key not in seen:
             seen.add(key)
             yield name, module, image

@@ -58,9 +58,13 @@ def key(x: Tensor, block: Block, memory: Memory, step: Step) -> tuple[Any, ...]:
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     expanded, bn1, bn2 = block.expand_weight is not None, block.bn1, block.bn2
-    traits = (expanded, block.se is None, block.stride, block.residual, block.drop is None, block.activation, memory)
+    gate = None if block.se is None else block.se.gate
+    traits: tuple[Any, ...] = (expanded, gate, block.stride, block.residual, block.drop is None, memory)
+    traits = (*traits, *block.activations)
     frozen = (bn1 is None or bn1.batch_statistics, bn2.batch_statistics, block.bn3.batch_statistics)
     sizes = block.depthwise_weight.shape, len(block.project_weight)
+    if (start := block.start) is not None:
+        traits = (*traits, start.kernel_size, start.stride, start.bn.batch_statistics)
     return step, x.device, x.shape, x.dtype, autocast, sizes, traits, frozen
 
 
@@ -101,16 +105,24 @@ def model_launches(x: Tensor, block: Block, memory: Memory, step: Step) -> list[
 def train(x: Tensor, block: Block, memory: Memory) -> Tensor:
     """A training step's launches, forward and backward; no seed is drawn, no batch counted. The output."""
     from fastmbconv import functional
-    from fastmbconv.fused import mbconv
+    from fastmbconv.fused import mbconv, single
     from fastmbconv.fused.stages import nhwc
 
     ready = functional.prepare_mbconv(x, block, memory, compute := functional.compute_dtype(x))
     weights, statistics, settings = ready.weights, ready.statistics, ready.settings
     drops = block.residual and block.drop is not None
     keep = x.new_empty(x.shape[0], dtype=torch.float32) if drops else None
-    image = nhwc(x.to(compute))
-    y, saved = mbconv.forward(image, None, keep, weights, statistics, settings)
+    first = image = nhwc(x.to(compute))
+    shortcut = None
+    if (start := block.start) is not None:
+        shortcut = first if block.residual and not ready.wide else None
+        own = single.describe_depthwise(start.weight, start.bn, start.stride, start.padding, "none")
+        h, before = single.depthwise_forward(first, None, None, *own)
+        image = nhwc(h)
+    y, saved = mbconv.forward(image, shortcut, keep, weights, statistics, settings)
     mbconv.backward(nhwc(y), image, keep, saved, weights, settings, (True,) * (1 + len(weights)))
+    if start is not None:
+        single.depthwise_backward(image, first, None, before, own[0], own[2], (True,) * (1 + len(own[0])))
     return y
 
 
@@ -119,7 +131,7 @@ def infer(x: Tensor, block: Block, memory: Memory) -> Tensor:
     from fastmbconv import functional
 
     ready = functional.prepare_mbconv(x, block, memory, functional.compute_dtype(x))
-    return functional.run_prepared(x, x, block, ready, "infer")
+    return functional.run_mbconv(x, block, ready, "infer")
 
 
 STEPS: dict[str, Callable[[Tensor, Block, Memory], Tensor]] = {"train": train, "infer": infer}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -154,6 +154,14 @@ class Block:
     @property
     def kernel_size(self) -> int:
         return self.depthwise_weight.shape[-1]
+
+    def behind_start(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """[N, C_in, H, W] of what reaches the block proper, for an input of this shape."""
+        n, c, *sizes = shape
+        if self.start is not None:
+            k, stride, padding = self.start.kernel_size, self.start.stride, self.start.padding
+            sizes = [(size + sum(pads(size, k, stride, padding)) - k) // stride + 1 for size in sizes]
+        return n, c, *sizes
 
     @property
     def in_channels(self) -> int:

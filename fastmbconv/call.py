@@ -33,12 +33,17 @@ class NormSettings(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """A call apart from its tensors: `part` names the operation, `norms` has None for a BatchNorm that isn't there."""
+    """A call apart from its tensors: `part` names the operation, `norms` has None for a BatchNorm that isn't there.
+
+    `activations` stand behind the BatchNorms, one behind each. With `residual` the shortcut is
+    added; to MBConv's output x itself.
+    """
 
     part: str
-    activation: str
+    activations: tuple[str, ...] = ()
     norms: tuple[NormSettings | None, ...] = ()
     se_activation: str = "none"
+    se_gate: str = "sigmoid"
     residual: bool = False
     lean: bool = False
     stride: int = 1
@@ -97,6 +102,11 @@ def norm_settings(bn: BatchNorm | None) -> NormSettings | None:
     return None if bn is None else NormSettings(bn.eps, bn.momentum, bn.training, bn.running_mean is not None, bn.group)
 
 
+def excite_settings(se: SqueezeExcite | None) -> dict[str, Any]:
+    """What of `Settings` is squeeze-and-excitation's."""
+    return {} if se is None else dict(se_activation=se.activation, se_gate=se.gate)
+
+
 def affine(bn: BatchNorm | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if bn is None else (bn.weight, bn.bias)
 
@@ -115,7 +125,7 @@ def statistics(*bns: BatchNorm | None) -> Tensors:
 
 def describe_single(part: str, bn: BatchNorm, activation: str) -> Settings:
     """Of a part with one BatchNorm."""
-    return Settings(part, activation, (norm_settings(bn),))
+    return Settings(part, (activation,), (norm_settings(bn),))
 
 
 def norm(settings: Settings, index: int, weight: Tensor | None, bias: Tensor | None, statistics: Tensors) -> Norm:
@@ -160,8 +170,9 @@ def pack(settings: Settings) -> tuple[Any, ...]:
     norms = [NormSettings(ABSENT, 0.0, False, False, None) if own is None else own for own in settings.norms]
     padding = settings.padding
     return (
-        settings.activation,
+        list(settings.activations),
         settings.se_activation,
+        settings.se_gate,
         settings.residual,
         settings.lean,
         settings.stride,
@@ -176,8 +187,9 @@ def pack(settings: Settings) -> tuple[Any, ...]:
 
 def unpack(
     part: str,
-    activation: str,
+    activations: Sequence[str],
     se_activation: str,
+    se_gate: str,
     residual: bool,
     lean: bool,
     stride: int,
@@ -194,7 +206,7 @@ def unpack(
         for e, m, own_training, own_tracked, group in zip(eps, momentum, training, tracked, groups, strict=True)
     )
     sides: Padding = "same" if not padding else padding[0] if len(padding) == 1 else (padding[0], padding[1])
-    return Settings(part, activation, norms, se_activation, residual, lean, stride, sides)
+    return Settings(part, tuple(activations), norms, se_activation, se_gate, residual, lean, stride, sides)
 
 
 def _in_threes(statistics: Tensors) -> Iterator[Tensors]:

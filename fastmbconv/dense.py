@@ -61,4 +61,4 @@ def _prepare(x: Tensor, block: DenseBlock, compute: torch.dtype) -> Prepared | N
     from fastmbconv.fused import dense
 
     described = dense.describe(block, block.residual and compute == x.dtype)
-    return Prepared(x, block, (block.bn1, block.bn2), described, compute)
+    return Prepared(x, block, described, compute)

@@ -30,7 +30,8 @@ from fastmbconv.block import BatchNorm, Block, DenseBlock, Padding, SqueezeExcit
 BACKENDS = ("auto", "triton", "eager")
 KERNEL_SIZES = (3, 5)
 STRIDES = (1, 2)
-ACTIVATIONS = ("silu", "relu", "relu6")
+ACTIVATIONS = ("silu", "relu", "relu6", "hardswish", "gelu", "gelu_tanh")
+GATES = ("sigmoid", "hardsigmoid")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST = (8, 0)  # compute capability
 IMAGE_VALUES, PIXELS = 2**31, 2**30  # of one image, and of a batch: kernels count both in 32 bits
@@ -116,19 +117,20 @@ def _gpu_reason(device: torch.device) -> str | None:
     return None
 
 
-def activation_reason(activation: str) -> str | None:
-    """Why no kernel computes this activation, or None."""
-    supported = activation in ACTIVATIONS
-    return None if supported else f"activation {activation!r} (supported: {', '.join(ACTIVATIONS)})"
+def activation_reason(activation: str, none: bool = False) -> str | None:
+    """Why no kernel computes this activation, or None; `none`: there may be none."""
+    if activation in ACTIVATIONS or (none and activation == "none"):
+        return None
+    return f"activation {activation!r} (supported: {', '.join(ACTIVATIONS)}{', none' if none else ''})"
 
 
 def shape_reason(kernel_size: int, stride: int, padding: Padding, activation: str) -> str | None:
-    """Why no kernel exists for this convolution and activation, or None."""
+    """Why no kernel exists for this depthwise convolution and the activation behind it, or None."""
     if kernel_size not in KERNEL_SIZES:
         return f"kernel size {kernel_size} (supported: 3, 5)"
     if stride not in STRIDES:
         return f"stride {stride} (supported: 1, 2)"
-    if (reason := activation_reason(activation)) is not None:
+    if (reason := activation_reason(activation, none=True)) is not None:
         return reason
     sides = (0,) if padding == "same" else padding if isinstance(padding, tuple) else (padding,)
     if not all(0 <= side < kernel_size for side in sides):
@@ -138,45 +140,45 @@ def shape_reason(kernel_size: int, stride: int, padding: Padding, activation: st
 
 def block_reason(block: Block | DenseBlock) -> str | None:
     """Why this block can't be fused whatever its input, or None."""
-    if isinstance(block, DenseBlock):
-        reason = activation_reason(block.activation)
-    else:
-        reason = shape_reason(block.kernel_size, block.stride, block.padding, block.activation) or _start_reason(block)
+    reason = activation_reason(block.activation) if isinstance(block, DenseBlock) else _convolutions_reason(block)
+    if reason is None and (last := activation_reason(block.project_activation, none=True)) is not None:
+        reason = last.replace(" (", " after the projection (", 1)
     if reason is None and block.se is not None:
         reason = activation_reason(block.se.activation) or squeeze_reason(block.se)
-    if reason is None:
-        reason = _end_reason(block) or bias_reason(*norms(block))
-    if reason is None and isinstance(block, Block) and block.expand_weight is not None:
+    return reason or bias_reason(*norms(block))
+
+
+def _convolutions_reason(block: Block) -> str | None:
+    reason, start = shape_reason(block.kernel_size, block.stride, block.padding, block.activations[1]), block.start
+    if reason is None and start is not None:
+        before = shape_reason(start.kernel_size, start.stride, start.padding, "none")
+        reason = None if before is None else f"in front of the block {before}"
+    if reason is None and block.expand_weight is not None:
         channels = block.in_channels
-        return f"{channels} input channels (supported: up to {MOST_INPUTS})" if channels > MOST_INPUTS else None
+        wide = f"{channels} input channels (supported: up to {MOST_INPUTS})" if channels > MOST_INPUTS else None
+        reason = activation_reason(block.activation) or wide
     return reason
 
 
 def norms(block: Block | DenseBlock) -> tuple[BatchNorm | None, ...]:
-    """The BatchNorms of a block, None for one that isn't there; without that of a block's start."""
-    return (block.bn1, block.bn2) if isinstance(block, DenseBlock) else (block.bn1, block.bn2, block.bn3)
-
-
-def _start_reason(block: Block) -> str | None:
-    if block.activations[1] != block.activation:
-        return f"activation {block.activations[1]!r} after the depthwise convolution (supported: {block.activation!r})"
-    return None if block.start is None else "a depthwise convolution in front of the block"
-
-
-def _end_reason(block: Block | DenseBlock) -> str | None:
-    activation = block.project_activation
-    return None if activation == "none" else f"activation {activation!r} after the projection (supported: 'none')"
+    """Every BatchNorm of a block, None for one that isn't there; that of a start comes last."""
+    if isinstance(block, DenseBlock):
+        return block.bn1, block.bn2
+    return block.bn1, block.bn2, block.bn3, None if block.start is None else block.start.bn
 
 
 def bias_reason(*bns: BatchNorm | None) -> str | None:
     """Why no kernel takes these BatchNorms behind their convolutions' biases, or None."""
-    return "a convolution's bias" if any(bn is not None and bn.conv_bias is not None for bn in bns) else None
+    for bn in bns:
+        if bn is not None and bn.conv_bias is not None and bn.bias is None:
+            return "a convolution's bias before a BatchNorm without one"
+    return None
 
 
 def squeeze_reason(se: SqueezeExcite) -> str | None:
     """Why no kernel takes this squeeze-and-excitation's gate or width, or None."""
-    if se.gate != "sigmoid":
-        return f"gate {se.gate!r} (supported: sigmoid)"
+    if se.gate not in GATES:
+        return f"gate {se.gate!r} (supported: {', '.join(GATES)})"
     reduced = se.reduce_weight.shape[0]
     return None if reduced <= MOST_REDUCED else f"{reduced} reduced channels (supported: up to {MOST_REDUCED})"
 
@@ -242,15 +244,17 @@ def _block_size_reason(block: Block | DenseBlock, x: Tensor) -> str | None:
 
 def _weight_reason(block: Block | DenseBlock) -> str | None:
     """No plain tensor: under FSDP a block's weights are plain inside its forward, and DTensors outside of it."""
-    spatial = block.weight if isinstance(block, DenseBlock) else block.depthwise_weight
-    for weight in (spatial, block.project_weight):
+    weights: tuple[Tensor | None, ...]
+    if isinstance(block, DenseBlock):
+        weights = (block.weight, block.project_weight)
+    else:
+        start = None if block.start is None else block.start.weight
+        weights = (block.depthwise_weight, block.project_weight, block.expand_weight, start)
+    for weight in weights:
         if weight is not None and is_traceable_wrapper_subclass(weight):
             return f"a weight is a {type(weight).__name__} (FSDP: outside of its forward)"
-    if isinstance(block, DenseBlock):
-        return layout_reason(block.project_weight, *_vectors(block.se, block.bn1, block.bn2))
-    return layout_reason(
-        block.expand_weight, spatial, block.project_weight, *_vectors(block.se, block.bn1, block.bn2, block.bn3)
-    )
+    read = weights[1:] if isinstance(block, DenseBlock) else weights
+    return layout_reason(*read, *_vectors(block.se, *norms(block)))
 
 
 def _vectors(se: SqueezeExcite | None, *bns: BatchNorm | None) -> Iterable[Tensor | None]:
@@ -258,7 +262,7 @@ def _vectors(se: SqueezeExcite | None, *bns: BatchNorm | None) -> Iterable[Tenso
         yield from (se.reduce_weight, se.reduce_bias, se.expand_weight, se.expand_bias)
     for bn in bns:
         if bn is not None:
-            yield from (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+            yield from (bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.conv_bias)
 
 
 def layout_reason(*tensors: Tensor | None) -> str | None:

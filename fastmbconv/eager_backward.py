@@ -61,18 +61,19 @@ Run = Callable[[Tensor, Any], Tensor]
 def _depthwise_bn_act(settings: Settings, x: Tensor, keep: Tensor | None, saved: Any) -> Run:
     def run(x: Tensor, w: Any) -> Tensor:
         bn = _batch_norm(saved.norm, settings.norms[0], w.bn_weight, w.bn_bias)
-        return reference.depthwise_bn_act(x, w.weight, bn, settings.stride, settings.padding, _activation(settings))
+        return reference.depthwise_bn_act(x, w.weight, bn, settings.stride, settings.padding, _activations(settings)[0])
 
     return run
 
 
 def _squeeze_excite(settings: Settings, x: Tensor, keep: Tensor | None, saved: Any) -> Run:
-    return lambda x, w: reference.squeeze_excite(x, SqueezeExcite(*w, activation=settings.se_activation))  # type: ignore
+    return lambda x, w: reference.squeeze_excite(x, SqueezeExcite(*w, settings.se_activation, settings.se_gate))  # type: ignore
 
 
 def _mbconv(settings: Settings, x: Tensor, keep: Tensor | None, saved: Any) -> Run:
     def run(x: Tensor, w: Any) -> Tensor:
         bn1, bn2, bn3 = settings.norms
+        after_expand, after_depthwise, after_project = _activations(settings)
         block = Block(
             expand_weight=w.expand,
             bn1=None if bn1 is None else _batch_norm(saved.norm1, bn1, w.bn1_weight, w.bn1_bias),
@@ -83,8 +84,10 @@ def _mbconv(settings: Settings, x: Tensor, keep: Tensor | None, saved: Any) -> R
             bn3=_batch_norm(saved.norm3, bn3, w.bn3_weight, w.bn3_bias),
             stride=settings.stride,
             padding=settings.padding,
-            activation=_activation(settings),
+            activation=after_expand,
             residual=False,
+            depthwise_activation=after_depthwise,
+            project_activation=after_project,
         )
         return _joined(reference.mbconv(x, block), keep, x if settings.residual else None)
 
@@ -94,6 +97,7 @@ def _mbconv(settings: Settings, x: Tensor, keep: Tensor | None, saved: Any) -> R
 def _dense(settings: Settings, u: Tensor, keep: Tensor | None, saved: Any) -> Run:
     def run(u: Tensor, w: Any) -> Tensor:
         bn1, bn2 = settings.norms
+        after_conv, after_project = _activations(settings)
         block = DenseBlock(
             conv=nn.Identity(),  # u is what the block's own convolution gave
             weight=u,
@@ -103,8 +107,9 @@ def _dense(settings: Settings, u: Tensor, keep: Tensor | None, saved: Any) -> Ru
             se=_excite(w, settings),
             project_weight=w.project,
             bn2=None if bn2 is None else _batch_norm(saved.norm2, bn2, w.bn2_weight, w.bn2_bias),
-            activation=_activation(settings),
+            activation=after_conv,
             residual=False,
+            project_activation=after_project,
         )
         return _joined(reference.dense_mbconv(u, block), keep, None)
 
@@ -141,11 +146,12 @@ def _batch_norm(norm: Tensor, setting: NormSettings | None, weight: Tensor | Non
 def _excite(w: Any, settings: Settings) -> SqueezeExcite | None:
     if w.reduce is None:
         return None
-    return SqueezeExcite(w.reduce, w.reduce_bias, w.se_expand, w.se_expand_bias, settings.se_activation)  # type: ignore
+    tensors = (w.reduce, w.reduce_bias, w.se_expand, w.se_expand_bias)
+    return SqueezeExcite(*tensors, settings.se_activation, settings.se_gate)  # type: ignore[arg-type]
 
 
-def _activation(settings: Settings) -> Activation:
-    return settings.activation  # type: ignore[return-value]
+def _activations(settings: Settings) -> tuple[Activation, ...]:
+    return settings.activations  # type: ignore[return-value]
 
 
 def _joined(h: Tensor, keep: Tensor | None, x: Tensor | None) -> Tensor:

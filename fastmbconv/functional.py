@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmbconv import ahead, call, checks, dispatch, reference
+from fastmbconv import ahead, biases, call, checks, dispatch, reference
 from fastmbconv.block import Activation, BatchNorm, Block, DenseBlock, Memory, Padding, SqueezeExcite
 from fastmbconv.call import Settings, Tensors
 from fastmbconv.prepared import Prepared, find_prepared
@@ -62,7 +62,16 @@ def mbconv(
         return reference.mbconv(x, block) if eager is None else eager(x)
     step = choose_step(ready, x)
     ahead.block_called(x, block, memory, step, ready)
-    return run_prepared(x, x, block, ready, step)
+    return run_mbconv(x, block, ready, step)
+
+
+def run_mbconv(x: Tensor, block: Block, ready: Prepared, step: ahead.Step) -> Tensor:
+    """A block's call by the kernels, what stands in front of it included."""
+    start = block.start
+    if start is None:
+        return run_prepared(x, x, block, ready, step)
+    u = depthwise_bn_act(x, start.weight, start.bn, start.stride, start.padding, "none")
+    return run_prepared(x, u, block, ready, step, x if block.residual and not ready.wide else None)
 
 
 def prepare_mbconv(x: Tensor, block: Block, memory: Memory, compute: torch.dtype) -> Prepared:
@@ -70,28 +79,32 @@ def prepare_mbconv(x: Tensor, block: Block, memory: Memory, compute: torch.dtype
     from fastmbconv.fused import mbconv
 
     lean = keeps_nothing(x, block, memory, compute)
-    described = mbconv.describe(block, block.residual and compute == x.dtype, lean)
-    return Prepared(x, block, (block.bn1, block.bn2, block.bn3), described, compute)
+    adds_input = block.residual and block.start is None and compute == x.dtype
+    return Prepared(x, block, mbconv.describe(block, adds_input, lean), compute)
 
 
 def choose_step(ready: Prepared, *images: Tensor) -> ahead.Step:
     """Whether a call keeps what a backward needs."""
-    return "infer" if ready.fixed and not needs_grad(*images, *ready.weights) else "train"
+    return "infer" if ready.fixed and not needs_grad(*images, *ready.weights, *ready.conv_biases) else "train"
 
 
 def run_prepared(
     x: Tensor, u: Tensor, block: Block | DenseBlock, ready: Prepared, step: ahead.Step, shortcut: Tensor | None = None
 ) -> Tensor:
-    """A block's call by the kernels, on `u`: x, or what the block's own convolution made of it."""
-    computed = in_dtype(u, ready.compute)
+    """A block's call by the kernels, on `u`: x, or what the block's first convolution made of it."""
+    computed, called = in_dtype(u, ready.compute), ready.call
+    if ready.biased:
+        called = (biases.shifted(ready.weights, ready.biased), *called[1:])
     if step == "infer":
-        y = run_inference(computed, shortcut, *ready.call)
+        y = run_inference(computed, shortcut, *called)
     else:
         keep = draw_keep(x, block, ready.compute)
         if ready.counts:
             torch._foreach_add_(ready.counts, 1)
         _mark_moved(ready.moving)
-        y = run_fused(computed, shortcut, keep, *ready.call)
+        y = run_fused(computed, shortcut, keep, *called)
+        for bn in ready.biased.values():
+            biases.move_mean(bn)
     # As in eager under autocast: the branch is computed in autocast's dtype, a wider shortcut is added in its own.
     return x + y if ready.wide else y
 
@@ -141,17 +154,18 @@ def depthwise_bn_act(
     )
     if not use_kernels(reason, x):
         return reference.depthwise_bn_act(x, weight, bn, stride, padding, activation)
-    from fastmbconv.fused.single import DEPTHWISE, DepthwiseWeights
+    from fastmbconv.fused.single import describe_depthwise
 
-    weights = DepthwiseWeights(weight, *call.affine(bn))
-    settings = call.describe_single(DEPTHWISE.name, bn, activation)._replace(stride=stride, padding=padding)
+    weights, statistics, settings = describe_depthwise(weight, bn, stride, padding, activation)
     computed = in_dtype(x, compute_dtype(x))
     if not bn.batch_statistics and not needs_grad(x, *weights):
-        return run_inference(computed, None, weights, call.statistics(bn), settings)
+        return run_inference(computed, None, weights, statistics, settings)
     if bn.updates and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
-    _mark_moved(call.list_moved(settings, call.statistics(bn)))
-    return run_fused(computed, None, None, weights, call.statistics(bn), settings)
+    _mark_moved(call.list_moved(settings, statistics))
+    y = run_fused(computed, None, None, weights, statistics, settings)
+    biases.move_mean(bn)
+    return y
 
 
 def squeeze_excite(x: Tensor, se: SqueezeExcite) -> Tensor:
@@ -171,28 +185,28 @@ def squeeze_excite(x: Tensor, se: SqueezeExcite) -> Tensor:
         return reference.squeeze_excite(x, se)
     from fastmbconv.fused.single import EXCITE
 
-    settings = call.Settings(EXCITE.name, "none", se_activation=se.activation)
+    settings = call.Settings(EXCITE.name, **call.excite_settings(se))
     # Eager's product keeps x's own dtype under autocast: only the gate's convolutions are narrowed.
     return run_fused(x, None, None, call.excite(se), (), settings)
 
 
 def bn_act(x: Tensor, bn: BatchNorm, activation: Activation) -> Tensor:
     """act(BN(x)) with running statistics, without gradients, in one pass; x is [N, C, H, W]."""
-    if dispatch.call_reason(x) is not None or bn.batch_statistics:
+    if (dispatch.call_reason(x) or dispatch.bias_reason(bn)) is not None or bn.batch_statistics:
         return reference.ACTIVATIONS[activation](reference.batch_norm(x, bn))
     from fastmbconv.fused.single import NORM, NormWeights
 
-    weights = NormWeights(*call.affine(bn))
+    weights = NormWeights(bn.weight, biases.shift(bn))
     return run_inference(x, None, weights, call.statistics(bn), call.describe_single(NORM.name, bn, activation))
 
 
 def pointwise_bn_act_pool(x: Tensor, weight: Tensor, bn: BatchNorm, activation: Activation) -> Tensor:
     """[N, O]: the image's mean of act(BN(pointwise(x))), as `bn_act`; x is [N, I, H, W], weight [O, I, 1, 1]."""
-    if dispatch.call_reason(x) is not None or bn.batch_statistics:
+    if (dispatch.call_reason(x) or dispatch.bias_reason(bn)) is not None or bn.batch_statistics:
         return reference.ACTIVATIONS[activation](reference.batch_norm(F.conv2d(x, weight), bn)).mean((2, 3))
     from fastmbconv.fused.single import POOL, DepthwiseWeights
 
-    weights = DepthwiseWeights(weight, *call.affine(bn))
+    weights = DepthwiseWeights(weight, bn.weight, biases.shift(bn))
     return run_inference(x, None, weights, call.statistics(bn), call.describe_single(POOL.name, bn, activation))
 
 
@@ -234,8 +248,8 @@ def keeps_nothing(x: Tensor, block: Block, memory: Memory, dtype: torch.dtype) -
         return block.bn1 is not None and memory == "lean"
     from fastmbconv.kernels import tables
 
-    hidden = block.depthwise_weight.shape[0]
-    return tables.lean_is_faster(x.device, dtype, x.shape, hidden, block.kernel_size, block.stride, block.activation)
+    hidden, shape = block.depthwise_weight.shape[0], block.behind_start(x.shape)
+    return tables.lean_is_faster(x.device, dtype, shape, hidden, block.kernel_size, block.stride, block.activation)
 
 
 def draw_keep(x: Tensor, block: Block | DenseBlock, dtype: torch.dtype) -> Tensor | None:

@@ -23,7 +23,7 @@ from fastmbconv.fused.stages import keep_present, nhwc
 from fastmbconv.kernels.tuning import accumulator, precision
 
 SETTINGS = (
-    "str activation, str se_activation, bool residual, bool lean, int stride, int[] padding, "
+    "str[] activations, str se_activation, str se_gate, bool residual, bool lean, int stride, int[] padding, "
     "float[] eps, float[] momentum, bool[] training, bool[] tracked, str[] groups"
 )
 FORWARD = (

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastmbconv import dispatch
-from fastmbconv.block import BatchNorm, Block, DenseBlock, Memory
+from fastmbconv.block import Block, DenseBlock, Memory
 from fastmbconv.call import Settings, Tensors, list_moved
 
 MOST = 64  # kinds of images that a block remembers
@@ -28,6 +28,8 @@ class Prepared:
 
     Attributes:
         weights, statistics, settings: the call as data; `call` has them, and `ops.sign`'s number for it.
+        biased: BatchNorms behind a convolution's bias, by the name of their own bias among the weights.
+        conv_biases: those biases.
         compute: the dtype that the kernels compute in.
         wide: the shortcut is wider than that, and added apart.
         fixed: every BatchNorm is a fixed affine map, and nothing is drawn.
@@ -40,7 +42,6 @@ class Prepared:
         self,
         x: Tensor,
         block: Block | DenseBlock,
-        bns: tuple[BatchNorm | None, ...],
         described: tuple[Any, Tensors, Settings],
         compute: torch.dtype,
     ) -> None:
@@ -51,12 +52,17 @@ class Prepared:
         plain = dispatch.plain(x)  # else its calls are remembered by nobody
         self.call = (*described, sign(self.settings, self.weights, self.statistics) if plain else 0)
         self.compute, self.wide = compute, block.residual and compute != x.dtype
+        bns = dispatch.norms(block)
+        named = ((f"bn{i}_bias", bn) for i, bn in enumerate(bns, 1) if f"bn{i}_bias" in self.weights._fields)
+        self.biased = {name: bn for name, bn in named if bn is not None and bn.conv_bias is not None}
+        self.conv_biases = tuple(bn.conv_bias for bn in self.biased.values())
         drops = block.residual and block.drop is not None
         self.fixed = not drops and not any(bn is not None and bn.batch_statistics for bn in bns)
-        counts = (bn.num_batches_tracked for bn in bns if bn is not None and bn.updates)
+        own = bns[: len(self.settings.norms)]  # a start's counts its batches itself
+        counts = (bn.num_batches_tracked for bn in own if bn is not None and bn.updates)
         self.counts = [count for count in counts if count is not None]
         self.moving = list_moved(self.settings, self.statistics)
-        tensors = [t for t in (*self.weights, *self.statistics) if t is not None]
+        tensors = [t for t in (*self.weights, *self.statistics, *self.conv_biases) if t is not None]
         self._unchanged = watch(tensors) if plain else lambda: False
         self._now, self._epoch = epoch, epoch()
         self.submitted: set[str] = set()

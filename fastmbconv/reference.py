@@ -24,7 +24,14 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
-GATES: dict[Gate, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}
+
+
+def hard_sigmoid(x: Tensor) -> Tensor:
+    """clamp(x + 3, 0, 6) / 6; torch's own has an fp32 sixth for a derivative, in float64 too."""
+    return F.relu6(x + 3) / 6 if x.dtype == torch.float64 else F.hardsigmoid(x)
+
+
+GATES: dict[Gate, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hardsigmoid": hard_sigmoid}
 
 
 def batch_norm(x: Tensor, bn: BatchNorm) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmbconv
-from fastmbconv import dispatch, fused  # noqa: F401 (it brings every launcher in)
+from fastmbconv import call, dispatch, fused  # noqa: F401 (it brings every launcher in)
 from fastmbconv.block import Block, Memory
 from fastmbconv.device_timer import DeviceTimer
 from fastmbconv.kernels import launching, library, tables, traffic
@@ -141,7 +141,9 @@ def _kind(block: Block, shape: tuple[int, ...]) -> tuple[Any, ...]:
     reduce = None if block.se is None else block.se.reduce_weight
     weights = (block.expand_weight, block.depthwise_weight, block.project_weight, reduce)
     sizes = tuple(None if w is None else tuple(w.shape) for w in weights)
-    return shape, sizes, block.stride, block.padding, block.activation, block.residual, block.drop is not None
+    start = None if block.start is None else (block.start.kernel_size, block.start.stride, block.start.padding)
+    functions = block.activations, call.excite_settings(block.se)
+    return shape, sizes, block.stride, block.padding, str(functions), block.residual, block.drop is not None, start
 
 
 def launches(blocks: list[BlockCase], dtype: torch.dtype, plans: tuple[Memory, ...]) -> list[Launch]:
@@ -323,7 +325,9 @@ def plan_key(case: BlockCase, dtype: torch.dtype) -> str | None:
     if block.expand_weight is None:
         return None
     hidden = block.depthwise_weight.shape[0]
-    return tables.memory_key(dtype, case.size, hidden, block.kernel_size, block.stride, block.activation)
+    return tables.memory_key(
+        dtype, block.behind_start(case.size), hidden, block.kernel_size, block.stride, block.activation
+    )
 
 
 def plan_ms(

@@ -1,8 +1,8 @@
 """The depthwise walk of depthwise.py without gradients: act(BN(depthwise(x))), and its sums per image, NHWC.
 
 BN's scale multiplies the taps and its shift starts the sums, in registers. With EXPAND x is the block's input, and
-act(BN1(x @ we)) is computed where it is used. A program walks SPAN output columns of R rows: all of them where images
-and channels fill the GPU, fewer where they don't.
+in_act(BN1(x @ we)) is computed where it is used. A program walks SPAN output columns of R rows: all of them where
+images and channels fill the GPU, fewer where they don't.
 """
 
 import torch
@@ -78,6 +78,7 @@ def _depthwise_inference_kernel(
     INWARD: tl.constexpr,
     EPS1: tl.constexpr,
     EPS2: tl.constexpr,
+    IN_ACT: tl.constexpr,
     ACT: tl.constexpr,
     EXPAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -113,7 +114,7 @@ def _depthwise_inference_kernel(
     if EXPAND:
         b_we = load_expand(we_ptr, o_c, m_c, CX, BX)
         b_scale, b_shift = load_affine(bn1_weight_ptr, bn1_bias_ptr, mean1_ptr, var1_ptr, o_c, m_c, EPS1, ACC)
-        b_scale, b_shift = halved(b_scale, ACT, FAST)[None, :], halved(b_shift, ACT, FAST)[None, :]
+        b_scale, b_shift = halved(b_scale, IN_ACT, FAST)[None, :], halved(b_shift, IN_ACT, FAST)[None, :]
     else:
         b_we = 0
     b_scale2, b_shift2 = load_affine(bn2_weight_ptr, bn2_bias_ptr, mean2_ptr, var2_ptr, o_c, m_c, EPS2, ACC)
@@ -137,7 +138,7 @@ def _depthwise_inference_kernel(
                 hi = h0 + TOP + i
                 b_v = expanded(b_x[s * ROWS + i], b_we, NB, BC, EXPAND, PRECISION, ACC)
                 if EXPAND:
-                    b_v = activate_halved(b_v * b_scale + b_shift, ACT, FAST)
+                    b_v = activate_halved(b_v * b_scale + b_shift, IN_ACT, FAST)
                 b_v = tl.where((INWARD | ((hi >= 0) & (hi < H))) & ((wi >= 0) & (wi < W)), b_v, 0.0)
                 acc = accumulated(acc, b_v, b_w, TOP + PT + i, s, K, S, J, R)
         wo = t - (J - 1)
@@ -171,6 +172,7 @@ def depthwise_inference(
     bn1: Running | None,
     weight: Tensor,
     bn2: Running,
+    expand_activation: str,
     activation: str,
     stride: int,
     pad_top: int,
@@ -182,7 +184,7 @@ def depthwise_inference(
     """(act(BN2(depthwise(x))) [N, HO, WO, C], if `pooled` its sums [P, N, C] over parts of the image).
 
     x is [N, H, W, C], weight [C, 1, K, K]. With `expand_weight` [C, I, 1, 1] and `bn1` x is [N, H, W, I], and
-    act(BN1(x @ expand_weight)) stands in its place.
+    expand_activation(BN1(x @ expand_weight)) stands in its place.
     """
     n, h, w, channels = x.shape
     c, k = weight.shape[0], weight.shape[-1]
@@ -229,6 +231,7 @@ def depthwise_inference(
         INWARD=inward,
         EPS1=0.0 if bn1 is None else bn1.eps,
         EPS2=bn2.eps,
+        IN_ACT=expand_activation,
         ACT=activation,
         EXPAND=expand_weight is not None,
         PRECISION=precision(x.dtype),

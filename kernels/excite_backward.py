@@ -3,7 +3,7 @@
 p, z, gate as in squeeze_excite.py; q = Wx z + bx. Of the five sums over pixels pool.py took two, `act_sums` [N, 2, C];
 project_backward.py takes 0 da * act', 1 da * act' * xhat, 2 da * a, where da is the gradient of the projection's input.
 
-    dq = sum 2 gate (1 - gate),    dz = Wx^T dq,    dr = dz act'(r),    dp = Wr^T dr / HW, the offset of each pixel
+    dq = sum 2 gate',    dz = Wx^T dq,    dr = dz act'(r),    dp = Wr^T dr / HW, the offset of each pixel
     dbias = sum over n of gate sum 0 + dp act_sums 0,    dweight likewise of sum 1 and act_sums 1
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .batch_norm import store_coef
 from .launching import kernel
-from .math import INTERPRETED, activate, activate_grad, dot, sum_rows
+from .math import INTERPRETED, activate, activate_grad, dot, gate_slope, sum_rows
 from .squeeze_excite import AT_ONCE, load_parts, load_sums, parts_tiles, store_products
 from .traffic import state
 from .tuning import MIN_DOT, cdiv, numeric, pow2
@@ -33,6 +33,7 @@ def _excite_bwd_kernel(
     P,
     C: tl.constexpr,
     R: tl.constexpr,
+    GATE: tl.constexpr,
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
     BN: tl.constexpr,
@@ -45,7 +46,7 @@ def _excite_bwd_kernel(
     o_nc = o_n[:, None] * C + o_c[None, :]  # [BN, BC]
     GATE_ROW: tl.constexpr = 2 if ROWS == 3 else 0
     b_gate = tl.load(gate_ptr + o_nc, mask=m, other=0.0)
-    b_dq = load_sums(sums_ptr, o_n, GATE_ROW, o_c, m, N, P, C, ROWS, ACC, BN, BC) * b_gate * (1.0 - b_gate)
+    b_dq = load_sums(sums_ptr, o_n, GATE_ROW, o_c, m, N, P, C, ROWS, ACC, BN, BC) * gate_slope(b_gate, GATE)
     tl.store(dq_ptr + o_nc, b_dq, mask=m)
     store_products(parts_ptr, tl.program_id(1), wx_ptr, b_dq, o_n, o_c, N, R, C, R, 1, ACC, BN, BR)
     if ROWS == 3:
@@ -176,6 +177,7 @@ def excite_bwd(
     expand_weight: Tensor,
     pixels: int,
     activation: str,
+    gate_function: str,
     norm: Tensor | None = None,
     batch_statistics: bool = False,
 ) -> tuple[Tensor, tuple[tuple[Tensor, Tensor], Tensor] | None, Tensor, Tensor, Tensor, Tensor]:
@@ -206,6 +208,7 @@ def excite_bwd(
         P=parts,
         C=c,
         R=reduced,
+        GATE=gate_function,
         ROWS=rows,
         ACC=acc,
         **tiles,

@@ -32,6 +32,41 @@ def tanh(v):
 
 
 @triton.jit
+def constant(VALUE: tl.constexpr, like):
+    """VALUE with all the digits of another's type: a number that stands alone is fp32."""
+    return tl.full((), VALUE, like.dtype)
+
+
+@triton.jit
+def sigmoid(v):
+    return 1.0 / (1.0 + tl.exp(-v))
+
+
+@triton.jit
+def hard_sigmoid(v):
+    """clamp(v + 3, 0, 6) / 6."""
+    return at_most(at_least(v + 3.0, 0.0), 6.0) * constant(1 / 6, v)
+
+
+@triton.jit
+def gelu_slope(v):
+    """Of gelu(v) = v * s(v): s, and v * s'(v) with s' the normal density."""
+    s = 0.5 + 0.5 * tl.erf(v * constant(0.7071067811865476, v))
+    return s, v * tl.exp(-0.5 * v * v) * constant(0.3989422804014327, v)
+
+
+@triton.jit
+def gelu_tanh_slope(v):
+    """The same of gelu by tanh, where s = (1 + tanh(z)) / 2 = sigmoid(2 z); in fp32 too large a v * v is NaN, as eager.
+
+    No `FAST` one: v * s is small where s is, so tanh's error would show in a negative v.
+    """
+    scale, cubic = constant(1.5957691216057308, v), constant(0.044715, v)
+    s = sigmoid(scale * v * (1.0 + cubic * v * v))
+    return s, v * s * (1.0 - s) * scale * (1.0 + 3.0 * cubic * v * v)
+
+
+@triton.jit
 def halved(v, ACT: tl.constexpr, FAST: tl.constexpr):
     """What `activate_halved` takes for v: v / 2 where silu(v) = h + h * tanh(h) saves its exponential and division."""
     return v * 0.5 if ACT == "silu" and FAST else v
@@ -46,13 +81,19 @@ def activate_halved(h, ACT: tl.constexpr, FAST: tl.constexpr):
         return at_least(h, 0.0)
     elif ACT == "relu6":
         return at_most(at_least(h, 0.0), 6.0)
+    elif ACT == "hardswish":
+        return h * hard_sigmoid(h)
+    elif ACT == "gelu":
+        return h * gelu_slope(h)[0]
+    elif ACT == "gelu_tanh":
+        return h * gelu_tanh_slope(h)[0]
     else:
         return h
 
 
 @triton.jit
 def activate_grad_halved(h, ACT: tl.constexpr, FAST: tl.constexpr):
-    """act(v) and act'(v) of h = halved(v); as in PyTorch 0 at a kink, and 1 for NaN but in silu."""
+    """act(v) and act'(v) of h = halved(v); as in PyTorch at a kink, and 1 for NaN in relu and relu6."""
     if ACT == "silu":
         if FAST:
             t = tanh(h)
@@ -66,6 +107,15 @@ def activate_grad_halved(h, ACT: tl.constexpr, FAST: tl.constexpr):
         return at_least(h, 0.0), tl.where(h <= 0.0, 0.0, 1.0).to(h.dtype)
     elif ACT == "relu6":
         return at_most(at_least(h, 0.0), 6.0), tl.where((h <= 0.0) | (h >= 6.0), 0.0, 1.0).to(h.dtype)
+    elif ACT == "hardswish":
+        inside = h * constant(1 / 3, h) + 0.5
+        return h * hard_sigmoid(h), tl.where(h <= -3.0, 0.0, tl.where(h >= 3.0, 1.0, inside))
+    elif ACT == "gelu":
+        s, more = gelu_slope(h)
+        return h * s, s + more
+    elif ACT == "gelu_tanh":
+        s, more = gelu_tanh_slope(h)
+        return h * s, s + more
     else:
         return h, tl.full(h.shape, 1.0, h.dtype)
 
@@ -80,6 +130,21 @@ def activate(v, ACT: tl.constexpr, FAST: tl.constexpr):
 def activate_grad(v, ACT: tl.constexpr, FAST: tl.constexpr):
     """act(v) and act'(v)."""
     return activate_grad_halved(halved(v, ACT, FAST), ACT, FAST)
+
+
+@triton.jit
+def gate_of(q, GATE: tl.constexpr):
+    """Squeeze-and-excitation's gate."""
+    return hard_sigmoid(q) if GATE == "hardsigmoid" else sigmoid(q)
+
+
+@triton.jit
+def gate_slope(g, GATE: tl.constexpr):
+    """Its derivative from its value: NaN where that is, and a hard one's 0 at both ends."""
+    if GATE == "hardsigmoid":
+        return tl.where((g > 0.0) & (g < 1.0), constant(1 / 6, g), g * 0.0)
+    else:
+        return g * (1.0 - g)
 
 
 @triton.jit

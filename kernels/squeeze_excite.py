@@ -1,8 +1,9 @@
-"""Squeeze-and-excitation forward, behind the pool: reduce, act, expand, sigmoid. Its backward: excite_backward.py.
+"""Squeeze-and-excitation forward, behind the pool: reduce, act, expand, gate. Its backward: excite_backward.py.
 
-p[n, c] = mean of a = act(scale * u + shift); z = act(Wr p + br); gate = sigmoid(Wx z + bx). Per image and channel the
-backward needs five sums over pixels. Two need no gradient, so pool.py takes them: its `sums` [P, N, 3, C], over P
-parts of each image, are those of 0 a, 1 act', 2 act' * xhat, of which `act_sums` [N, 2, C] is kept.
+p[n, c] = mean of a = act(scale * u + shift); z = act(Wr p + br); gate = sigmoid(Wx z + bx), or a
+hard sigmoid. Per image and channel the backward needs five sums over pixels. Two need no gradient, so pool.py takes
+them: its `sums` [P, N, 3, C], over P parts of each image, are those of 0 a, 1 act', 2 act' * xhat, of which `act_sums`
+[N, 2, C] is kept.
 """
 
 import torch
@@ -11,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launching import kernel
-from .math import INTERPRETED, activate, dot, stored, sum_rows
+from .math import INTERPRETED, activate, dot, gate_of, stored, sum_rows
 from .traffic import state
 from .tuning import MIN_DOT, PROGRAMS, cdiv, numeric, pow2
 
@@ -36,8 +37,8 @@ def load_sum(
 
 @triton.jit
 def store_gate(
-    gate_ptr, wx_ptr, bx_ptr, b_r, n, C, R: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr,
-    BC: tl.constexpr,
+    gate_ptr, wx_ptr, bx_ptr, b_r, n, C, R: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr, ACC: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """An image's gate from the pre-activation of its reduced vector [BR]."""
     o_r = tl.arange(0, BR)
@@ -48,7 +49,7 @@ def store_gate(
         m = m_r[None, :] & (o_c < C)[:, None]
         b_w = tl.load(wx_ptr + o_c[:, None] * R + o_r[None, :], mask=m, other=0.0).to(ACC)  # [BC, BR]
         b_q = tl.sum(b_w * b_z[None, :], 1) + tl.load(bx_ptr + o_c, mask=o_c < C, other=0.0).to(ACC)
-        tl.store(gate_ptr + n * C + o_c, 1.0 / (1.0 + tl.exp(-b_q)), mask=o_c < C)
+        tl.store(gate_ptr + n * C + o_c, gate_of(b_q, GATE), mask=o_c < C)
 
 
 @kernel
@@ -69,6 +70,7 @@ def _excite_fwd_kernel(
     C: tl.constexpr,
     R: tl.constexpr,
     ACT: tl.constexpr,
+    GATE: tl.constexpr,
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
     BP: tl.constexpr,
@@ -96,7 +98,7 @@ def _excite_fwd_kernel(
     b_r = tl.load(br_ptr + o_r, mask=m_r, other=0.0).to(ACC) + tl.sum(b_z, 1)
     if r_ptr is not None:
         tl.store(r_ptr + n * R + o_r, b_r, mask=m_r)
-    store_gate(gate_ptr, wx_ptr, bx_ptr, b_r, n, C, R, ACT, ACC, BR, BC)
+    store_gate(gate_ptr, wx_ptr, bx_ptr, b_r, n, C, R, ACT, GATE, ACC, BR, BC)
 
 
 @triton.jit
@@ -190,6 +192,7 @@ def _excite_expand_kernel(
     C: tl.constexpr,
     R: tl.constexpr,
     ACT: tl.constexpr,
+    GATE: tl.constexpr,
     AT_ONCE: tl.constexpr,
     ACC: tl.constexpr,
     BN: tl.constexpr,
@@ -211,7 +214,7 @@ def _excite_expand_kernel(
         b_q = dot(activate(b_r, ACT, False), b_w, b_q, ACC, "ieee")
     b_q += tl.load(bx_ptr + o_c, mask=o_c < C, other=0.0).to(ACC)[None, :]
     m = (o_n < N)[:, None] & (o_c < C)[None, :]
-    tl.store(gate_ptr + o_n[:, None] * C + o_c[None, :], 1.0 / (1.0 + tl.exp(-b_q)), mask=m)
+    tl.store(gate_ptr + o_n[:, None] * C + o_c[None, :], gate_of(b_q, GATE), mask=m)
 
 
 def excite_tiles(images: int, channels: int, reduced: int) -> dict[str, int]:
@@ -257,12 +260,14 @@ def excite_fwd(
     expand_weight: Tensor,
     expand_bias: Tensor,
     activation: str,
+    gate_function: str,
     kept: torch.dtype | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor] | None, Tensor]:
     """(what the backward needs, gate [N, C]) of images with the pool's `sums` [P, N, ROWS, C], activations in row 0.
 
     With activations of dtype `kept` the backward needs (mean [N, C] in that dtype; the sums of rows 1 and 2, [N, 2, C],
-    empty without them; pre-activation of the reduced vector [N, R]). Without `kept` None.
+    empty without them; pre-activation of the reduced vector [N, R]). Without `kept` None. `gate_function` is "sigmoid"
+    or "hardsigmoid".
     """
     parts, n, rows, c = sums.shape
     reduced = reduce_weight.shape[0]
@@ -276,8 +281,9 @@ def excite_fwd(
     # Without gradients and with few images a block keeps to four launches.
     if c * reduced > WHOLE_WEIGHT and (saved is not None or n >= FEW_IMAGES):
         _reduce_and_expand(
-            sums, pixels, reduce_weight, reduce_bias, expand_weight, expand_bias, activation, pooled, act_sums, r, gate
-        )
+            sums, pixels, reduce_weight, reduce_bias, expand_weight, expand_bias, activation, gate_function, pooled,
+            act_sums, r, gate,
+        )  # fmt: skip
         return saved, gate
     _excite_fwd_kernel[(n,)](
         sums_ptr=sums,
@@ -295,6 +301,7 @@ def excite_fwd(
         C=c,
         R=reduced,
         ACT=activation,
+        GATE=gate_function,
         ROWS=rows,
         ACC=numeric(sums.dtype)["ACC"],
         BP=added_parts(parts),
@@ -312,6 +319,7 @@ def _reduce_and_expand(
     expand_weight: Tensor,
     expand_bias: Tensor,
     activation: str,
+    gate_function: str,
     pooled: Tensor | None,
     act_sums: Tensor | None,
     r: Tensor | None,
@@ -352,6 +360,7 @@ def _reduce_and_expand(
         C=c,
         R=reduced,
         ACT=activation,
+        GATE=gate_function,
         PARTS=len(parts),
         AT_ONCE=AT_ONCE,
         ACC=acc,

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -109,7 +109,7 @@ def lean_is_faster(device: torch.device, *block: Any) -> bool:
 
 
 def memory_key(
-    dtype: torch.dtype, size: torch.Size, hidden: int, kernel_size: int, stride: int, activation: str
+    dtype: torch.dtype, size: Sequence[int], hidden: int, kernel_size: int, stride: int, activation: str
 ) -> str:
     """The bucket of a block with an expansion; its input is [N, C, H, W] of `size`, computed in `dtype`."""
     n, c, h, w = size

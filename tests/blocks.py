@@ -97,7 +97,7 @@ def fused(module):
 
     def forward(x):
         with fastmbconv.backend("triton"):
-            return functional.mbconv(x, module.describe())
+            return functional.mbconv(x, module.describe(), memory=getattr(module, "memory", "fast"))
 
     return forward
 

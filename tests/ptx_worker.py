@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 
 from benchmarks import static
 from benchmarks.registry import Shape
+from fastmbconv import reference
 from fastmbconv.kernels import squeeze_excite, tables
 from fastmbconv.kernels.math import activate, activate_grad, stored
 
@@ -56,7 +57,7 @@ def instructions(source, options=None):
 
 
 def scalar_rows():
-    for activation in ("silu", "relu", "relu6", "none"):
+    for activation in reference.ACTIVATIONS:
         for fast, dtype in ((False, "fp16"), (True, "bf16")):
             signature = dict.fromkeys(("v_ptr", "a_ptr", "both_ptr", "slope_ptr"), "*fp32") | {"out_ptr": f"*{dtype}"}
             signature |= {"ACT": "constexpr", "FAST": "constexpr"}

@@ -63,7 +63,8 @@ def test_scalars_keep_nan(scalars):
     assert not losing_nan(scalars)
     for fast in (False, True):
         assert used(scalar(scalars, "relu", fast), "max", "min") == {"max.NaN.f32"}
-        assert used(scalar(scalars, "relu6", fast), "max", "min") == {"max.NaN.f32", "min.NaN.f32"}
+        for clamped in ("relu6", "hardswish"):
+            assert used(scalar(scalars, clamped, fast), "max", "min") == {"max.NaN.f32", "min.NaN.f32"}
 
 
 @compiler
@@ -73,6 +74,11 @@ def test_scalars_are_what_contributing_says(scalars):
     exact, fast = (scalar(scalars, "silu", fast) for fast in (False, True))
     assert used(exact, "div", "ex2", "tanh") == {"div.full.f32", "ex2.approx.f32"}
     assert used(fast, "div", "ex2", "tanh") == {"tanh.approx.f32"}
+    for each in (False, True):
+        assert not used(scalar(scalars, "hardswish", each), "div", "ex2", "tanh")
+        gelu = {"ex2.approx.f32", "ex2.approx.ftz.f32"}
+        assert used(scalar(scalars, "gelu", each), "div", "ex2", "tanh") == gelu
+        assert used(scalar(scalars, "gelu_tanh", each), "div", "ex2", "tanh") == {"div.full.f32", "ex2.approx.f32"}
     assert "cvt.rn.f16.f32" in used(exact, "cvt") and "cvt.rn.bf16.f32" in used(fast, "cvt")
 
 

@@ -233,7 +233,7 @@ BAD_BLOCKS = {
     "padding-four": (Broken("padding", lambda b: (0, 1, 0, 1)), ["padding is (0, 1, 0, 1)", "a pair"]),
     "padding-word": (Broken("padding", lambda b: "valid"), ["padding is 'valid'", "same"]),
     "residual-with-stride": (Broken("stride", lambda b: 2), ["residual", "stride 2"]),
-    "unsupported-activation": (Broken("activation", lambda b: "gelu"), ["'gelu'", "silu, relu, relu6"]),
+    "unsupported-activation": (Broken("activation", lambda b: "mish"), ["'mish'", "silu, relu, relu6"]),
     "unsupported-se-activation": (Broken("se.activation", lambda b: "tanh"), ["'tanh'", "silu, relu, relu6"]),
 }
 
@@ -317,7 +317,7 @@ def test_the_parts_refuse_bad_input_too(device, triton_backend):
         (lambda: functional.depthwise_bn_act(x, weight[:, :, :, 0], BatchNorm.of(bn), 1, 1), r"weight.*\(4, 1, 3\)"),
         (lambda: functional.depthwise_bn_act(x, weight, BatchNorm.of(bn), 3, 1), r"stride 3 \(supported: 1, 2\)"),
         (lambda: functional.depthwise_bn_act(x, weight, BatchNorm.of(bn), 1, 3), r"padding 3 \(supported: 0 to"),
-        (lambda: functional.depthwise_bn_act(x, weight, BatchNorm.of(bn), 1, 1, "gelu"), "activation 'gelu'"),
+        (lambda: functional.depthwise_bn_act(x, weight, BatchNorm.of(bn), 1, 1, "mish"), "activation 'mish'"),
         (lambda: functional.squeeze_excite(x[:, :3], se), "3 channels.*expect 4"),
         (lambda: functional.squeeze_excite(x[0], se), "3 dimensions"),
         (lambda: functional.squeeze_excite(x, dataclasses.replace(se, expand_bias=se.expand_bias[:2])), "expand_bias"),

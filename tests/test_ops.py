@@ -67,9 +67,12 @@ def calls(device, dtype=torch.float32):
     keep = torch.tensor([0.0, 2.0], device=device)
     reduced, alone = SqueezeExcite(weight(r, e, 1, 1), weight(r), weight(e, r, 1, 1), weight(e)), norm(e, momentum=None)
 
-    def of_mbconv(x, keep, block, lean=False):
+    hard = SqueezeExcite(weight(r, e), weight(r), weight(e, r), weight(e), "relu", "hardsigmoid")
+    others = replace(block(True, act="hardswish"), se=hard, depthwise_activation="gelu", project_activation="gelu_tanh")
+
+    def of_mbconv(x, keep, block, lean=False, shortcut=None):
         weights, statistics, settings = mbconv.describe(block, x.shape[3] == o, lean)
-        return settings, x, None, keep, weights, statistics
+        return settings, x, shortcut, keep, weights, statistics
 
     def of_dense(x, shortcut, keep, block):
         weights, statistics, settings = dense_part.describe(block, shortcut is not None)
@@ -87,6 +90,8 @@ def calls(device, dtype=torch.float32):
             of_mbconv(image(e), None, block(False, se=False, act="relu6")),
             of_mbconv(image(c), None, eval_block),
             of_mbconv(image(e), None, block(False, False, se=False, stride=2, padding=(0, 1))),
+            of_mbconv(image(c), keep, others, shortcut=image(o)),
+            of_mbconv(image(e), None, replace(block(False), depthwise_activation="none", project_activation="relu6")),
         ],
         "dense": [
             of_dense(image(e), image(o), keep, dense(True, True)),
@@ -98,9 +103,11 @@ def calls(device, dtype=torch.float32):
         "depthwise_bn_act": [
             of_single("depthwise_bn_act", image(e), single.DepthwiseWeights(taps, *affine(bn)), bn)
             for bn in (alone, norm(e, False), bare(e))
-        ],
+        ]
+        + [of_single("depthwise_bn_act", image(e), single.DepthwiseWeights(taps, *affine(alone)), alone, "none")],
         "squeeze_excite": [
-            (call.Settings("squeeze_excite", "none"), image(e), None, None, call.excite(reduced), ()),
+            (call.Settings("squeeze_excite", **call.excite_settings(se)), image(e), None, None, call.excite(se), ())
+            for se in (reduced, hard)
         ],
         "bn_act": [
             of_single("bn_act", image(e), single.NormWeights(*affine(bn)), bn, "relu")

@@ -191,8 +191,9 @@ def test_backward_to_the_depthwise_output(row, batch, device, monkeypatch):
         excited = stages.Excite(pooled, act_sums.to(wide), r, gate)
         halves = stages.ExciteWeights(reduce_w.to(PRECISE), None, expand_w.to(PRECISE), None)
     du2, dw, grads, d_excite = stages.project_backward_from(
-        nhwc(given["dy"]), nhwc(given["u3"]), given["coef"], given["keep"], given["weight"], nhwc(given["u2"]), norm,
-        excited, halves, "silu", "silu", NormSettings(1e-3, 0.1, batch, True, None), True,
+        nhwc(given["dy"]), nhwc(given["u3"]), None, "none", given["coef"], given["keep"], given["weight"],
+        nhwc(given["u2"]), norm, excited, halves, "silu", "silu", "sigmoid",
+        NormSettings(1e-3, 0.1, batch, True, None), True,
     )  # fmt: skip
     ours = [du2.permute(0, 3, 1, 2), dw, grads[0], grads[1]] + (list(d_excite) if row.gate else [])
     names = ("du2", "dw", "dslope", "dbias", "reduce_weight", "reduce_bias", "expand_weight", "expand_bias")

@@ -17,6 +17,8 @@ class Row(NamedTuple):
     image: tuple[int, int, int, int]  # N, C, H, W
     reduced: int
     activation: str = "silu"
+    gate: str = "sigmoid"
+    linear: bool = False
     tiles: dict[str, int] = {}
     whole_weight: int | None = None  # a larger one takes two launches
 
@@ -35,9 +37,13 @@ ROWS = {
     "two-launches": Row((2, 13, 2, 3), 5, "relu", whole_weight=0),
     "two-launches-of-blocks": Row((18, 40, 2, 2), 37, tiles=dict(BN=16, BR=16, BC=16), whole_weight=0),
     "two-launches-one-image": Row((1, 20, 3, 5), 17, "relu6", tiles=dict(BC=16, BM=4), whole_weight=0),
+    "hard-gate": Row((3, 13, 2, 3), 5, "relu", "hardsigmoid"),
+    "two-launches-hard-gate": Row((3, 20, 3, 5), 17, "hardswish", "hardsigmoid", whole_weight=0),
+    "linear": Row((3, 13, 2, 3), 5, "gelu", linear=True),
+    "two-launches-linear": Row((2, 13, 2, 3), 5, "gelu_tanh", "hardsigmoid", True, whole_weight=0),
     "many-parts": Row((3, 277, 1, 2), 3, tiles=dict(BC=16), whole_weight=0),
 }
-KERNELS = {"odd-channels", "pixel-blocks", "two-launches-of-blocks"}
+KERNELS = {"odd-channels", "hard-gate", "pixel-blocks", "two-launches-of-blocks"}
 
 
 def rows():
@@ -53,9 +59,9 @@ def excite(channels, reduced, dtype, device):
     return [w.to(dtype).to(device) for w in weights]
 
 
-def outcome(function, x, weights, dy, activation):
+def outcome(function, x, weights, dy, *functions):
     x, *weights = (t.detach().requires_grad_() for t in (x, *weights))
-    y = function(x, SqueezeExcite(*weights, activation))
+    y = function(x, SqueezeExcite(*weights, *functions))
     y.backward(dy.to(y.dtype))
     names = ("dx", "reduce_weight", "reduce_bias", "expand_weight", "expand_bias")
     return {"y": y.detach(), **{n: t.grad for n, t in zip(names, (x, *weights), strict=True)}}
@@ -69,12 +75,15 @@ def prepare(row, monkeypatch):
 
 def assert_row(row, dtype, device):
     x, dy = (normal(*row.image, dtype=dtype, device=device) for _ in range(2))
-    weights = excite(row.image[1], row.reduced, dtype, device)
-    ours = outcome(functional.squeeze_excite, x, weights, dy, row.activation)
-    theirs = outcome(reference.squeeze_excite, x, weights, dy, row.activation)
-    truth = outcome(reference.squeeze_excite, x.double(), [w.double() for w in weights], dy.double(), row.activation)
+    weights = [
+        w.flatten(1) if row.linear and w.dim() == 4 else w for w in excite(row.image[1], row.reduced, dtype, device)
+    ]
+    functions = row.activation, row.gate
+    ours = outcome(functional.squeeze_excite, x, weights, dy, *functions)
+    theirs = outcome(reference.squeeze_excite, x, weights, dy, *functions)
+    truth = outcome(reference.squeeze_excite, x.double(), [w.double() for w in weights], dy.double(), *functions)
     for name, value in ours.items():
-        assert value.dtype == dtype
+        assert value.dtype == dtype and (name in ("y", "dx") or value.stride() == theirs[name].stride())
         assert_parity(name, value, theirs[name], truth[name])
 
 
@@ -85,7 +94,7 @@ def test_both_directions(row, device, triton_backend, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("name", ["odd-channels", "two-launches"])
+@pytest.mark.parametrize("name", ["odd-channels", "two-launches", "two-launches-linear"])
 def test_narrow_types(name, dtype, device, triton_backend, monkeypatch):
     prepare(ROWS[name], monkeypatch)
     assert_row(ROWS[name], dtype, device)
@@ -100,7 +109,9 @@ def test_pool_normalises_and_activates_first(activation, whole_weight, device, m
     u = normal(3, 20, 3, 3, dtype=PRECISE, device=device)
     norm = norm_vectors(20, PRECISE, device)
     weights = excite(20, 3, PRECISE, device)
-    pooled, act_sums, r, gate = stages.squeeze_excite(nhwc(u), norm, stages.ExciteWeights(*weights), activation, "silu")
+    pooled, act_sums, r, gate = stages.squeeze_excite(
+        nhwc(u), norm, stages.ExciteWeights(*weights), activation, "silu", "sigmoid"
+    )
     v = (u * norm[2, :, None, None] + norm[3, :, None, None]).requires_grad_()
     a = reference.ACTIVATIONS[activation](v)
     slope = torch.autograd.grad(a.sum(), v)[0]

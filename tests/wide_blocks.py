@@ -3,13 +3,22 @@
 from typing import Any, NamedTuple
 
 import torch
-from blocks import Drop, batch_norms, normal, randomise
+from blocks import Drop, assert_outcomes, batch_norms, normal, outcomes, randomise
 from torch import nn
 
+from fastmbconv import reference
 from fastmbconv.block import BatchNorm, Block, SqueezeExcite, Start
 from fastmbconv.mbconv import ACTIVATIONS
 
-GATES = {"sigmoid": nn.Sigmoid, "hardsigmoid": nn.Hardsigmoid}
+
+class HardSigmoid(nn.Hardsigmoid):
+    """Exact in float64."""
+
+    def forward(self, x):
+        return reference.hard_sigmoid(x)
+
+
+GATES = {"sigmoid": nn.Sigmoid, "hardsigmoid": HardSigmoid}
 
 
 class WideBlock(nn.Module):
@@ -128,7 +137,7 @@ WIDE_ROWS = {
     "start": WideRow(wide(6, "relu", "relu", "none", se=None, start=(5, 1)), (2, 6, 4, 4), drop=True),
     "start-strided": WideRow(wide(5, "relu", "relu", "none", se=None, start=(3, 2)), (2, 6, 6, 5)),
     "start-everything": WideRow(
-        wide(6, "gelu", "none", "hardswish", se=("silu", "hardsigmoid"), biases=ALL_BIASES, start=(3, 1)), (3, 6, 4, 4)
+        wide(6, "gelu", "none", "hardswish", se=("silu", "sigmoid"), biases=ALL_BIASES, start=(3, 1)), (3, 6, 4, 4)
     ),
 }  # fmt: skip
 
@@ -145,3 +154,22 @@ def build_wide(row, dtype=torch.float32, device="cpu", training=True):
     out, stride = row.block["out_channels"], row.block.get("stride", 1) * (row.block.get("start") or (0, 1))[1]
     height, width = (-(-size // stride) for size in row.image[2:])
     return module, x, normal(x.shape[0], out, height, width, dtype=dtype, device=device)
+
+
+def assert_wide_parity(module, x, dy):
+    """`blocks.assert_module_parity`, with each bias's gradient compared beside its weight's.
+
+    Behind a bias that a BatchNorm takes off again the gradient is 0, and rounding is all that there is of it.
+    """
+    ours, theirs, exact = (beside_weights(found) for found in outcomes(module, x, dy))
+    assert_outcomes(ours, theirs, exact)
+    return ours
+
+
+def beside_weights(found):
+    joined = dict(found)
+    for name, value in found.items():
+        if name.startswith("d ") and name.endswith(".bias"):
+            weight = found.get(name.removesuffix("bias") + "weight")
+            joined[name] = value if weight is None or value is None else torch.cat((weight.flatten(), value))
+    return joined

@@ -50,10 +50,10 @@ def describe(block: DenseBlock, residual: bool) -> tuple[Weights, Tensors, Setti
     tensors = (*affine(block.bn1), *call.excite(block.se), block.project_weight, *affine(block.bn2))
     settings = Settings(
         part=PART.name,
-        activation=block.activation,
+        activations=block.activations,
         norms=tuple(norm_settings(bn) for bn in bns),
-        se_activation="none" if block.se is None else block.se.activation,
         residual=residual,
+        **call.excite_settings(block.se),
     )
     return Weights._make(tensors), statistics(*bns), settings
 
@@ -62,7 +62,7 @@ def forward(
     u: Tensor, shortcut: Tensor | None, keep: Tensor | None, weights: Weights, statistics: Tensors, settings: Settings
 ) -> tuple[Tensor, Saved]:
     """(y, what the backward needs beside u)."""
-    activation = settings.activation
+    activation, last = settings.activations
     norm1 = stages.image_norm(u=u, bn=norm(settings, 0, weights.bn1_weight, weights.bn1_bias, statistics))
     if weights.project is None:
         y = stages.end_block(u=u, norm=norm1, keep=keep, residual=shortcut, activation=activation)
@@ -74,9 +74,10 @@ def forward(
         project=weights.project,
         activation=activation,
         se_activation=settings.se_activation,
+        se_gate=settings.se_gate,
         bn=norm(settings, 1, weights.bn2_weight, weights.bn2_bias, statistics),
     )
-    y = stages.end_block(u=project.u, norm=project.norm, keep=keep, residual=shortcut)
+    y = stages.end_block(u=project.u, norm=project.norm, keep=keep, residual=shortcut, activation=last)
     excite = project.excite or (None,) * 4
     return y, Saved._make((project.u, norm1, project.norm, *excite, project.weight))
 
@@ -91,17 +92,19 @@ def backward(
     needs: Sequence[bool],
 ) -> Tensors:
     """Gradients of u and of the weights."""
-    activation, (bn1, bn2) = settings.activation, settings.norms
+    (activation, last), (bn1, bn2) = settings.activations, settings.norms
     assert bn1 is not None
     if weights.project is None:
         grads1, coef1 = stages.bn_backward(dy, u, saved.norm1, keep, activation, bn1)
         du = batch_norm.bn_act_bwd(dy, u, saved.norm1, coef1, keep, activation)
         return du, *grads1, *(None,) * 7
     assert bn2 is not None and saved.v is not None and saved.norm2 is not None
-    grads2, coef2 = stages.bn_backward(dy, saved.v, saved.norm2, keep, "none", bn2)
+    grads2, coef2 = stages.bn_backward(dy, saved.v, saved.norm2, keep, last, bn2)
     project = stages.project_backward_from(
         dy=dy,
         u3=saved.v,
+        norm3=saved.norm2,
+        activation3=last,
         coef3=coef2,
         keep=keep,
         weight=weights.project if saved.project is None else saved.project,
@@ -111,6 +114,7 @@ def backward(
         excite_weights=stages.excite_weights(weights),
         activation=activation,
         se_activation=settings.se_activation,
+        se_gate=settings.se_gate,
         bn2=bn1,
         weight_gradient=needs[1 + Weights._fields.index("project")],
     )
@@ -119,22 +123,23 @@ def backward(
 
 def infer(u: Tensor, shortcut: Tensor | None, weights: Weights, statistics: Tensors, settings: Settings) -> Tensor:
     """With running statistics."""
+    activation, last = settings.activations
     bn1 = stages.running(norm(settings, 0, weights.bn1_weight, weights.bn1_bias, statistics))
     if weights.project is None:
-        return batch_norm.bn_act_fwd(u, bn1, None, None, None, shortcut, settings.activation)
+        return batch_norm.bn_act_fwd(u, bn1, None, None, None, shortcut, activation)
     gate = None
     if (excite_weights := stages.excite_weights(weights)) is not None:
-        sums = pool.pool(u, bn1, None, settings.activation)
-        _, gate = excite_fwd(sums, u.shape[1] * u.shape[2], *excite_weights, settings.se_activation)
+        sums = pool.pool(u, bn1, None, activation)
+        _, gate = excite_fwd(sums, u.shape[1] * u.shape[2], *excite_weights, settings.se_activation, settings.se_gate)
     return pointwise.pointwise_inference(
         x=u,
         in_bn=bn1,
-        in_activation=settings.activation,
+        in_activation=activation,
         weight=weights.project,
         gate=gate,
         bn=stages.running(norm(settings, 1, weights.bn2_weight, weights.bn2_bias, statistics)),
         residual=shortcut,
-        activation="none",
+        activation=last,
     )
 
 

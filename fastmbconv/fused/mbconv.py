@@ -77,22 +77,22 @@ def describe(block: Block, residual: bool, lean: bool) -> tuple[Weights, Tensors
     )  # fmt: skip
     settings = Settings(
         part=PART.name,
-        activation=block.activation,
+        activations=block.activations,
         norms=tuple(norm_settings(bn) for bn in bns),
-        se_activation="none" if block.se is None else block.se.activation,
         residual=residual,
         lean=lean,
         stride=block.stride,
         padding=block.padding,
+        **call.excite_settings(block.se),
     )
     return Weights._make(tensors), statistics(*bns), settings
 
 
 def forward(
-    x: Tensor, _: None, keep: Tensor | None, weights: Weights, statistics: Tensors, settings: Settings
+    x: Tensor, shortcut: Tensor | None, keep: Tensor | None, weights: Weights, statistics: Tensors, settings: Settings
 ) -> tuple[Tensor, Saved]:
     """(y, what the backward needs beside x)."""
-    activation, place = settings.activation, _geometry(x, weights, settings)
+    (activation1, activation2, activation3), place = settings.activations, _geometry(x, weights, settings)
     walked = _is_walked(x, weights, settings)
     # Expand: u1, or its statistics alone where the depthwise convolution computes u1 itself.
     u1, norm1 = None, None
@@ -110,7 +110,7 @@ def forward(
         expand_weight=weights.expand if walked else None,
         weight=weights.depthwise,
         in_norm=norm1,
-        activation="none" if norm1 is None else activation,
+        activation="none" if norm1 is None else activation1,
         geometry=place,
         bn=norm(settings, 1, weights.bn2_weight, weights.bn2_bias, statistics),
     )
@@ -120,12 +120,19 @@ def forward(
         norm=norm2,
         weights=weights,
         project=weights.project,
-        activation=activation,
+        activation=activation2,
         se_activation=settings.se_activation,
+        se_gate=settings.se_gate,
         bn=norm(settings, 2, weights.bn3_weight, weights.bn3_bias, statistics),
     )
     # BN3, stochastic depth, shortcut.
-    y = stages.end_block(u=project.u, norm=project.norm, keep=keep, residual=x if settings.residual else None)
+    y = stages.end_block(
+        u=project.u,
+        norm=project.norm,
+        keep=keep,
+        residual=_residual(x, shortcut, settings),
+        activation=activation3,
+    )
     kept = None if settings.lean else u1
     excite = project.excite or (None,) * 4
     return y, Saved._make((kept, u2, project.u, norm1, norm2, project.norm, *excite, project.weight))
@@ -141,17 +148,19 @@ def backward(
     needs: Sequence[bool],
 ) -> Tensors:
     """Gradients of x and of the weights."""
-    activation = settings.activation
+    activation1, activation2, activation3 = settings.activations
     bn1, bn2, bn3 = settings.norms
     assert bn2 is not None and bn3 is not None
     needs_x, needs_expand = needs[:2]
     shortcut = dy if settings.residual else None
     # 2. BN3's sums.
-    grads3, coef3 = stages.bn_backward(dy, saved.u3, saved.norm3, keep, "none", bn3)
+    grads3, coef3 = stages.bn_backward(dy, saved.u3, saved.norm3, keep, activation3, bn3)
     # 3. and 4. Project and squeeze-and-excitation: BN2's sums, and du2.
     project = stages.project_backward_from(
         dy=dy,
         u3=saved.u3,
+        norm3=saved.norm3,
+        activation3=activation3,
         coef3=coef3,
         keep=keep,
         weight=weights.project if saved.project is None else saved.project,
@@ -159,8 +168,9 @@ def backward(
         norm2=saved.norm2,
         excite=stages.excited(saved),
         excite_weights=stages.excite_weights(weights),
-        activation=activation,
+        activation=activation2,
         se_activation=settings.se_activation,
+        se_gate=settings.se_gate,
         bn2=bn2,
         weight_gradient=needs[1 + Weights._fields.index("project")],
     )
@@ -178,7 +188,7 @@ def backward(
             weight=weights.depthwise,
             in_norm=saved.norm1,
             residual=shortcut if weights.expand is None else None,
-            activation="none" if weights.expand is None else activation,
+            activation="none" if weights.expand is None else activation1,
             geometry=_geometry(x, weights, settings),
             bn=bn1,
         )
@@ -204,7 +214,7 @@ def backward(
 
 def infer(x: Tensor, shortcut: Tensor | None, weights: Weights, statistics: Tensors, settings: Settings) -> Tensor:
     """The block with BatchNorms that use their running statistics: four launches, in large batches up to two more."""
-    activation, place = settings.activation, _geometry(x, weights, settings)
+    (activation1, activation2, activation3), place = settings.activations, _geometry(x, weights, settings)
     bn1, inside, h = None, False, x
     if weights.expand is not None:
         bn1 = stages.running(norm(settings, 0, weights.bn1_weight, weights.bn1_bias, statistics))
@@ -212,7 +222,7 @@ def infer(x: Tensor, shortcut: Tensor | None, weights: Weights, statistics: Tens
         if not inside:
             h = pointwise.pointwise_inference(
                 x=x, in_bn=None, in_activation="none", weight=weights.expand, gate=None, bn=bn1, residual=None,
-                activation=activation,
+                activation=activation1,
             )  # fmt: skip
     h, parts = depthwise_inference.depthwise_inference(
         h,
@@ -220,14 +230,15 @@ def infer(x: Tensor, shortcut: Tensor | None, weights: Weights, statistics: Tens
         bn1 if inside else None,
         weights.depthwise,
         stages.running(norm(settings, 1, weights.bn2_weight, weights.bn2_bias, statistics)),
-        activation,
+        activation1 if inside else "none",
+        activation2,
         *place,
         weights.reduce is not None,
     )
     gate = None
     if parts is not None and (excite_weights := stages.excite_weights(weights)) is not None:
         pixels = place.out_height * place.out_width
-        _, gate = excite_fwd(parts.unsqueeze(2), pixels, *excite_weights, settings.se_activation)
+        _, gate = excite_fwd(parts.unsqueeze(2), pixels, *excite_weights, settings.se_activation, settings.se_gate)
     return pointwise.pointwise_inference(
         x=h,
         in_bn=None,
@@ -235,12 +246,14 @@ def infer(x: Tensor, shortcut: Tensor | None, weights: Weights, statistics: Tens
         weight=weights.project,
         gate=gate,
         bn=stages.running(norm(settings, 2, weights.bn3_weight, weights.bn3_bias, statistics)),
-        residual=x if settings.residual else None,
-        activation="none",
+        residual=_residual(x, shortcut, settings),
+        activation=activation3,
     )
 
 
-def fake_forward(x: Tensor, _: None, keep: Tensor | None, weights: Weights, settings: Settings) -> tuple[Tensor, Saved]:
+def fake_forward(
+    x: Tensor, shortcut: Tensor | None, keep: Tensor | None, weights: Weights, settings: Settings
+) -> tuple[Tensor, Saved]:
     """`forward`'s results, empty."""
     n, h, w, _channels = x.shape
     hidden, out = weights.depthwise.shape[0], weights.project.shape[0]
@@ -273,6 +286,11 @@ def present(x: Tensor, weights: Weights, settings: Settings) -> tuple[bool, ...]
 def fake_infer(x: Tensor, shortcut: Tensor | None, weights: Weights, settings: Settings) -> Tensor:
     place = _geometry(x, weights, settings)
     return x.new_empty(x.shape[0], place.out_height, place.out_width, weights.project.shape[0])
+
+
+def _residual(x: Tensor, shortcut: Tensor | None, settings: Settings) -> Tensor | None:
+    """What is added at the end: x, or what came before x where something stands in front of the block."""
+    return x if settings.residual else shortcut
 
 
 def _geometry(x: Tensor, weights: Weights, settings: Settings) -> Geometry:

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmbconv.call import Part, Settings, Tensors, geometry, norm
+from fastmbconv.biases import shift
+from fastmbconv.block import BatchNorm, Padding
+from fastmbconv.call import Part, Settings, Tensors, describe_single, geometry, norm, statistics
 from fastmbconv.fused import stages
 from fastmbconv.fused.stages import ExciteWeights, empty_vectors
 from fastmbconv.kernels import batch_norm, depthwise_inference, ends, excite_backward, pool
@@ -25,6 +27,14 @@ class DepthwiseSaved(NamedTuple):
     norm: Tensor
 
 
+def describe_depthwise(
+    weight: Tensor, bn: BatchNorm, stride: int, padding: Padding, activation: str
+) -> tuple[DepthwiseWeights, Tensors, Settings]:
+    """Weights, running statistics and settings of a call of the first part."""
+    settings = describe_single(DEPTHWISE.name, bn, activation)._replace(stride=stride, padding=padding)
+    return DepthwiseWeights(weight, bn.weight, shift(bn)), statistics(bn), settings
+
+
 def depthwise_forward(
     x: Tensor, _: None, keep: None, weights: DepthwiseWeights, statistics: Tensors, settings: Settings
 ) -> tuple[Tensor, DepthwiseSaved]:
@@ -38,7 +48,7 @@ def depthwise_forward(
         geometry=_geometry(x, weights, settings),
         bn=norm(settings, 0, weights.bn_weight, weights.bn_bias, statistics),
     )
-    y = stages.end_block(u=u, norm=norm1, activation=settings.activation)
+    y = stages.end_block(u=u, norm=norm1, activation=settings.activations[0])
     return y, DepthwiseSaved(u, norm1)
 
 
@@ -53,8 +63,8 @@ def depthwise_backward(
 ) -> Tensors:
     (bn,) = settings.norms
     assert bn is not None
-    grads, coef = stages.bn_backward(dy, saved.u, saved.norm, None, settings.activation, bn)
-    du = batch_norm.bn_act_bwd(dy, saved.u, saved.norm, coef, None, settings.activation)
+    grads, coef = stages.bn_backward(dy, saved.u, saved.norm, None, settings.activations[0], bn)
+    du = batch_norm.bn_act_bwd(dy, saved.u, saved.norm, coef, None, settings.activations[0])
     dx, d_weight, _, _ = stages.depthwise_backward(
         dy=du,
         x=x,
@@ -73,7 +83,7 @@ def depthwise_infer(x: Tensor, _: None, weights: DepthwiseWeights, statistics: T
     bn = stages.running(norm(settings, 0, weights.bn_weight, weights.bn_bias, statistics))
     place = _geometry(x, weights, settings)
     return depthwise_inference.depthwise_inference(
-        x, None, None, weights.weight, bn, settings.activation, *place, False
+        x, None, None, weights.weight, bn, "none", settings.activations[0], *place, False
     )[0]
 
 
@@ -104,7 +114,12 @@ def excite_forward(
 ) -> tuple[Tensor, ExciteSaved]:
     """x * gate(x)."""
     excited = stages.squeeze_excite(
-        u=x, norm=None, weights=weights, activation="none", se_activation=settings.se_activation
+        u=x,
+        norm=None,
+        weights=weights,
+        activation="none",
+        se_activation=settings.se_activation,
+        se_gate=settings.se_gate,
     )
     y = stages.end_block(u=x, norm=None, gate=excited.gate)
     return y, ExciteSaved(excited.pooled, excited.r, excited.gate)
@@ -130,6 +145,7 @@ def excite_backward_of(
         expand_weight=weights.expand,
         pixels=x.shape[1] * x.shape[2],
         activation=settings.se_activation,
+        gate_function=settings.se_gate,
     )
     return batch_norm.bn_act_fwd(dy, None, saved.gate, offset, None, None, "none"), *grads
 
@@ -150,7 +166,7 @@ class NormWeights(NamedTuple):
 def norm_infer(u: Tensor, _: None, weights: NormWeights, statistics: Tensors, settings: Settings) -> Tensor:
     """act(BN(u))."""
     bn = stages.running(norm(settings, 0, weights.bn_weight, weights.bn_bias, statistics))
-    return batch_norm.bn_act_fwd(u, bn, None, None, None, None, settings.activation)
+    return batch_norm.bn_act_fwd(u, bn, None, None, None, None, settings.activations[0])
 
 
 def norm_fake(u: Tensor, _: None, weights: NormWeights, settings: Settings) -> Tensor:
@@ -160,7 +176,7 @@ def norm_fake(u: Tensor, _: None, weights: NormWeights, settings: Settings) -> T
 def pool_infer(x: Tensor, _: None, weights: DepthwiseWeights, statistics: Tensors, settings: Settings) -> Tensor:
     """[N, O]: the mean over the image of act(BN(pointwise(x)))."""
     bn = stages.running(norm(settings, 0, weights.bn_weight, weights.bn_bias, statistics))
-    return ends.pointwise_pool(x, weights.weight, bn, settings.activation)
+    return ends.pointwise_pool(x, weights.weight, bn, settings.activations[0])
 
 
 def pool_fake(x: Tensor, _: None, weights: DepthwiseWeights, settings: Settings) -> Tensor:

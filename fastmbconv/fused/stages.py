@@ -156,11 +156,11 @@ def depthwise_bn(
 
 
 def squeeze_excite(
-    u: Tensor, norm: Tensor | None, weights: ExciteWeights, activation: str, se_activation: str
+    u: Tensor, norm: Tensor | None, weights: ExciteWeights, activation: str, se_activation: str, se_gate: str
 ) -> Excite:
     """Of act(norm(u)); `act_sums` is empty without a norm."""
     sums = pool.pool(u, norm, None, activation)
-    kept, gate = excite_fwd(sums, u.shape[1] * u.shape[2], *weights, se_activation, u.dtype)
+    kept, gate = excite_fwd(sums, u.shape[1] * u.shape[2], *weights, se_activation, se_gate, u.dtype)
     assert kept is not None
     return Excite._make((*kept, gate))
 
@@ -188,12 +188,12 @@ class Projected(NamedTuple):
 
 
 def squeeze_excite_project(
-    u: Tensor, norm: Tensor, weights: Any, project: Tensor, activation: str, se_activation: str, bn: Norm
+    u: Tensor, norm: Tensor, weights: Any, project: Tensor, activation: str, se_activation: str, se_gate: str, bn: Norm
 ) -> Projected:
     """The projection of act(norm(u)), gated where the block's `weights` have squeeze-and-excitation."""
     excite, se = None, excite_weights(weights)
     if se is not None:
-        excite = squeeze_excite(u=u, norm=norm, weights=se, activation=activation, se_activation=se_activation)
+        excite = squeeze_excite(u, norm, se, activation, se_activation, se_gate)
     gate = None if excite is None else excite.gate
     rounded = round_weight(project, u, gate)
     v, norm_v = pointwise_bn(
@@ -245,6 +245,8 @@ class ProjectGradients(NamedTuple):
 def project_backward_from(
     dy: Tensor,
     u3: Tensor,
+    norm3: Tensor,
+    activation3: str,
     coef3: Tensor,
     keep: Tensor | None,
     weight: Tensor,
@@ -254,12 +256,13 @@ def project_backward_from(
     excite_weights: ExciteWeights | None,
     activation: str,
     se_activation: str,
+    se_gate: str,
     bn2: NormSettings,
     weight_gradient: bool,
 ) -> ProjectGradients:
     """From the block's output gradient to the depthwise convolution's output: steps 2 to 4 of CONTRIBUTING.md."""
     n, h, w, _ = u2.shape
-    du3 = batch_norm.bn_act_bwd(dy, u3, None, coef3, keep, "none")
+    du3 = batch_norm.bn_act_bwd(dy, u3, None if activation3 == "none" else norm3, coef3, keep, activation3)
     da3 = None if project_backward.is_resident(u2, weight) else project_backward.multiply_weight(du3, weight)
     gate = None if excite is None else excite.gate
     sums = project_backward.project_bwd_sums(da3, du3, weight, u2, norm2, gate, activation)
@@ -277,6 +280,7 @@ def project_backward_from(
             expand_weight=excite_weights.expand,
             pixels=h * w,
             activation=se_activation,
+            gate_function=se_gate,
             norm=norm2,
             batch_statistics=bn2.batch_statistics,
         )
