@@ -134,6 +134,8 @@ class _Matcher:
         expand, first = self._expansion(v)
         start, first = self._start(first, shortcut, expand)
         if first not in self.starts or (shortcut is not None and first is not shortcut):
+            if expand is None:
+                self._stage(first, "expansion")  # has the reason
             raise NoMatch(f"{self._call(first)} before the first convolution: not supported")
         self._check_consumers(out, first)
         norms = [self.trace.modules[each.norm] for each in (start, expand, depthwise, project) if each is not None]

@@ -12,6 +12,7 @@ from functools import cache
 from inspect import Parameter, signature
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastmbconv import dispatch
@@ -201,11 +202,11 @@ class _Finder:
 
     def visit(self, name: str, module: nn.Module) -> tuple[list[Found], int]:
         """What is found in a module, and how many depthwise convolutions it has outside of known blocks."""
-        if module in self.seen or self._is_known(module):
-            return [], 0
-        self.seen.add(module)
         if _is_depthwise(module):
             return [], 1
+        if module in self.seen or self._is_known(module) or isinstance(module, torch.jit.ScriptModule):
+            return [], 0
+        self.seen.add(module)
         found: list[Found] = []
         count = 0
         for key, child in module.named_children():
@@ -264,9 +265,7 @@ class _Finder:
     def _with_runs(self, name: str, module: nn.Module, found: list[Found]) -> list[Found]:
         """What was found, and the runs of children that are blocks; a reason only where nothing else was found."""
         children = list(module.children())
-        inside = {each.module for each in found if each.fits} | {
-            each.holder for each in found if each.holder is not None
-        }
+        inside = {each.holder or each.module for each in found if each.fits}
         opaque = frozenset(child for child in children if _is_opaque(child, inside) or self._is_known(child))
         twin = shadow(module, training=True)
         pairs = dict(zip(children, twin.children(), strict=True))
@@ -276,10 +275,12 @@ class _Finder:
         runs = _runs(traced)
         made: list[Found] = []
         for begin, end in runs:
+            if end - begin == len(children):  # the whole, which was looked at before
+                continue
             shell = nn.Sequential(*children[begin:end])
             shell.training = module.training
             ways = self.ways_of(shell)
-            made.append(Found(f"{name}[{begin}:{end}]", shell, ways, None if isinstance(ways, str) else module, begin))
+            made.append(Found(f"{name}[{begin}:{end}]", shell, ways, module, begin))
         left = [each for each in found if not each.fits]
         return [*(each for each in found if each not in left or not made), *made]
 
