@@ -1,14 +1,17 @@
 """Memory traffic of an MBConv block, eager and fused: a count of the tensors that each pass reads and writes.
 
 It is a model, not a measurement: every pass is taken to move its tensors to and from memory once; caches are ignored,
-and so is whatever is as small as a weight or a vector per channel. Tensors, each as a number of elements:
-* x: the block's input; u1: the expansion's output (x itself in a block without expansion);
+and so is whatever is as small as a weight or a vector per channel. A convolution is taken to add its bias as it writes.
+Tensors, each as a number of elements:
+* x: the block's input, behind the depthwise convolution in front of it, if there is one;
+* u1: the expansion's output (x itself in a block without expansion);
 * u2: the depthwise conv's output; u3: the projection's output, as large as the block's output.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from fastmbconv.block import Block, DenseBlock, pads
 
@@ -27,10 +30,11 @@ def multiplies_by_library(rows: int, reduce: int, out: int, vectors: int) -> boo
 class Sizes:
     """Elements of a block's tensors, which of its optional parts it has, and in which form its kernels run in bf16.
 
-    `inside`: the depthwise walk computes the expansion itself where no gradient is needed. `project_resident`: the
-    projection's weight stays in shared memory on the way back. `expand_slices`: passes over slices of dv1 that the
-    expansion's backward takes; 0: it goes by the library's products. `expand_library`, `project_library`: so does the
-    product forward, with a pass for what comes before it and one for its moments.
+    `start` is the input of what stands in front of the block, 0 without that; `acts`: whether there is an activation
+    behind each of the three BatchNorms. `inside`: the depthwise walk computes the expansion itself where no gradient is
+    needed. `project_resident`: the projection's weight stays in shared memory on the way back. `expand_slices`: passes
+    over slices of dv1 that the expansion's backward takes; 0: it goes by the library's products. `expand_library`,
+    `project_library`: so does the product forward, with a pass for what comes before it and one for its moments.
     """
 
     x: int
@@ -40,6 +44,8 @@ class Sizes:
     expand: bool
     se: bool
     residual: bool
+    start: int
+    acts: tuple[bool, bool, bool]
     inside: bool
     project_resident: bool
     expand_slices: int
@@ -49,9 +55,10 @@ class Sizes:
     @classmethod
     def of(cls, block: Block, shape: tuple[int, int, int, int]) -> Sizes:
         """Sizes of a block for an input of shape [N, C, H, W]."""
-        n, c, h, w = shape
-        if c != block.in_channels:
+        if shape[1] != block.in_channels:
             raise ValueError(f"shape is {tuple(shape)}: this block takes {block.in_channels} channels")
+        n, c, h, w = block.behind_start(shape)
+        first, second, third = (activation != "none" for activation in block.activations)
         out_h, out_w = (
             (size + sum(pads(size, block.kernel_size, block.stride, block.padding)) - block.kernel_size) // block.stride
             + 1
@@ -66,6 +73,8 @@ class Sizes:
             expand=block.expand_weight is not None,
             se=block.se is not None,
             residual=block.residual,
+            start=0 if block.start is None else prod(shape),
+            acts=(first, second, third),
             inside=block.expand_weight is not None and block.kernel_size == 3 and c <= 64 and n >= 16,
             project_resident=keeps_project_weight(out_h * out_w, out),
             expand_slices=0 if c > 64 else -(-hidden // (512 if c <= 16 else 256 if c <= 32 else 128)),
@@ -91,7 +100,7 @@ def count(sizes: Sizes) -> Traffic:
     eager_forward, batch_statistics = _eager_forward(sizes), _eager_batch_statistics(sizes)
     return Traffic(
         eager_inference=eager_forward,
-        eager_inference_folded=eager_forward - 2 * (sizes.expand * sizes.u1 + sizes.u2 + sizes.u3),
+        eager_inference_folded=eager_forward - 2 * batch_statistics,  # what a BatchNorm reads once more, there
         eager_training_forward=eager_forward + batch_statistics,
         eager_training=eager_forward + batch_statistics + _eager_backward(sizes),
         fused_inference=_fused_inference(sizes),
@@ -112,8 +121,9 @@ def count_dense(block: DenseBlock, shape: tuple[int, int, int, int]) -> tuple[in
     v = 0 if block.project_weight is None else n * block.out_channels * out_h * out_w
     se, last = block.se is not None, v or u
     # conv, BN, act; SE: mean and product; project and its BN; the residual
-    eager = x + u + 4 * u + se * 3 * u + bool(v) * (u + 3 * v) + block.residual * 3 * x
-    eager_backward = (
+    last_act = v if block.project_activation != "none" else 0
+    eager = x + u + 4 * u + se * 3 * u + bool(v) * (u + 3 * v) + 2 * last_act + block.residual * 3 * x
+    eager_backward = 3 * last_act + (
         bool(v) * (5 * v + 2 * (u + v)) + se * 10 * u + 3 * u + 5 * u + 2 * (u + x) + block.residual * 3 * x
     )
     # conv; pool; project, or BN and act alone; the residual
@@ -144,12 +154,14 @@ def _eager_forward(s: Sizes) -> int:
     passes = [
         s.u1 + s.u2,  # depthwise
         2 * s.u2,  # BN2
-        2 * s.u2,  # activation 2
         s.u2 + s.u3,  # project
         2 * s.u3,  # BN3
+        2 * _activated(s),
     ]
+    if s.start:
+        passes += [s.start + s.x, 2 * s.x]  # depthwise, its BN
     if s.expand:
-        passes += [s.x + s.u1, 2 * s.u1, 2 * s.u1]  # expand, BN1, activation 1
+        passes += [s.x + s.u1, 2 * s.u1]  # expand, BN1
     if s.se:
         passes += [s.u2, 2 * s.u2]  # mean, multiply
     if s.residual:
@@ -157,22 +169,30 @@ def _eager_forward(s: Sizes) -> int:
     return sum(passes)
 
 
+def _activated(s: Sizes) -> int:
+    """What goes through an activation."""
+    first, second, third = s.acts
+    return first * s.expand * s.u1 + second * s.u2 + third * s.u3
+
+
 def _eager_batch_statistics(s: Sizes) -> int:
-    return s.expand * s.u1 + s.u2 + s.u3
+    return s.expand * s.u1 + s.u2 + s.u3 + bool(s.start) * s.x
 
 
 def _eager_backward(s: Sizes) -> int:
     passes = [
         5 * s.u3,  # BN3: reduce reads two tensors; apply reads two and writes one
         2 * (s.u3 + s.u2),  # project: data and weight gradient
-        3 * s.u2,  # activation 2
+        3 * _activated(s),
         5 * s.u2,  # BN2
         2 * (s.u2 + s.u1),  # depthwise: data and weight gradient
     ]
     if s.se:
         passes += [2 * s.u2, 3 * s.u2, s.u2, s.u2, 3 * s.u2]  # g * s, g * x, its sum, the mean's gradient, their sum
     if s.expand:
-        passes += [3 * s.u1, 5 * s.u1, 2 * (s.u1 + s.x)]  # activation 1, BN1, expand: data and weight gradient
+        passes += [5 * s.u1, 2 * (s.u1 + s.x)]  # BN1, expand: data and weight gradient
+    if s.start:
+        passes += [5 * s.x, 2 * (s.x + s.start)]  # its BN, depthwise
     if s.residual:
         passes += [3 * s.x]
     return sum(passes)
@@ -186,6 +206,8 @@ def _fused_inference(s: Sizes) -> int:
     passes += [s.x] if s.inside else [s.u1]
     if s.expand and not s.inside:
         passes += [s.x + s.u1]  # expand, BN1, activation
+    if s.start:
+        passes += [s.start + s.x]  # depthwise, BN
     return sum(passes)
 
 
@@ -197,6 +219,8 @@ def _fused_forward(s: Sizes) -> int:
     ]
     if s.expand:
         passes += [s.x + s.u1 + s.expand_library * s.u1]
+    if s.start:
+        passes += [s.start + s.x, 2 * s.x]  # depthwise, BN
     if s.project_library:
         passes += [2 * s.u2 + s.u3]
     if s.se:
@@ -219,6 +243,10 @@ def _fused_backward(s: Sizes) -> int:
         passes += [s.u1 + slices * 2 * s.x + (slices - 1) * s.x]  # dv1, x -> dx, of the slice before too, and dW
     elif s.expand:
         passes += [3 * s.u1, s.u1 + s.x, s.u1 + s.x]  # dv1, u1 -> du1; dx; dW
-    if s.residual:
+    if s.start:
+        passes += [2 * s.x, 3 * s.x, s.x + 2 * s.start]  # BN's sums, its du, depthwise: du, x -> dx
+    if s.residual and s.start:
+        passes += [3 * s.x]  # autograd adds the shortcut's gradient
+    elif s.residual:
         passes += [s.x if s.expand and slices else 3 * s.x if s.expand else s.x]  # a copy before the library adds to it
     return sum(passes)
