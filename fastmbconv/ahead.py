@@ -104,12 +104,12 @@ def model_launches(x: Tensor, block: Block, memory: Memory, step: Step) -> list[
 
 def train(x: Tensor, block: Block, memory: Memory) -> Tensor:
     """A training step's launches, forward and backward; no seed is drawn, no batch counted. The output."""
-    from fastmbconv import functional
+    from fastmbconv import biases, functional
     from fastmbconv.fused import mbconv, single
     from fastmbconv.fused.stages import nhwc
 
     ready = functional.prepare_mbconv(x, block, memory, compute := functional.compute_dtype(x))
-    weights, statistics, settings = ready.weights, ready.statistics, ready.settings
+    weights, statistics, settings = biases.shifted(ready.weights, ready.biased), ready.statistics, ready.settings
     drops = block.residual and block.drop is not None
     keep = x.new_empty(x.shape[0], dtype=torch.float32) if drops else None
     first = image = nhwc(x.to(compute))

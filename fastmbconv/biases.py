@@ -14,24 +14,30 @@ from torch import Tensor
 from fastmbconv.block import BatchNorm
 
 
-def shift(bn: BatchNorm) -> Tensor | None:
-    """The bias that a BatchNorm of u has, in its own bias's dtype; gradients reach all that it is made of."""
-    bias, added = bn.bias, bn.conv_bias
+def affine(bn: BatchNorm) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of a BatchNorm of u; gradients reach all that they are made of.
+
+    No halves where the bias is a sum: rounded, a large one would be wrong for every pixel alike, and so would the
+    weight's gradient, which is a sum too.
+    """
+    weight, bias, added = bn.weight, bn.bias, bn.conv_bias
     if bias is None or added is None:
-        return bias
-    if bn.batch_statistics:
-        wants = torch.is_grad_enabled() and added.requires_grad
-        return (bias + 0 * added).to(bias.dtype) if wants else bias  # its gradient is 0, and no None
-    assert bn.running_var is not None
+        return weight, bias
     wide = torch.promote_types(bias.dtype, torch.float32)
+    weight, bias, added = None if weight is None else weight.to(wide), bias.to(wide), added.to(wide)
+    if bn.batch_statistics:
+        return weight, bias + 0 * added  # its gradient is 0 and not None, and NaN stays NaN
+    assert bn.running_var is not None
     scale = torch.rsqrt(bn.running_var.to(wide) + bn.eps)
-    scale = scale if bn.weight is None else scale * bn.weight
-    return (bias + added * scale).to(bias.dtype)
+    return weight, bias + added * (scale if weight is None else scale * weight)
 
 
 def shifted(weights: Any, bns: dict[str, BatchNorm]) -> Any:
-    """A part's weights with the biases, by their names there, of these BatchNorms of u."""
-    return weights._replace(**{name: shift(bn) for name, bn in bns.items()})
+    """A part's weights with those of these BatchNorms of u, by their names there."""
+    changed = {}
+    for name, bn in bns.items():
+        changed[f"{name}_weight"], changed[f"{name}_bias"] = affine(bn)
+    return weights._replace(**changed) if changed else weights
 
 
 @torch.no_grad()

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmbconv import ahead, biases, call, checks, dispatch, reference
-from fastmbconv.block import Activation, BatchNorm, Block, DenseBlock, Memory, Padding, SqueezeExcite
+from fastmbconv.block import Activation, BatchNorm, Block, DenseBlock, Memory, Padding, SqueezeExcite, Start
 from fastmbconv.call import Settings, Tensors
 from fastmbconv.prepared import Prepared, find_prepared
 
-__all__ = ["BatchNorm", "Block", "SqueezeExcite", "depthwise_bn_act", "mbconv", "squeeze_excite"]
+__all__ = ["BatchNorm", "Block", "SqueezeExcite", "Start", "depthwise_bn_act", "mbconv", "squeeze_excite"]
 
 
 def mbconv(
@@ -196,7 +196,7 @@ def bn_act(x: Tensor, bn: BatchNorm, activation: Activation) -> Tensor:
         return reference.ACTIVATIONS[activation](reference.batch_norm(x, bn))
     from fastmbconv.fused.single import NORM, NormWeights
 
-    weights = NormWeights(bn.weight, biases.shift(bn))
+    weights = NormWeights(*biases.affine(bn))
     return run_inference(x, None, weights, call.statistics(bn), call.describe_single(NORM.name, bn, activation))
 
 
@@ -206,7 +206,7 @@ def pointwise_bn_act_pool(x: Tensor, weight: Tensor, bn: BatchNorm, activation: 
         return reference.ACTIVATIONS[activation](reference.batch_norm(F.conv2d(x, weight), bn)).mean((2, 3))
     from fastmbconv.fused.single import POOL, DepthwiseWeights
 
-    weights = DepthwiseWeights(weight, bn.weight, biases.shift(bn))
+    weights = DepthwiseWeights(weight, *biases.affine(bn))
     return run_inference(x, None, weights, call.statistics(bn), call.describe_single(POOL.name, bn, activation))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmbconv import dispatch
+from fastmbconv import biases, dispatch
 from fastmbconv.block import Block, DenseBlock, Memory
 from fastmbconv.call import Settings, Tensors, list_moved
 
@@ -28,7 +28,7 @@ class Prepared:
 
     Attributes:
         weights, statistics, settings: the call as data; `call` has them, and `ops.sign`'s number for it.
-        biased: BatchNorms behind a convolution's bias, by the name of their own bias among the weights.
+        biased: BatchNorms behind a convolution's bias, by their name among the weights.
         conv_biases: those biases.
         compute: the dtype that the kernels compute in.
         wide: the shortcut is wider than that, and added apart.
@@ -50,15 +50,15 @@ class Prepared:
 
         self.weights, self.statistics, self.settings = described
         plain = dispatch.plain(x)  # else its calls are remembered by nobody
-        self.call = (*described, sign(self.settings, self.weights, self.statistics) if plain else 0)
         self.compute, self.wide = compute, block.residual and compute != x.dtype
         bns = dispatch.norms(block)
-        named = ((f"bn{i}_bias", bn) for i, bn in enumerate(bns, 1) if f"bn{i}_bias" in self.weights._fields)
-        self.biased = {name: bn for name, bn in named if bn is not None and bn.conv_bias is not None}
+        own = bns[: len(self.settings.norms)]  # a start does its own
+        self.biased = {f"bn{i}": bn for i, bn in enumerate(own, 1) if bn is not None and bn.conv_bias is not None}
         self.conv_biases = tuple(bn.conv_bias for bn in self.biased.values())
+        called = biases.shifted(self.weights, self.biased)
+        self.call = (*described, sign(self.settings, called, self.statistics) if plain else 0)
         drops = block.residual and block.drop is not None
         self.fixed = not drops and not any(bn is not None and bn.batch_statistics for bn in bns)
-        own = bns[: len(self.settings.norms)]  # a start's counts its batches itself
         counts = (bn.num_batches_tracked for bn in own if bn is not None and bn.updates)
         self.counts = [count for count in counts if count is not None]
         self.moving = list_moved(self.settings, self.statistics)

@@ -49,12 +49,13 @@ def mbconv(*args, **kwargs):
 
 
 class DepthwiseBNAct(nn.Module):
-    def __init__(self):
+    def __init__(self, bias=None):
         super().__init__()
         self.conv, self.bn = nn.Conv2d(3, 3, 3, groups=3, bias=False), nn.BatchNorm2d(3)
+        self.register_buffer("bias", bias)  # a constant: its gradient would be nothing but rounding
 
     def forward(self, x):
-        return functional.depthwise_bn_act(x, self.conv.weight, BatchNorm.of(self.bn), 1, 1)
+        return functional.depthwise_bn_act(x, self.conv.weight, BatchNorm.of(self.bn, self.bias), 1, 1)
 
 
 # name -> (how the plain block is made, what makes it a synchronised and fused one, mean of its input)
@@ -72,6 +73,7 @@ BLOCKS = {
         lambda: timm_blocks.EdgeResidual(3, 3, exp_ratio=2.0), lambda m: timm_converter(fastmbconv.fuse(m)), 0.0,
     ),
     "depthwise_bn_act": (DepthwiseBNAct, torch_converter, 0.0),
+    "biased depthwise_bn_act": (lambda: DepthwiseBNAct(torch.tensor([2.0, -1.0, 0.5])), torch_converter, 0.0),
 }  # fmt: skip
 PRECISIONS = ("k3 SE residual", "lean", "large mean, cumulative")  # these run in fp32 too
 

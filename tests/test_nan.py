@@ -45,7 +45,7 @@ def build(case, activation, device):
     return module, x
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu6", "silu"])
+@pytest.mark.parametrize("activation", ["relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
 def test_nan_is_where_eager_has_it(case, activation, device):
     module, x = build(case, activation, device)

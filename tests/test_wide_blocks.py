@@ -246,3 +246,18 @@ def test_narrow_types(row, dtype, device):
     out = 24 if row.block["out_channels"] == row.image[1] else 40
     row = row._replace(block=row.block | dict(out_channels=out), image=(4, 24, *row.image[2:]))
     assert_wide_parity(*build_wide(row, dtype, device))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_large_bias_in_a_model_of_halves(dtype, training, device):
+    """BatchNorms of halves too: what their bias becomes with the convolution's is no half."""
+    torch.manual_seed(2)
+    row = WIDE_ROWS["biases"]
+    row = row._replace(image=(4, 24, *row.image[2:]), block=row.block | dict(out_channels=24))
+    module, x, dy = build_wide(row, dtype, device, training)
+    module.to(dtype)
+    with torch.no_grad():
+        module.depthwise_conv.bias.add_(100)
+        module.depthwise_bn.running_mean.add_(100)
+    assert_wide_parity(module, x, dy)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmbconv.biases import shift
+from fastmbconv.biases import affine
 from fastmbconv.block import BatchNorm, Padding
 from fastmbconv.call import Part, Settings, Tensors, describe_single, geometry, norm, statistics
 from fastmbconv.fused import stages
@@ -32,7 +32,7 @@ def describe_depthwise(
 ) -> tuple[DepthwiseWeights, Tensors, Settings]:
     """Weights, running statistics and settings of a call of the first part."""
     settings = describe_single(DEPTHWISE.name, bn, activation)._replace(stride=stride, padding=padding)
-    return DepthwiseWeights(weight, bn.weight, shift(bn)), statistics(bn), settings
+    return DepthwiseWeights(weight, *affine(bn)), statistics(bn), settings
 
 
 def depthwise_forward(
