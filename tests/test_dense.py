@@ -64,7 +64,9 @@ DESCRIBED = {
     "edge-groups": lambda: edge(group_size=8),
     "edge-momentum": lambda: changed(lambda m: setattr(m.bn1, "momentum", None)),
     "edge-untracked": lambda: changed(lambda m: setattr(m, "bn2", nn.BatchNorm2d(8, track_running_stats=False))),
+    "edge-late-act": lambda: changed(lambda m: setattr(m.bn2, "act", nn.ReLU())),
     "single": single,
+    "single-hard-swish": lambda: single(act_layer=nn.Hardswish),
     "single-drop": lambda: single(drop_path_rate=0.5),
     "single-stride2": lambda: single(12, stride=2, act_layer=nn.ReLU),
     "torchvision": lambda: torchvision_block(rate=0.5),
@@ -87,12 +89,11 @@ def test_described(make, training):
 UNFUSIBLE = {
     "dilation": (lambda: edge(dilation=2), "the dense convolution has dilation 2"),
     "anti-aliasing": (lambda: edge(stride=2, aa_layer=timm_layers.BlurPool2d), "anti-aliasing (BlurPool2d)"),
-    "hard-swish": (lambda: single(act_layer=nn.Hardswish), "the activation after the dense convolution is Hardswish"),
+    "mish": (lambda: single(act_layer=nn.Mish), "the activation after the dense convolution is Mish"),
     "group-norm": (
         lambda: changed(lambda m: setattr(m, "bn1", nn.GroupNorm(4, 32))),
         "the norm after the dense convolution is a Group",
     ),
-    "bias": (lambda: changed(lambda m: setattr(m, "conv_exp", nn.Conv2d(8, 32, 3, padding=1))), "has a bias"),
     "pw-kernel": (lambda: edge(pw_kernel_size=3), "the projection is 3x3"),
     "new-child": (lambda: changed(lambda m: m.add_module("gamma", nn.Identity()), single), "unknown submodule gamma"),
     "longer": (

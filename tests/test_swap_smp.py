@@ -71,7 +71,7 @@ def test_drop_rate_of_the_call(rate, drops, calls):
 UNFUSIBLE = {
     "dilation": (lambda: _with(lambda m: setattr(m._depthwise_conv, "dilation", (2, 2))), "dilation 2"),
     "rectangle": (lambda: mbconv((8, 7), stride=2), "pads (0, 1) pixels vertically and (1, 1) horizontally"),
-    "swish": (lambda: _with(lambda m: setattr(m, "_swish", nn.Mish())), "activation is Mish"),
+    "swish": (lambda: _with(lambda m: setattr(m, "_swish", nn.Mish())), "is Mish"),
     "norm": (lambda: _with(lambda m: setattr(m, "_bn2", nn.InstanceNorm2d(8))), "is a InstanceNorm2d"),
     "new-child": (lambda: _with(lambda m: m.add_module("scse", nn.Identity())), "an unknown submodule scse"),
     "other-version": (lambda: _with(lambda m: delattr(m, "_has_se")), "another version of this class"),

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -32,6 +33,24 @@ def separable(in_chs=8, out_chs=8, act_layer=nn.SiLU, se=True, **options):
     return blocks.DepthwiseSeparableConv(in_chs, out_chs, act_layer=act_layer, se_layer=se_layer, **options)
 
 
+def universal(out_chs=8, exp_ratio=4, act_layer=nn.ReLU, **options):
+    return blocks.UniversalInvertedResidual(
+        8, out_chs, exp_ratio=exp_ratio, act_layer=act_layer, layer_scale_init_value=None, **options
+    )
+
+
+def changed_universal(change):
+    module = universal()
+    change(module)
+    return module
+
+
+def hard(kernel=5, **options):
+    """MobileNetV3's block."""
+    gate = partial(blocks.SqueezeExcite, gate_layer="hard_sigmoid", force_act_layer=nn.ReLU, rd_round_fn=round)
+    return inverted(dw_kernel_size=kernel, act_layer=nn.Hardswish, se=gate, **options)
+
+
 def _with(change):
     module = inverted()
     change(module)
@@ -48,7 +67,18 @@ DESCRIBED = {
     "no-skip": lambda: inverted(noskip=True),
     "drop-path": lambda: inverted(drop_path_rate=0.5),
     "drop-path-unscaled": lambda: _with(lambda m: setattr(m, "drop_path", layers.DropPath(0.5, scale_by_keep=False))),
+    "different-acts": lambda: _with(lambda m: setattr(m.bn1, "act", nn.ReLU())),
+    "mobile-v3": hard,
+    "mobile-v3-timms-own": lambda: inverted(act_layer=layers.get_act_layer("hard_swish"), se=False),
+    "gelu": lambda: inverted(act_layer=layers.get_act_layer("gelu")),
+    "gelu-tanh": lambda: inverted(act_layer=layers.get_act_layer("gelu_tanh"), se=False),
+    "universal": universal,
+    "universal-start": lambda: universal(dw_kernel_size_start=5),
+    "universal-start-stride2": lambda: universal(12, dw_kernel_size_start=3, dw_kernel_size_mid=5, stride=2),
+    "universal-drop-path": lambda: universal(dw_kernel_size_start=3, drop_path_rate=0.5),
+    "universal-same": lambda: universal(12, dw_kernel_size_start=3, stride=2, pad_type="same"),
     "separable": separable,
+    "separable-pw-act": lambda: separable(pw_act=True, act_layer=nn.ReLU, se=False),
     "separable-same": lambda: separable(pad_type="same", stride=2, dw_kernel_size=5, out_chs=12),
     "separable-drop-path": lambda: separable(drop_path_rate=0.5, se=False),
 }
@@ -82,16 +112,12 @@ UNFUSIBLE = {
     "kernel": (lambda: inverted(dw_kernel_size=7), "kernel size 7"),
     "exp-kernel": (lambda: inverted(exp_kernel_size=3), "the expansion is 3x3"),
     "mixed-kernels": (lambda: inverted(dw_kernel_size=[3, 5]), "the depthwise convolution is a MixedConv2d"),
-    "hard-swish": (lambda: inverted(act_layer=nn.Hardswish, se=False), "is Hardswish"),
-    "gelu-in-se": (lambda: _with(lambda m: setattr(m.se, "act1", nn.GELU())), "squeeze-excite activation is GELU"),
-    "hard-sigmoid": (
-        lambda: _with(lambda m: setattr(m.se, "gate", nn.Hardsigmoid())),
-        "the squeeze-excite gate is Hardsigmoid",
-    ),
+    "mish": (lambda: inverted(act_layer=nn.Mish, se=False), "is Mish"),
+    "mish-in-se": (lambda: _with(lambda m: setattr(m.se, "act1", nn.Mish())), "squeeze-excite activation is Mish"),
+    "tanh": (lambda: _with(lambda m: setattr(m.se, "gate", nn.Tanh())), "the squeeze-excite gate is Tanh"),
     "eca": (lambda: inverted(se=lambda c, **_: layers.EcaModule(c)), "the squeeze-excite is a timm.layers.eca"),
     "anti-aliasing": (lambda: inverted(aa_layer=layers.BlurPool2d, stride=2), "anti-aliasing"),
     "space-to-depth": (lambda: inverted(s2d=1), "space-to-depth"),
-    "pw-act": (lambda: separable(pw_act=True), "has_pw_act"),
     "group-norm": (
         lambda: inverted(32, 32, norm_layer=layers.GroupNormAct),
         "the norm after the expansion is a GroupNormAct",
@@ -111,9 +137,15 @@ UNFUSIBLE = {
     ),
     "new-child": (lambda: _with(lambda m: m.add_module("gamma", nn.Identity())), "an unknown submodule gamma"),
     "lost-child": (lambda: _with(lambda m: delattr(m, "bn2")), "no submodule bn2"),
-    "different-acts": (lambda: _with(lambda m: setattr(m.bn1, "act", nn.ReLU())), "the activation after the expansion"),
     "cond-conv": (lambda: blocks.CondConvResidual(8, 8, num_experts=2), "CondConv"),
-    "universal": (lambda: blocks.UniversalInvertedResidual(8, 8), "MobileNetV4"),
+    "universal-scaled": (lambda: blocks.UniversalInvertedResidual(8, 8), "layer scale (layer_scale)"),
+    "universal-end": (lambda: universal(dw_kernel_size_end=3), "a depthwise convolution behind the projection"),
+    "universal-no-middle": (lambda: universal(dw_kernel_size_mid=0), "no depthwise convolution behind the expansion"),
+    "universal-anti-aliasing": (lambda: universal(12, aa_layer=layers.BlurPool2d, stride=2), "anti-aliasing (BlurPool"),
+    "universal-part": (
+        lambda: changed_universal(lambda m: setattr(m, "pw_exp", nn.Conv2d(8, 8, 1))),
+        "pw_exp is a Conv2d",
+    ),
 }
 
 
@@ -139,7 +171,8 @@ MODELS = {
     "efficientnetv2_rw_t": (39, 39, {}),
     "tf_efficientnetv2_s": (40, 40, {}),
     "gc_efficientnetv2_rw_t": (10, 39, {}),
-    "mobilenetv3_large_100": (3, 16, {}),
+    "mobilenetv3_large_100": (16, 16, {}),
+    "mobilenetv4_conv_small": (16, 17, {}),
     "mixnet_s": (1, 16, {}),
     "efficientnet_blur_b0": (12, 16, {}),
 }

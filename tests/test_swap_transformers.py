@@ -121,10 +121,10 @@ def _child(layer, name, value):
 
 UNFUSIBLE = {
     "kernel": (lambda: mbconv(kernel=7), "kernel size 7"),
-    "gelu": (lambda: mbconv(hidden_act="gelu"), "the squeeze-excite activation is GELUActivation"),
+    "gelu": (lambda: mbconv(hidden_act="gelu"), "is GELUActivation"),
     "different-acts": (
-        lambda: _with(_child("expansion", "expand_act", nn.ReLU())),
-        "the activation after the expansion is ReLU",
+        lambda: _with(_child("expansion", "expand_act", nn.Mish())),
+        "the activation after the expansion is Mish",
     ),
     "pads-twice": (
         lambda: _with(lambda m: setattr(m.depthwise_conv.depthwise_conv, "padding", (1, 1)), stride=2),
@@ -144,8 +144,8 @@ UNFUSIBLE = {
         "the squeeze-excite pools with AdaptiveMaxPool2d",
     ),
     "gate": (
-        lambda: _with(_child("squeeze_excite", "act_expand", nn.Hardsigmoid())),
-        "the squeeze-excite gate is Hardsigmoid",
+        lambda: _with(_child("squeeze_excite", "act_expand", nn.Tanh())),
+        "the squeeze-excite gate is Tanh",
     ),
     "drop": (
         lambda: _with(_child("projection", "dropout", nn.Dropout2d(0.1))),

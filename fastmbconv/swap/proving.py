@@ -69,7 +69,7 @@ def _randomised(twin: nn.Module) -> nn.Module:
     return module
 
 
-class _Exact(TorchFunctionMode):
+class Exact(TorchFunctionMode):
     """Hard-sigmoid by its formula: the derivative of torch's own has a sixth in float32 in it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -83,7 +83,7 @@ def _outcome(module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> 
     given = x.clone().requires_grad_()
     image = given * 1.0  # no leaf: a forward may write to it
     kept = image.detach().clone()
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), _Exact():
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), Exact():
         torch.manual_seed(0)
         y = forward(image)
     yield "output", y.detach()

@@ -266,7 +266,7 @@ class _Finder:
         """What was found, and the runs of children that are blocks; a reason only where nothing else was found."""
         children = list(module.children())
         inside = {each.holder or each.module for each in found if each.fits}
-        opaque = frozenset(child for child in children if _is_opaque(child, inside) or self._is_known(child))
+        opaque = frozenset(child for child in children if _is_opaque(child, inside))
         twin = shadow(module, training=True)
         pairs = dict(zip(children, twin.children(), strict=True))
         traced = trace(twin, frozenset(pairs[child] for child in opaque))
@@ -275,7 +275,7 @@ class _Finder:
         runs = _runs(traced)
         made: list[Found] = []
         for begin, end in runs:
-            if end - begin == len(children):  # the whole, which was looked at before
+            if end - begin in (1, len(children)):  # which was looked at before
                 continue
             shell = nn.Sequential(*children[begin:end])
             shell.training = module.training
@@ -307,7 +307,7 @@ def _runs(traced: Trace) -> list[tuple[int, int]]:
 
 def _is_opaque(child: nn.Module, inside: set[Any]) -> bool:
     """Whether a child of a Sequential must not be looked into: a block is inside, or it can't be traced."""
-    if any(each in inside for each in child.modules()):
+    if any(each in inside or adapter_of(type(each)) is not None for each in child.modules()):
         return True
     return not is_torchs(child) and isinstance(trace(shadow(child, training=True)), str)
 
