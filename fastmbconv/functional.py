@@ -85,7 +85,7 @@ def prepare_mbconv(x: Tensor, block: Block, memory: Memory, compute: torch.dtype
 
 def choose_step(ready: Prepared, *images: Tensor) -> ahead.Step:
     """Whether a call keeps what a backward needs."""
-    return "infer" if ready.fixed and not needs_grad(*images, *ready.weights, *ready.conv_biases) else "train"
+    return "infer" if ready.fixed and not needs_grad(*images, *ready.weights, *ready.others) else "train"
 
 
 def run_prepared(

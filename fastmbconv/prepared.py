@@ -29,7 +29,7 @@ class Prepared:
     Attributes:
         weights, statistics, settings: the call as data; `call` has them, and `ops.sign`'s number for it.
         biased: BatchNorms behind a convolution's bias, by their name among the weights.
-        conv_biases: those biases.
+        others: what gradients are of beside the weights: those biases, and what stands in front of the block.
         compute: the dtype that the kernels compute in.
         wide: the shortcut is wider than that, and added apart.
         fixed: every BatchNorm is a fixed affine map, and nothing is drawn.
@@ -54,7 +54,8 @@ class Prepared:
         bns = dispatch.norms(block)
         own = bns[: len(self.settings.norms)]  # a start does its own
         self.biased = {f"bn{i}": bn for i, bn in enumerate(own, 1) if bn is not None and bn.conv_bias is not None}
-        self.conv_biases = tuple(bn.conv_bias for bn in self.biased.values())
+        conv_biases = [bn.conv_bias for bn in self.biased.values()]
+        self.others = (*conv_biases, *_start_tensors(block))
         called = biases.shifted(self.weights, self.biased)
         self.call = (*described, sign(self.settings, called, self.statistics) if plain else 0)
         drops = block.residual and block.drop is not None
@@ -62,7 +63,7 @@ class Prepared:
         counts = (bn.num_batches_tracked for bn in own if bn is not None and bn.updates)
         self.counts = [count for count in counts if count is not None]
         self.moving = list_moved(self.settings, self.statistics)
-        tensors = [t for t in (*self.weights, *self.statistics, *self.conv_biases) if t is not None]
+        tensors = [t for t in (*self.weights, *self.statistics, *conv_biases) if t is not None]
         self._unchanged = watch(tensors) if plain else lambda: False
         self._now, self._epoch = epoch, epoch()
         self.submitted: set[str] = set()
@@ -70,6 +71,11 @@ class Prepared:
     def holds(self) -> bool:
         """Whether the block's tensors, and what launchers go by beside them, are what they were."""
         return self._now() == self._epoch and self._unchanged()
+
+
+def _start_tensors(block: Block | DenseBlock) -> Tensors:
+    start = None if isinstance(block, DenseBlock) else block.start
+    return () if start is None else (start.weight, start.bn.weight, start.bn.bias, start.bn.conv_bias)
 
 
 def watch(tensors: Sequence[Tensor]) -> Callable[[], bool]:

@@ -73,7 +73,6 @@ CHANGES = {
     "cumulative": lambda m: set_norms(m, momentum=None),
     "untracked": lambda m: set_norms(m, track_running_stats=False),
     "frozen-biases": lambda m: [c.bias.requires_grad_(False) for c in m.children() if isinstance(c, nn.Conv2d)],
-    "only-a-bias": lambda m: [p.requires_grad_(n == "depthwise_conv.bias") for n, p in m.eval().named_parameters()],
     "norms-without-weights": lambda m: set_norms(m.eval(), weight=None),
 }  # fmt: skip
 
@@ -90,6 +89,17 @@ def test_biases_and_a_start_with_other_norms(change, device):
     module, x, dy = build_wide(WIDE_ROWS["start-everything"], PRECISE, device)
     change(module)
     assert_wide_parity(module, x, dy)
+
+
+@pytest.mark.parametrize("name", ["start_conv.weight", "start_conv.bias", "depthwise_conv.bias", "start_bn.weight"])
+def test_one_gradient_alone(name, device):
+    """Of no image and of no weight of the block's own: still no inference."""
+    module, x, dy = build_wide(WIDE_ROWS["start-everything"], PRECISE, device, training=False)
+    for own, parameter in module.named_parameters():
+        parameter.requires_grad_(own == name)
+    wanted = module.get_parameter(name)
+    found = [torch.autograd.grad(forward(x), wanted, dy)[0] for forward in (fused(module), module.forward_eager)]
+    torch.testing.assert_close(*found)
 
 
 def test_a_bias_before_a_norm_without_one_is_refused(device):
