@@ -61,7 +61,7 @@ def key(x: Tensor, block: Block, memory: Memory, step: Step) -> tuple[Any, ...]:
     gate = None if block.se is None else block.se.gate
     traits: tuple[Any, ...] = (expanded, gate, block.stride, block.residual, block.drop is None, memory)
     traits = (*traits, *block.activations)
-    frozen = (bn1 is None or bn1.batch_statistics, bn2.batch_statistics, block.bn3.batch_statistics)
+    frozen = tuple(bn is None or bn.batch_statistics for bn in (bn1, bn2, block.bn3))
     sizes = block.depthwise_weight.shape, len(block.project_weight)
     if (start := block.start) is not None:
         traits = (*traits, start.kernel_size, start.stride, start.bn.batch_statistics)

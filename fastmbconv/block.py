@@ -78,13 +78,14 @@ class BatchNorm:
 class SqueezeExcite:
     """Weights of a squeeze-and-excitation path.
 
-    reduce [R, C, 1, 1], expand [C, R, 1, 1], biases [R] and [C]; [R, C] and [C, R] where they are linear layers'.
+    reduce [R, C, 1, 1], expand [C, R, 1, 1]; [R, C] and [C, R] where they are linear layers'. Biases are [R] and [C],
+    or None.
     """
 
     reduce_weight: Tensor
-    reduce_bias: Tensor
+    reduce_bias: Tensor | None
     expand_weight: Tensor
-    expand_bias: Tensor
+    expand_bias: Tensor | None
     activation: Activation = "silu"
     gate: Gate = "sigmoid"
 
@@ -107,10 +108,22 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
+class Surrounding:
+    """What a module computes that holds a block among other layers: after(block(before(x)), x), for its image x.
+
+    `own` is the block by the module's layers, for calls that run eager.
+    """
+
+    before: Callable[[Tensor], Tensor]
+    own: Callable[[Tensor], Tensor]
+    after: Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """One MBConv block as data.
 
-    [depthwise, BN,] [expand 1x1, BN, act], depthwise KxK, BN, act, [SE], project 1x1, BN, [act,] [drop, + x]
+    [depthwise, BN,] [expand 1x1, BN, act], depthwise KxK, BN, act, [SE], project 1x1, [BN,] [act,] [drop, + x]
 
     Args:
         expand_weight: [C, C_in, 1, 1], or None for a block without expansion (then `bn1` is None too).
@@ -125,6 +138,8 @@ class Block:
         depthwise_activation: behind the depthwise convolution's; None: as `activation`.
         project_activation: behind the projection's, before stochastic depth and the shortcut.
         start: what stands in front of all this; the shortcut is what comes before it.
+        project_bias: [C_out], where no BatchNorm is behind the projection: `bn3` is None then.
+        surrounding: the block's place in a module that computes more; nothing that is asked of the block knows of it.
 
     `calls` is what functional.py remembers of the block's calls.
     """
@@ -135,7 +150,7 @@ class Block:
     bn2: BatchNorm
     se: SqueezeExcite | None
     project_weight: Tensor
-    bn3: BatchNorm
+    bn3: BatchNorm | None
     stride: int
     padding: Padding
     activation: Activation
@@ -144,6 +159,8 @@ class Block:
     depthwise_activation: Activation | None = None
     project_activation: Activation = "none"
     start: Start | None = None
+    project_bias: Tensor | None = None
+    surrounding: Surrounding | None = None
     calls: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastmbconv.block import BatchNorm, Padding, SqueezeExcite, pads
@@ -112,7 +113,18 @@ def affine(bn: BatchNorm | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def excite(se: SqueezeExcite | None) -> Tensors:
-    return (None,) * 4 if se is None else (se.reduce_weight, se.reduce_bias, se.expand_weight, se.expand_bias)
+    """Its weights and biases; zeros for a bias that isn't there."""
+    if se is None:
+        return (None,) * 4
+    pairs = ((se.reduce_weight, se.reduce_bias), (se.expand_weight, se.expand_bias))
+    return tuple(t for weight, bias in pairs for t in (weight, weight.new_zeros(len(weight)) if bias is None else bias))
+
+
+def no_norm(weight: Tensor, bias: Tensor | None) -> BatchNorm:
+    """What stands for a BatchNorm that isn't there: u + bias, by statistics that change nothing."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    mean, var = (fill(len(weight), dtype=wide, device=weight.device) for fill in (torch.zeros, torch.ones))
+    return BatchNorm(None, bias, mean, var, None, eps=0.0, momentum=0.0, training=False)
 
 
 def statistics(*bns: BatchNorm | None) -> Tensors:

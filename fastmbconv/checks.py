@@ -47,7 +47,12 @@ def check_block(x: Tensor, block: Block) -> None:
         _check_excite(block.se, hidden, x)
     out = block.project_weight.shape[0]
     _check_weight("block.project_weight", block.project_weight, (out, hidden, 1, 1), x)
-    _check_batch_norm("block.bn3", block.bn3, out, x, x.shape[0] * pixels)
+    if block.bn3 is not None:
+        _check_batch_norm("block.bn3", block.bn3, out, x, x.shape[0] * pixels)
+    if block.project_bias is not None:
+        if block.bn3 is not None:
+            raise ValueError("block.project_bias and block.bn3 are both given: expected bn3.conv_bias for such a bias")
+        _check_weight("block.project_bias", block.project_bias, (out,), x)
     if block.residual and (pixels != x.shape[2] * x.shape[3] or out != x.shape[1]):
         strides = f"stride {block.stride}" if start is None else f"strides {start.stride} and {block.stride}"
         raise ValueError(
@@ -165,9 +170,11 @@ def _check_batch_norm(name: str, bn: BatchNorm, channels: int, x: Tensor, values
 def _check_excite(se: SqueezeExcite, channels: int, x: Tensor) -> None:
     reduced = se.reduce_weight.shape[0]
     _check_mixing("se.reduce_weight", se.reduce_weight, (reduced, channels), x)
-    _check_weight("se.reduce_bias", se.reduce_bias, (reduced,), x)
+    if se.reduce_bias is not None:
+        _check_weight("se.reduce_bias", se.reduce_bias, (reduced,), x)
     _check_mixing("se.expand_weight", se.expand_weight, (channels, reduced), x)
-    _check_weight("se.expand_bias", se.expand_bias, (channels,), x)
+    if se.expand_bias is not None:
+        _check_weight("se.expand_bias", se.expand_bias, (channels,), x)
 
 
 def _check_mixing(name: str, weight: Tensor, shape: tuple[int, int], x: Tensor) -> None:

@@ -249,7 +249,7 @@ def _weight_reason(block: Block | DenseBlock) -> str | None:
         weights = (block.weight, block.project_weight)
     else:
         start = None if block.start is None else block.start.weight
-        weights = (block.depthwise_weight, block.project_weight, block.expand_weight, start)
+        weights = (block.depthwise_weight, block.project_weight, block.expand_weight, start, block.project_bias)
     for weight in weights:
         if weight is not None and is_traceable_wrapper_subclass(weight):
             return f"a weight is a {type(weight).__name__} (FSDP: outside of its forward)"

@@ -102,7 +102,8 @@ def mbconv(x: Tensor, block: Block) -> Tensor:
     h = depthwise_bn_act(h, block.depthwise_weight, block.bn2, block.stride, block.padding, after_depthwise)
     if block.se is not None:
         h = squeeze_excite(h, block.se)
-    h = ACTIVATIONS[after_project](batch_norm(F.conv2d(h, block.project_weight), block.bn3))
+    h = F.conv2d(h, block.project_weight, block.project_bias)
+    h = ACTIVATIONS[after_project](h if block.bn3 is None else batch_norm(h, block.bn3))
     if block.residual and block.drop is not None:
         h = (h * block.drop(h.new_ones(h.shape[0], 1, 1, 1))).to(h.dtype)
     return h + x if block.residual else h

@@ -31,10 +31,11 @@ class Sizes:
     """Elements of a block's tensors, which of its optional parts it has, and in which form its kernels run in bf16.
 
     `start` is the input of what stands in front of the block, 0 without that; `acts`: whether there is an activation
-    behind each of the three BatchNorms. `inside`: the depthwise walk computes the expansion itself where no gradient is
-    needed. `project_resident`: the projection's weight stays in shared memory on the way back. `expand_slices`: passes
-    over slices of dv1 that the expansion's backward takes; 0: it goes by the library's products. `expand_library`,
-    `project_library`: so does the product forward, with a pass for what comes before it and one for its moments.
+    behind each of the three BatchNorms, `norm3` whether the last is there. `inside`: the depthwise walk computes
+    the expansion itself where no gradient is needed. `project_resident`: the projection's weight stays in shared memory
+    on the way back. `expand_slices`: passes over slices of dv1 that the expansion's backward takes; 0: it goes by the
+    library's products. `expand_library`, `project_library`: so does the product forward, with a pass for what comes
+    before it and one for its moments.
     """
 
     x: int
@@ -46,6 +47,7 @@ class Sizes:
     residual: bool
     start: int
     acts: tuple[bool, bool, bool]
+    norm3: bool
     inside: bool
     project_resident: bool
     expand_slices: int
@@ -75,6 +77,7 @@ class Sizes:
             residual=block.residual,
             start=0 if block.start is None else prod(shape),
             acts=(first, second, third),
+            norm3=block.bn3 is not None,
             inside=block.expand_weight is not None and block.kernel_size == 3 and c <= 64 and n >= 16,
             project_resident=keeps_project_weight(out_h * out_w, out),
             expand_slices=0 if c > 64 else -(-hidden // (512 if c <= 16 else 256 if c <= 32 else 128)),
@@ -155,7 +158,7 @@ def _eager_forward(s: Sizes) -> int:
         s.u1 + s.u2,  # depthwise
         2 * s.u2,  # BN2
         s.u2 + s.u3,  # project
-        2 * s.u3,  # BN3
+        2 * s.norm3 * s.u3,  # BN3
         2 * _activated(s),
     ]
     if s.start:
@@ -176,12 +179,12 @@ def _activated(s: Sizes) -> int:
 
 
 def _eager_batch_statistics(s: Sizes) -> int:
-    return s.expand * s.u1 + s.u2 + s.u3 + bool(s.start) * s.x
+    return s.expand * s.u1 + s.u2 + s.norm3 * s.u3 + bool(s.start) * s.x
 
 
 def _eager_backward(s: Sizes) -> int:
     passes = [
-        5 * s.u3,  # BN3: reduce reads two tensors; apply reads two and writes one
+        5 * s.norm3 * s.u3,  # BN3: reduce reads two tensors; apply reads two and writes one
         2 * (s.u3 + s.u2),  # project: data and weight gradient
         3 * _activated(s),
         5 * s.u2,  # BN2

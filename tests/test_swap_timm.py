@@ -9,9 +9,10 @@ import pytest
 import torch
 from agreement import assert_described, assert_kernels_agree, assert_same, assert_same_masks, outcome, randomised
 from libraries import library
+from parity import assert_parity
 from torch import nn
 
-from fastmbconv import explain, fuse, unfuse
+from fastmbconv import backend, explain, fuse, unfuse
 from fastmbconv.block import Block
 from fastmbconv.swap.fused import FusedBlock, fusible
 
@@ -314,3 +315,51 @@ def test_through_the_kernels(make, training, device):
 
 def test_same_masks_through_the_kernels(device):
     assert_same_masks(inverted(drop_path_rate=0.5).to(device).train(), torch.randn(8, 8, 3, 3, device=device))
+
+
+def maxvit(out_chs=8, stride=1, drop_path=0.0, **options):
+    maxxvit = pytest.importorskip("timm.models.maxxvit", reason="timm has no maxxvit")
+    return maxxvit.MbConvBlock(8, out_chs, stride, cfg=maxxvit.MaxxVitConvCfg(**options), drop_path=drop_path)
+
+
+MAXVIT = {
+    "residual": lambda: maxvit(drop_path=0.5),
+    "stride-2": lambda: maxvit(12, 2, act_layer="gelu_tanh", padding="same"),
+    "pooled": lambda: maxvit(12, 2, stride_mode="pool", pre_norm_act=True, output_bias=False),
+    "no-se": lambda: maxvit(attn_layer="", act_layer="silu"),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("make", MAXVIT.values(), ids=MAXVIT)
+def test_a_block_among_other_layers(make, training, device):
+    """MaxViT's and CoAtNet's: a norm and a pool before it, no norm at its end, and a shortcut of its own."""
+    module = randomised(make()).train(training).to(device)
+    module.norm1.eval()  # or what comes before it has gradients of rounding alone
+    assert explain(fuse(copy.deepcopy(module))).fused == 1
+    assert_kernels_agree(module, torch.randn(4, 8, 6, 7, dtype=torch.float64, device=device))
+
+
+def test_a_block_without_a_last_norm_follows_its_module(device):
+    """What stands for the norm is on the module's device, and of its dtype, at each call."""
+    block, x = fuse(randomised(maxvit()).eval()).to(device), torch.randn(2, 8, 6, 6, device=device)
+    for dtype in (torch.bfloat16, torch.float32):
+        block.to(dtype)
+        own, image = unfuse(copy.deepcopy(block)), x.to(dtype)
+        with backend("triton"), torch.no_grad():
+            y = block(image)
+        with torch.no_grad():
+            assert_parity("y", y, own(image), own.double()(image.double()))
+
+
+UNFUSIBLE_MAXVIT = {
+    "early": (lambda: maxvit(attn_early=True), "squeeze-excite in front of the BatchNorm (se_early)"),
+    "stride in the expansion": (lambda: maxvit(12, 2, stride_mode="1x1"), "the expansion is 1x1, stride 2"),
+    "eca": (lambda: maxvit(attn_layer="eca"), "the squeeze-excite is a timm.layers.eca"),
+    "layer norm": (lambda: maxvit(norm_layer="layernorm2d"), "the norm after the expansion is a LayerNormAct2d"),
+}
+
+
+@pytest.mark.parametrize("make, reason", UNFUSIBLE_MAXVIT.values(), ids=UNFUSIBLE_MAXVIT)
+def test_maxvit_that_is_not_fused(make, reason):
+    assert explain(fuse(make())).rows[0].reason.startswith(reason)

@@ -276,10 +276,6 @@ def test_checkpointed_sequence(calls):
 
 
 def test_names_that_other_libraries_share():
-    maxvit = pytest.importorskip("timm.models.maxxvit", reason="timm has no maxxvit")
     theirs = type("InvertedResidual", (MBConv,), {"forward": MBConv.forward, "__module__": "geffnet.builder"})
-    rows = explain(fuse(nn.Sequential(maxvit.MbConvBlock(8, 8), theirs(8, 8)))).rows
-    assert [row.reason for row in rows] == [
-        "what is added last is not the block's own input",
-        "its forward takes another way for other values or sizes of its input",
-    ]
+    (row,) = explain(fuse(nn.Sequential(theirs(8, 8)))).rows
+    assert row.reason == "its forward takes another way for other values or sizes of its input"

@@ -70,10 +70,11 @@ class Saved(NamedTuple):
 
 def describe(block: Block, residual: bool, lean: bool) -> tuple[Weights, Tensors, Settings]:
     """A block's weights, running statistics and settings in a call; `residual` where the kernels add the shortcut."""
-    bns = (block.bn1, block.bn2, block.bn3)
+    last = block.bn3 or call.no_norm(block.project_weight, block.project_bias)
+    bns = (block.bn1, block.bn2, last)
     tensors = (
         block.expand_weight, *affine(block.bn1), block.depthwise_weight, *affine(block.bn2), *call.excite(block.se),
-        block.project_weight, *affine(block.bn3),
+        block.project_weight, *affine(last),
     )  # fmt: skip
     settings = Settings(
         part=PART.name,

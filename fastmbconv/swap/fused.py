@@ -56,7 +56,12 @@ class FusedBlock(Swapped):
 
         if isinstance(block, DenseBlock):
             return dense.dense_mbconv(args[0], block, eager=eager)
-        return functional.mbconv(args[0], block, eager=eager, memory=type(self).memory)
+        memory, around = type(self).memory, block.surrounding
+        if around is not None:
+            return around.after(
+                functional.mbconv(around.before(args[0]), block, eager=around.own, memory=memory), args[0]
+            )
+        return functional.mbconv(args[0], block, eager=eager, memory=memory)
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         cls = type(self)

@@ -72,7 +72,8 @@ class Convolution:
 class Stage:
     """A convolution, the norm behind it, and the activation behind that, by its name too (None: no activation).
 
-    `padding` counts what is padded outside the convolution too; None: only the convolution pads.
+    `padding` counts what is padded outside the convolution too; None: only the convolution pads. A projection may have
+    no norm.
     """
 
     conv: Module
@@ -157,7 +158,9 @@ def assemble(parts: Parts, kinds: Kinds) -> Block | str:
         stages.insert(0, ("start", parts.start))
     activations = []
     for role, stage in stages:
-        reason = conv_reason(role, stage.conv, kinds) or norm_reason(role, stage.norm, kinds)
+        reason = conv_reason(role, stage.conv, kinds)
+        if reason is None and not (stage is parts.project and stage.norm is None):
+            reason = norm_reason(role, stage.norm, kinds)
         if reason is None and (stage is parts.depthwise or stage is parts.start):
             reason = _depthwise_reason(role, stage.conv)
         elif reason is None:
@@ -227,7 +230,8 @@ def _block(parts: Parts, kinds: Kinds, activations: list[Any]) -> Block | str:
         bn2=BatchNorm.of(parts.depthwise.norm, conv.bias),
         se=None if parts.se is None else _squeeze_excite(parts.se, kinds),
         project_weight=project.conv.weight,
-        bn3=BatchNorm.of(project.norm, project.conv.bias),
+        bn3=None if project.norm is None else BatchNorm.of(project.norm, project.conv.bias),
+        project_bias=project.conv.bias if project.norm is None else None,
         stride=stride,
         padding=_padding(parts.depthwise, kinds),
         activation=activations[0],
@@ -257,17 +261,12 @@ def _drop(parts: Parts) -> Callable[[Tensor], Tensor] | None:
 def _squeeze_excite(squeeze: Squeeze, kinds: Kinds) -> SqueezeExcite:
     return SqueezeExcite(
         squeeze.reduce.weight,
-        _bias(squeeze.reduce),
+        squeeze.reduce.bias,
         squeeze.expand.weight,
-        _bias(squeeze.expand),
+        squeeze.expand.bias,
         activation=activation_of(squeeze.act, kinds) or "none",
         gate=gate_of(squeeze.gate, kinds) or "sigmoid",
     )
-
-
-def _bias(layer: Module) -> Tensor:
-    bias: Tensor | None = layer.bias
-    return layer.weight.new_zeros(layer.weight.shape[0]) if bias is None else bias
 
 
 def activation_of(act: Module | Activation | None, kinds: Kinds) -> Activation | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
-from fastmbconv.block import Block, DenseBlock
+from fastmbconv.block import Block, DenseBlock, Surrounding
 from fastmbconv.swap.parts import (
     Kinds,
     Module,
@@ -19,7 +20,7 @@ from fastmbconv.swap.parts import (
     kind,
     name,
 )
-from fastmbconv.swap.places import Method, Names, Pool
+from fastmbconv.swap.places import Method, Names, Pool, chained
 
 KINDS = Kinds(
     same_convs=frozenset({"timm.layers.conv2d_same.Conv2dSame"}),
@@ -47,6 +48,9 @@ EDGE = {"conv_exp", "bn1", "conv_pwl", "bn2"}
 SINGLE = {"conv", "bn1"}
 UNIVERSAL = {"dw_start", "pw_exp", "dw_mid", "se", "pw_proj", "dw_end", "layer_scale", "drop_path"}
 OPTIONAL = frozenset({"aa", "se", "drop_path", "conv_s2d", "bn_s2d"})
+MAXVIT = {
+    "shortcut", "pre_norm", "down", "conv1_1x1", "norm1", "conv2_kxk", "norm2", "conv3_1x1", "drop_path",
+}  # fmt: skip
 POOLS = "timm.layers.adaptive_avgmax_pool"
 
 
@@ -153,6 +157,47 @@ def mobile_attention(module: Module) -> str:
     return "an attention block"
 
 
+def maxvit_mbconv(module: Module) -> Block | str:
+    """MaxViT's and CoAtNet's `MbConvBlock`: its convolutions are a block without residual and without a last BatchNorm.
+
+    pre_norm and down before it, drop_path and the shortcut behind it are the module's own.
+    """
+    reason = children_reason(module, MAXVIT, frozenset({"se", "se_early"}))
+    if reason is None and module._modules.get("se_early") is not None:
+        reason = "squeeze-excite in front of the BatchNorm (se_early)"
+    if reason is not None:
+        return reason
+    se, squeeze = module._modules.get("se"), None
+    if se is not None and type(se) is not nn.Identity:
+        if kind(se) != "timm.layers.squeeze_excite.SEModule":
+            return f"the squeeze-excite is a {kind(se)}"
+        if se.add_maxpool or type(se.bn) is not nn.Identity:
+            return "a squeeze-excite with a maximum or a norm"
+        squeeze = Squeeze(se.fc1, se.act, se.fc2, se.gate)
+    core = (module.conv1_1x1, module.norm1, module.conv2_kxk, module.norm2, se or nn.Identity(), module.conv3_1x1)
+    block = assemble(
+        Parts(
+            expand=_stage(module.conv1_1x1, module.norm1),
+            depthwise=_stage(module.conv2_kxk, module.norm2),
+            se=squeeze,
+            project=Stage(module.conv3_1x1, None, None),
+            residual=False,
+            drop=None,
+            drop_rate=0.0,
+        ),
+        KINDS,
+    )
+    if isinstance(block, str):
+        return block
+
+    def after(y: Tensor, x: Tensor) -> Tensor:
+        dropped: Tensor = module.drop_path(y)
+        return dropped + module.shortcut(x)
+
+    around = Surrounding(partial(chained, (module.pre_norm, module.down)), partial(chained, core), after)
+    return replace(block, surrounding=around)
+
+
 BLOCKS = {
     f"timm.models._efficientnet_blocks.{block}": adapter
     for block, adapter in (
@@ -164,7 +209,7 @@ BLOCKS = {
         ("UniversalInvertedResidual", universal_inverted_residual),
         ("MobileAttention", mobile_attention),
     )
-}
+} | {"timm.models.maxxvit.MbConvBlock": maxvit_mbconv}
 
 
 def pool(module: Module) -> Pool:
