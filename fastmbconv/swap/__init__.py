@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -63,18 +63,20 @@ def fuse(
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn is a {type(filter_fn).__name__}: allowed is a function (module, name) -> bool")
     chosen: Callable[[nn.Module, str], bool] = (lambda *_: True) if filter_fn is None else filter_fn
-    blocks: list[nn.Module] = []
+    blocks: list[tuple[nn.Module, Any]] = []
+    holders: list[nn.Module] = []
     for name, module in list(model.named_modules()):
+        if runs_of(module):
+            holders.append(module)
         block = fusible(module)
         if block is not None and not isinstance(block, str) and _ways_of(module) is None and chosen(module, name):
             swap_in(module, memory)
-            blocks.append(module)
-    blocks += _fuse_written(model, chosen, memory, verify)
+            blocks.append((module, block))
+    blocks += [(module, fusible(module)) for module in _fuse_written(model, holders, chosen, memory, verify)]
     before: Block | None = None
-    for module in blocks:
+    for module, block in blocks:
         if before is not None:
             ahead.follows(before.depthwise_weight, _described(weakref.ref(module), memory))
-        block = fusible(module)
         before = block if isinstance(block, Block) else None
     if filter_fn is None:
         for end in ends_of(model):
@@ -83,11 +85,18 @@ def fuse(
 
 
 def _fuse_written(
-    model: nn.Module, chosen: Callable[[nn.Module, str], bool], memory: Memory, verify: bool
+    model: nn.Module,
+    holders: list[nn.Module],
+    chosen: Callable[[nn.Module, str], bool],
+    memory: Memory,
+    verify: bool,
 ) -> list[nn.Module]:
-    """Swap in what is found by structure, and return it; what was one before and is one no more is swapped out."""
+    """Swap in what is found by structure, and return it; what was one before and is one no more is swapped out.
+
+    `holders` are Sequentials that call runs of their children fused.
+    """
     blocks: list[nn.Module] = []
-    runs: dict[nn.Module, list[Run]] = {module: [] for module in model.modules() if runs_of(module)}
+    runs: dict[nn.Module, list[Run]] = {holder: [] for holder in holders}
     for found in find(model, verify=verify, again=True):
         if isinstance(found.ways, str):
             if _ways_of(found.module) is not None:
