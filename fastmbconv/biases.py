@@ -6,6 +6,7 @@ the shift, with those of the batch it is part of the mean, which is taken off.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -41,11 +42,12 @@ def shifted(weights: Any, bns: dict[str, BatchNorm]) -> Any:
 
 
 @torch.no_grad()
-def move_mean(bn: BatchNorm) -> None:
-    """Add to a running mean that has moved by u's mean what the bias adds to that."""
-    if not bn.updates or bn.conv_bias is None or bn.running_mean is None:
-        return
-    if bn.momentum is not None:
-        bn.running_mean.add_(bn.conv_bias, alpha=bn.momentum)
-    elif bn.num_batches_tracked is not None:
-        bn.running_mean.add_(bn.conv_bias / bn.num_batches_tracked)
+def move_means(bns: Iterable[BatchNorm]) -> None:
+    """Add to running means that have moved by u's what their biases add to that."""
+    for bn in bns:
+        if not bn.updates or bn.conv_bias is None or bn.running_mean is None:
+            continue
+        if bn.momentum is not None:
+            bn.running_mean.add_(bn.conv_bias, alpha=bn.momentum)
+        elif bn.num_batches_tracked is not None:
+            bn.running_mean.add_(bn.conv_bias / bn.num_batches_tracked)

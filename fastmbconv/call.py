@@ -36,8 +36,8 @@ class NormSettings(NamedTuple):
 class Settings(NamedTuple):
     """A call apart from its tensors: `part` names the operation, `norms` has None for a BatchNorm that isn't there.
 
-    `activations` stand behind the BatchNorms, one behind each. With `residual` the shortcut is
-    added; to MBConv's output x itself.
+    `activations` stand behind the BatchNorms, one behind each. With `residual` the block's input is added
+    to its output: x itself in MBConv.
     """
 
     part: str

@@ -103,8 +103,8 @@ def run_prepared(
             torch._foreach_add_(ready.counts, 1)
         _mark_moved(ready.moving)
         y = run_fused(computed, shortcut, keep, *called)
-        for bn in ready.biased.values():
-            biases.move_mean(bn)
+        if ready.biased:
+            biases.move_means(ready.biased.values())
     # As in eager under autocast: the branch is computed in autocast's dtype, a wider shortcut is added in its own.
     return x + y if ready.wide else y
 
@@ -164,7 +164,8 @@ def depthwise_bn_act(
         bn.num_batches_tracked.add_(1)
     _mark_moved(call.list_moved(settings, statistics))
     y = run_fused(computed, None, None, weights, statistics, settings)
-    biases.move_mean(bn)
+    if bn.conv_bias is not None:
+        biases.move_means((bn,))
     return y
 
 

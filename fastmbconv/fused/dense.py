@@ -1,4 +1,4 @@
-"""What follows a dense convolution u, in launches: BN1, act, [SE, project, BN2,] stochastic depth, + shortcut."""
+"""What follows a dense convolution u, in launches: BN1, act, [SE, project, BN2, act,] stochastic depth, + shortcut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MBConv's launches, in order. Names: x -We-> u1 -BN1, act-> depthwise-> u2 -BN2, act, gate-> -Wp-> u3 -BN3, keep, + x.
+"""MBConv's launches. Names: x -We-> u1 -BN1, act-> depthwise-> u2 -BN2, act, gate-> -Wp-> u3 -BN3, act, keep, + x.
 
 Saved are x, u1, u2, u3 (the outputs of the three convolutions, before their BatchNorms) and vectors; every activation
 and every normalised tensor is computed again where it is used. `lean` keeps no u1: where registers allow, the depthwise
