@@ -50,9 +50,19 @@ def hard_sigmoid(v):
 
 @triton.jit
 def gelu_slope(v):
-    """Of gelu(v) = v * s(v): s, and v * s'(v) with s' the normal density."""
-    s = 0.5 + 0.5 * tl.erf(v * constant(0.7071067811865476, v))
-    return s, v * tl.exp(-0.5 * v * v) * constant(0.3989422804014327, v)
+    """Of gelu(v) = v * s(v): s, and v * s'(v) with s' the normal density.
+
+    In fp32 by the exponential that the density takes too: s of a negative v is t (c1 + t (c2 + ...)) exp(-v^2 / 2) with
+    t = 1 / (1 + c |v|), 1 less that of a positive one, to 1e-7 (Abramowitz and Stegun, 7.1.26).
+    """
+    e = tl.exp(-0.5 * v * v)
+    if v.dtype == tl.float64:
+        s = 0.5 + 0.5 * tl.erf(v * constant(0.7071067811865476, v))
+    else:
+        t = 1.0 / (1.0 + 0.231641888 * tl.abs(v))
+        tail = t * (0.127414796 + t * (-0.142248368 + t * (0.710706871 + t * (-0.7265760135 + t * 0.5307027145)))) * e
+        s = tl.where(v < 0.0, tail, 1.0 - tail)
+    return s, v * e * constant(0.3989422804014327, v)
 
 
 @triton.jit
