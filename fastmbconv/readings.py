@@ -17,15 +17,14 @@ import torch
 from torch import nn
 
 from fastmbconv import dispatch
-from fastmbconv.block import Block, DenseBlock
 
-Read = Callable[..., Block | DenseBlock | str]
+Read = Callable[..., Any]  # what a module is as data, a Block or another, or a reason why not
 
 _readings: weakref.WeakKeyDictionary[nn.Module, Reading] = weakref.WeakKeyDictionary()
 OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}  # hooks, and the dictionaries that are looked into
 
 
-def block_of(module: nn.Module, read: Read, *args: Any, **kwargs: Any) -> Block | DenseBlock | str:
+def block_of(module: nn.Module, read: Read, *args: Any, **kwargs: Any) -> Any:
     """`read(module, *args, **kwargs)`, or what it returned the last time, if nothing has changed since.
 
     The reason why the module must run its own submodules is looked for at every call.
@@ -45,7 +44,7 @@ class Reading:
     """What a module was read as, and everything that it was read off."""
 
     def __init__(
-        self, module: nn.Module, block: Block | DenseBlock, read: Read, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: nn.Module, block: Any, read: Read, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         modules = list(module.modules())[1:]  # not the module itself, which would keep it alive
         self.block, self._asked = block, (read, args, kwargs)

@@ -16,7 +16,7 @@ from fastmbconv import ahead
 from fastmbconv.block import Block, Memory
 from fastmbconv.checks import check_memory, check_model
 from fastmbconv.ends import ConvBNAct
-from fastmbconv.swap.ends import ends_of
+from fastmbconv.swap.ends import fuse_ends
 from fastmbconv.swap.explain import Explanation, Row, explain
 from fastmbconv.swap.fused import FusedBlock, fusible, swap_in, swap_out
 from fastmbconv.swap.runs import Run, runs_of, shell_of, swap_in_runs
@@ -42,9 +42,9 @@ def fuse(
     and of runs of children in an nn.Sequential, torch.fx traces the forward; what computes an MBConv block in one mode
     or both is fused, once it has proved in float64 to have the block's output, gradients and running statistics. A
     block that can't be fused stays as it is, and `explain` says why. Fusing twice is fusing once, with the later
-    `memory`. Without a filter the stem and the head of the libraries' models go through kernels too, in eval mode where
-    no gradient is wanted: BatchNorm and activation in one pass, the head together with its pool where the model's
-    forward gives no other use to its map.
+    `memory`. Without a filter stems, heads and other convolutions with BatchNorm and activation outside of the blocks
+    go through kernels too, in eval mode where no gradient is wanted: BatchNorm and activation in one pass. They are
+    timm's BatchNormAct2d, and any module that is no more than these three; our own head takes its pool along.
 
     Args:
         model: any module; a block itself too.
@@ -79,8 +79,7 @@ def fuse(
             ahead.follows(before.depthwise_weight, _described(weakref.ref(module), memory))
         before = block if isinstance(block, Block) else None
     if filter_fn is None:
-        for end in ends_of(model):
-            end.swap_in()
+        fuse_ends(model)
     return model
 
 

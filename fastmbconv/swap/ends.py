@@ -1,265 +1,279 @@
-"""The stem and the head of a library's model, swapped: BatchNorm and activation in one pass, the head with its pool.
+"""A model's stem and head, swapped: BatchNorm and activation in one pass, in eval mode where no gradient is wanted.
 
-Only in eval mode, where no gradient is wanted. Three kinds of module get a subclass of their own class, as blocks do:
+Two kinds of module outside of all blocks get a subclass of their own class, as blocks do, in a model that holds blocks:
 * a norm that holds its activation (timm's BatchNormAct2d);
-* a Sequential of convolution, norm and activation (torchvision's Conv2dNormActivation);
-* a model whose methods call them, or the head and its pool, one by one: such a method gets a `View` of the model.
+* a unit: whatever computes a convolution, its BatchNorm and activation and nothing else, told by a trace (tracing.py).
+Our own ConvBNAct knows both ways itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial, wraps
-from types import FunctionType
-from typing import Any, ClassVar
+from functools import cache, partial
+from typing import Any, ClassVar, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmbconv import dispatch
-from fastmbconv.block import BatchNorm
-from fastmbconv.ends import ConvBNAct
-from fastmbconv.swap import lukemelas, ours, timm, torchvision, transformers
-from fastmbconv.swap.fused import own_forward
-from fastmbconv.swap.parts import Module
-from fastmbconv.swap.places import Layer, Method, Site, norm_act
-from fastmbconv.swap.registry import adapter_of, is_own
+from fastmbconv import dispatch, functional
+from fastmbconv.block import Activation, BatchNorm
+from fastmbconv.ends import ConvBNAct, infers
+from fastmbconv.readings import block_of
+from fastmbconv.swap import timm
+from fastmbconv.swap.fused import own_forward, swap_out
+from fastmbconv.swap.matching import NoMatch, StageRecipe, match_stage
+from fastmbconv.swap.parts import Module, activation_of, kind, norm_reason, unknown_activation
+from fastmbconv.swap.registry import adapter_of
+from fastmbconv.swap.runs import runs_of
 from fastmbconv.swap.swapped import Swapped
+from fastmbconv.swap.tracing import is_torchs, shadow, trace
+from fastmbconv.swap.written import CHANGED, Found, State, state_of
 
-METHODS: dict[str, dict[str, Method]] = {
-    **timm.METHODS,
-    **torchvision.METHODS,
-    **lukemelas.METHODS,
-    **transformers.METHODS,
-}
+Role = Literal["stem", "head", "between"]
+TRAINING = "training: the stem and the head are fused in eval mode, without gradients"
 UNFUSED = "not fused: fastmbconv.fuse without a filter does it"
-NAMES = {name for methods in METHODS.values() for name in methods}
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What a module in this state computes in eval mode: a convolution, BatchNorm and activation."""
+
+    state: State
+    recipe: StageRecipe
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What a call runs: the module's convolution, unless that stands outside of it, and the rest in one pass."""
+
+    conv: Module | None
+    sides: list[int]
+    bn: BatchNorm
+    activation: Activation
+    parameters: tuple[Tensor, ...]
+
+    def wants_gradient(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and any(each.requires_grad for each in (x, *self.parameters))
+
+    def convolved(self, x: Tensor) -> Tensor:
+        if self.conv is None:
+            return x
+        u: Tensor = self.conv(F.pad(x, self.sides) if any(self.sides) else x)
+        return u
+
+
+def _steps(unit: Unit | None, module: Module) -> Steps | str:
+    """Read off a norm that holds its activation, or a unit; or why its own forward must run whatever the call."""
+    parameters = tuple(module.parameters())
+    if unit is None:
+        if (reason := norm_reason("convolution", module, timm.KINDS)) is not None:
+            return reason
+        act = module._modules.get("act")
+        activation = activation_of(act, timm.KINDS)
+        if activation is None:
+            return unknown_activation("convolution", act)
+        steps = Steps(None, [], BatchNorm.of(module), activation, parameters)
+    elif state_of(module, "", modal=False) != unit.state:
+        return CHANGED
+    else:
+        conv, norm = (module.get_submodule(path) for path in (unit.recipe.conv.path, unit.recipe.norm))
+        sides = [] if unit.recipe.padded == "same" else [*unit.recipe.padded, *unit.recipe.padded]
+        steps = Steps(conv, sides, BatchNorm.of(norm), unit.recipe.act, parameters)
+    return dispatch.activation_reason(steps.activation) or steps
+
+
+def _read(unit: Unit | None, module: Module) -> Steps | str:
+    return dispatch.module_reason(module) or (TRAINING if _trains(module) else _steps(unit, module))
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(each.training for each in module.modules())
+
+
+class FusedEnd(Swapped):
+    """Mixed in before the class of a unit, or of a norm that holds its activation: then `unit` is None."""
+
+    is_swap: ClassVar[bool] = True
+    unit: ClassVar[Unit | None]
+    read: ClassVar[Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        module: Any = self
+        own = own_forward(module)
+        if not isinstance(module, FusedEnd) or len(args) != 1 or kwargs or module.training:  # type: ignore[attr-defined]
+            return own(*args, **kwargs)
+        (x,) = args
+        if not isinstance(x, Tensor) or dispatch.call_reason(x) is not None:
+            return own(x)
+        steps: Steps | str = block_of(module, type(module).read)  # type: ignore[arg-type]
+        if isinstance(steps, str) or steps.bn.batch_statistics or steps.wants_gradient(x):
+            return own(x)
+        u = steps.convolved(x)
+        return functional.bn_act(u, steps.bn, steps.activation) if infers(u, steps.bn) else own(x)
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        return _rebuild, (type(self).original, type(self).unit), self.__getstate__()  # type: ignore[attr-defined]
+
+
+@cache
+def fused_class(original: Any, unit: Unit | None) -> Any:
+    """The fused subclass of a class, made once for all that compute the same."""
+    body = {
+        "is_swap": True,
+        "original": original,
+        "unit": unit,
+        "read": staticmethod(partial(_read, unit)),
+        "__module__": __name__,
+        "__doc__": original.__doc__,
+    }
+    return type(f"Fused{original.__name__}", (FusedEnd, original), body)
+
+
+def _rebuild(original: Any, unit: Unit | None) -> nn.Module:
+    """An empty fused module, for copy and pickle to fill: stored models name this function."""
+    cls = fused_class(original, unit)
+    return cls.__new__(cls)
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """A stem or a head as a model has it: `holder` runs it fused if it can, `joiner` together with the pool.
+    """A stem or a head as a model has it: the module to swap, its convolution and its norm (None: not there).
 
-    `holder` is None only while a search has found no more than the joiner.
+    Of the smallest module around it that holds blocks, a stem stands before the first block and a head behind the last,
+    in the order in which its children were given to it; what stands between two blocks is neither.
     """
 
-    site: Site
-    holder: Module | None
-    joiner: Module | None = None
+    role: Role | None  # None only while the search is below that module
+    module: Module
+    conv: Module | None
+    norm: Module | None
+    unit: Unit | None = None
 
-    def merged(self, other: End | None) -> End:
-        """Both findings of one convolution in one."""
-        if other is None:
-            return self
-        site = self.site if other.site.pool is None else other.site
-        holder = self.holder if other.holder is None else other.holder
-        return End(site, holder, self.joiner if other.joiner is None else other.joiner)
+    @property
+    def pooled(self) -> bool:
+        """Whether the head's pool is joined with it: our own model asks for that."""
+        ours = self.role == "head" and isinstance(self.module, ConvBNAct)
+        return ours and dispatch.own_reason(self.module, "the head") is None
 
     def reason(self) -> str | None:
         """Why it can't be fused whatever the call, or None."""
-        if isinstance(self.holder, ConvBNAct):
-            return self.holder.replaced_reason()
-        if (name := _replaced(self.holder)) is not None:
-            return f"its {name} was replaced on the instance"
-        found = self.site.described()
-        return found if isinstance(found, str) else None
-
-    def pool_reason(self) -> str | None:
-        """Why its pool can't be joined whatever the call, or None."""
-        if self.joiner is not None and (name := _replaced(self.joiner)) is not None:
-            return f"the model's {name} was replaced on the instance"
-        return self.site.pool_reason()
+        if isinstance(self.module, ConvBNAct):
+            return self.module.replaced_reason()
+        if "forward" in vars(self.module):
+            return "its forward was replaced on the instance"
+        steps = _steps(self.unit, self.module)
+        return steps if isinstance(steps, str) else None
 
     def call_reason(self) -> str | None:
         """Why calls run it eager at present, or None."""
-        if self.holder is None or not _is_swapped(self.holder):
+        ours = isinstance(self.module, ConvBNAct)
+        if not (self.module.fused if ours else isinstance(self.module, FusedEnd)):
             return UNFUSED
-        if self.holder.training or BatchNorm.of(self.site.norm).batch_statistics:
-            return "training: the stem and the head are fused in eval mode, without gradients"
-        if self.holder in self.site.layers.values():
-            return dispatch.module_reason(self.holder)
-        return self.site.hooked(pooled=False)
-
-    def call_pool_reason(self) -> str | None:
-        """Why calls of the model's forward run the pool by itself at present, or None."""
-        reason = self.pool_reason()
-        if self.joiner is None or reason is not None:
-            return reason
-        if not _is_swapped(self.joiner):
-            return UNFUSED
-        return "the model is training" if self.joiner.training else self.site.hooked(pooled=True)
-
-    def swap_in(self) -> None:
-        """Change the classes of those who run it; nothing where it can't be fused."""
-        if self.reason() is not None:
-            return
-        if isinstance(self.holder, ConvBNAct):
-            self.holder.fused = True
-            return
-        for module in (self.holder, None if self.pool_reason() is not None else self.joiner):
-            if module is not None and not _is_swapped(module):
-                cls: Any = type(module)
-                module.__class__ = fused_class(cls)
+        norm: Any = self.norm
+        if _trains(self.module) or BatchNorm.of(norm).batch_statistics:
+            return TRAINING
+        return dispatch.module_reason(self.module)
 
 
-def _is_swapped(module: Module | None) -> bool:
-    return module.fused if isinstance(module, ConvBNAct) else isinstance(module, Swapped)
+def fuse_ends(model: nn.Module) -> None:
+    """Swap in the ends that can be fused; what was one before and is one no more is swapped out."""
+    for module in model.modules():
+        if isinstance(module, FusedEnd) and "original" in vars(type(module)):
+            swap_out(module)
+    for end in ends_of(model):
+        if isinstance(end.module, ConvBNAct):
+            end.module.fused = True
+        elif end.reason() is None and not isinstance(end.module, FusedEnd):
+            cls: Any = type(end.module)
+            end.module.__class__ = fused_class(cls, end.unit)
 
 
-def _replaced(module: Module) -> str | None:
-    """The method that an instance has of its own, among its forward and those that this one calls; None for none."""
-    forward = methods_of(type(module)).get("forward")
-    names = ("forward", *(() if forward is None else forward.calls))
-    return next((name for name in names if name in vars(module)), None)
+def ends_of(model: nn.Module, found: Iterable[Found] = ()) -> list[End]:
+    """The ends in a model, in its order; `found`: blocks that `written.find` has found and `fuse` has not swapped."""
+    blocks = set(_swapped_or_known(model))
+    for each in found:
+        if each.fits:
+            blocks.update([each.module] if each.holder is None else each.module.children())
+    return _Finder(blocks).visit(model, None)[0]
 
 
-class FusedEnd(Swapped):
-    """What the three kinds have in common: how they are copied and stored."""
-
-    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
-        return _rebuild, (type(self).original,), self.__getstate__()  # type: ignore[attr-defined]
-
-
-class FusedNormAct(FusedEnd):
-    """Mixed in before the class of a norm that holds its activation."""
-
-    is_swap: ClassVar[bool] = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        own = own_forward(self)
-        norm: Any = self
-        if not _may_fuse(norm, x) or dispatch.module_reason(norm) is not None:
-            return own(x)
-        return norm_act(Site("head", None, norm, norm._modules.get("act"), {}, timm.KINDS), own, x)
-
-
-class FusedUnit(FusedEnd):
-    """Mixed in before the class of a Sequential of convolution, norm and activation."""
-
-    is_swap: ClassVar[bool] = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        own = own_forward(self)
-        unit: Any = self
-        if not _may_fuse(unit, x) or dispatch.module_reason(unit) is not None:
-            return own(x)
-        site = torchvision.unit("head", unit)
-        return own(x) if site is None else norm_act(site, site.behind, site.conv(x))
-
-
-class FusedModel(FusedEnd):
-    """Mixed in before a model's class: `fused_class` gives it the methods that find some of its children replaced."""
-
-
-def _may_fuse(module: nn.Module, x: Any) -> bool:
-    """False where a call runs eager whatever is inside the module, or the module is a fused one no more."""
-    if not _is_swapped(module) or module.training or not isinstance(x, Tensor):
-        return False
-    return not dispatch.eager_at_once(module, x)
-
-
-class View:
-    """A model as its own methods see it in one call, with other callables in the place of some children."""
-
-    def __init__(self, model: nn.Module, replaced: dict[str, Layer]) -> None:
-        self.__dict__.update(replaced, _model=model)
-
-    def __getattr__(self, name: str) -> Any:
-        model = self.__dict__["_model"]
-        method = getattr(type(model).original, name, None)
-        if isinstance(method, FunctionType) and name not in model.__dict__:
-            return partial(method, self)
-        return getattr(model, name)
-
-
-def _method(original: Any, name: str, method: Method) -> Callable[..., Any]:
-    own = getattr(original, name)
-
-    @wraps(own)
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        x = next(iter((*args, *kwargs.values())), None)
-        if not _may_fuse(self, x) or any(called in self.__dict__ for called in method.calls):
-            return own(self, *args, **kwargs)
-        replaced: dict[str, Layer] = {}
-        for place in method.places:
-            replaced |= place.replaced(self)
-        return own(View(self, replaced) if replaced else self, *args, **kwargs)
-
-    return run
-
-
-def methods_of(cls: type) -> dict[str, Method]:
-    """The methods of a class, its own or inherited, that run ends in a way that is known."""
-    found = {}
-    for name in sorted(NAMES):
-        owner = _owner(cls, name)
-        method = METHODS.get(f"{owner.__module__}.{owner.__qualname__}", {}).get(name) if owner is not None else None
-        if owner is None or method is None or any(_owner(cls, called) is not owner for called in method.calls):
-            continue
-        own = all(is_own(owner, each) for each in (name, *method.calls))
-        if own and (not method.reads or set(method.reads) <= set(vars(owner)[name].__code__.co_names)):
-            found[name] = method
-    return found
-
-
-def _owner(cls: type, name: str) -> type | None:
-    return next((base for base in cls.__mro__ if name in vars(base) and not vars(base).get("is_swap")), None)
-
-
-def fused_class(original: Any) -> Any:
-    """The fused subclass of a class; another one where its methods were replaced since."""
-    return _fused_class(original, tuple(methods_of(original)))
-
-
-@cache
-def _fused_class(original: Any, methods: tuple[str, ...]) -> Any:
-    body = {"original": original, "is_swap": True, "__module__": __name__, "__doc__": original.__doc__}
-    found = methods_of(original)
-    body |= {name: _method(original, name, found[name]) for name in methods}
-    base = FusedModel if methods else FusedUnit if issubclass(original, nn.Sequential) else FusedNormAct
-    return type(f"Fused{original.__name__}", (base, original), body)
-
-
-def _rebuild(original: Any) -> nn.Module:
-    """An empty fused module, for copy and pickle to fill: stored models name this function."""
-    cls = fused_class(original)
-    return cls.__new__(cls)
-
-
-def ends_of(model: nn.Module) -> list[End]:
-    """The ends in a model, those inside its blocks left out."""
-    found: dict[nn.Module, End] = {}
-    inside: set[nn.Module] = set()
-    for module in model.modules():  # a model comes before its children
-        if module in inside:
-            continue
-        if adapter_of(type(module)) is not None:
-            inside.update(module.modules())
-        for end in _ends_at(module):
-            found[end.site.conv] = end.merged(found.get(end.site.conv))
-    return [end for end in found.values() if end.holder is not None]
-
-
-def _ends_at(module: Module) -> Iterator[End]:
-    if isinstance(module, ConvBNAct):
-        site = ours.end(module)
-        yield End(site, module, module if site.role == "head" else None)
+def _swapped_or_known(module: nn.Module) -> Iterator[nn.Module]:
+    """The blocks in a module, or itself; of a run of a Sequential's children each child."""
+    if adapter_of(type(module)) is not None:
+        yield module
         return
-    methods = methods_of(type(module))
-    for place in (place for method in methods.values() for place in method.places):
-        if (end := place.site(module)) is not None:
-            yield End(end, module if place.apart else None, None if end.pool is None else module)
-    stem = timm.STEM.site(module)
-    if stem is not None and _holds_blocks(module):
-        yield End(stem, stem.norm)
-        if (head := timm.HEAD.site(module)) is not None:
-            yield End(replace(head, pool=None), head.norm)
-    if type(module) is nn.Sequential and len(module) > 1 and _holds_blocks(module):
-        for unit in (torchvision.unit("stem", module[0]), torchvision.unit("head", module[-1])):
-            if unit is not None:
-                (holder,) = unit.layers.values()
-                yield End(unit, holder)
+    for run in runs_of(module):
+        yield from list(module.children())[run.begin : run.end]
+    for child in module.children():
+        yield from _swapped_or_known(child)
 
 
-def _holds_blocks(module: nn.Module) -> bool:
-    return any(adapter_of(type(child)) is not None for child in module.modules())
+@dataclass
+class _Finder:
+    blocks: set[nn.Module]
+
+    def __post_init__(self) -> None:
+        self.seen: set[nn.Module] = set()
+
+    def visit(self, module: Module, before: Module | None) -> tuple[list[End], bool]:
+        """The ends in a module, which stands behind the module `before`, and whether it holds a block."""
+        if module in self.seen or module in self.blocks:
+            return [], module in self.blocks
+        self.seen.add(module)
+        if (end := self._leaf(module, before)) is not None:
+            return [end], False
+        children = [child for child in module._modules.values() if child is not None]
+        parts = [self.visit(child, last) for last, child in zip((None, *children), children, strict=False)]
+        holding = [place for place, (_, holds) in enumerate(parts) if holds]
+        ends = [_placed(end, place, holding) for place, (inside, _) in enumerate(parts) for end in inside]
+        if self.blocks and not ends and not holding and _may_be_unit(module):
+            ends = _unit_at(module)
+        return ends, bool(holding)
+
+    def _leaf(self, module: Module, before: Module | None) -> End | None:
+        if isinstance(module, ConvBNAct):
+            return End("head" if module.conv.kernel_size == (1, 1) else "stem", module, module.conv, module.bn)
+        if isinstance(module, FusedEnd) and module.unit is not None:
+            return _end_of(module, module.unit)
+        if not self.blocks or kind(module) not in timm.KINDS.norms:
+            return None
+        if activation_of(module._modules.get("act"), timm.KINDS) == "none":
+            return None
+        return End(None, module, before if isinstance(before, nn.Conv2d) else None, module)
+
+
+def _placed(end: End, place: int, holding: list[int]) -> End:
+    if end.role is not None or not holding:
+        return end
+    return replace(end, role="stem" if place < holding[0] else "head" if place > holding[-1] else "between")
+
+
+def _may_be_unit(module: nn.Module) -> bool:
+    """Whether a trace is worth its time: nothing in a module but one convolution and one BatchNorm holds tensors."""
+    if not module._modules or isinstance(module, (nn.ModuleList, nn.ModuleDict)) or "forward" in vars(module):
+        return False
+    layers = [each for each in module.modules() if each._parameters or each._buffers]
+    norms = [each for each in layers if isinstance(each, (nn.BatchNorm2d, nn.SyncBatchNorm)) and is_torchs(each)]
+    return len(layers) == 2 and len(norms) == 1 and any(isinstance(each, nn.Conv2d) for each in layers)
+
+
+def _unit_at(module: nn.Module) -> list[End]:
+    """A module as a unit, if it is one whose convolution is a module's call."""
+    twin = shadow(module, training=False)
+    traced = trace(twin)
+    if isinstance(traced, str):
+        return []
+    try:
+        recipe = match_stage(traced)
+    except NoMatch:
+        return []
+    if recipe.conv.fixed is not None or recipe.act == "none":
+        return []
+    return [_end_of(module, Unit(state_of(twin, "", modal=False), recipe))]
+
+
+def _end_of(module: Module, unit: Unit) -> End:
+    inside = dict(module.named_modules())
+    return End(None, module, inside.get(unit.recipe.conv.path), inside.get(unit.recipe.norm), unit)

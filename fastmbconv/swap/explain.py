@@ -37,7 +37,7 @@ class Geometry:
 class Row:
     """One block, or a stem or a head, which `block` then says.
 
-    `path` is what `fuse` has made of it, `reason` says why not ("" if fused, but of a fused head why without its pool).
+    `path` is what `fuse` has made of it, `reason` says why not ("" if fused).
     `runs` is what a call runs in the present environment: "kernels", or "eager" and why. `saving` is what the kernels
     save, or would save if nothing kept the block from them; None for a block that can't be fused, and for a
     stem or a head in training.
@@ -56,7 +56,8 @@ class Row:
 class Explanation:
     """The rows of `explain`; prints as a table. `len`, iteration and `fused` (how many are) work on the blocks' rows.
 
-    `ends` are rows too, of the model's stem and head: those are no blocks, and aren't counted as such.
+    `ends` are rows too, of the model's stem and head, and of other convolutions with BatchNorm and activation outside
+    of the blocks ("between" two of them): those are no blocks, and aren't counted as such.
     """
 
     rows: tuple[Row, ...]
@@ -107,17 +108,18 @@ def explain(model: nn.Module, input_shape: tuple[int, int, int, int] | None = No
         ValueError: for an input_shape that the model does not run on.
     """
     check_model(model)
-    ends = ends_of(model)
+    found = find(model)
+    ends = ends_of(model, found)
     wanted = [module for module in model.modules() if _may_begin_block(module)]
-    wanted += [module for end in ends for module in (end.site.conv, end.site.norm)]
+    wanted += [module for end in ends for module in (end.conv, end.norm) if module is not None]
     shapes = {} if input_shape is None else input_shapes(model, wanted, input_shape)
     names = {module: name for name, module in model.named_modules()}
-    return Explanation(rows(model, shapes), tuple(_end_row(names[end.site.conv], end, shapes) for end in ends))
+    return Explanation(rows(model, shapes, found), tuple(_end_row(names[end.module], end, shapes) for end in ends))
 
 
-def rows(model: nn.Module, shapes: Shapes) -> tuple[Row, ...]:
+def rows(model: nn.Module, shapes: Shapes, found: list[Found] | None = None) -> tuple[Row, ...]:
     """A row for each known block, each that is found by structure, and each module that looks like one."""
-    found = find(model)
+    found = find(model) if found is None else found
     written = {each.module: each for each in found if each.holder is None}
     runs = [each for each in found if each.holder is not None]
     rows = []
@@ -154,23 +156,22 @@ def _run_row(found: Found, shape: tuple[int, int, int, int] | None) -> Row:
 
 
 def _end_row(name: str, end: End, shapes: Shapes) -> Row:
-    conv, role, reason = end.site.conv, end.site.role, end.reason()
+    conv, norm, reason = end.conv, end.norm, end.reason()
     sized = all(hasattr(conv, each) for each in ("in_channels", "out_channels", "kernel_size", "stride", "weight"))
     geometry = Geometry(None, None, None, False)
-    if sized:
+    if sized and conv is not None:
         channels = (conv.in_channels, conv.out_channels)
         geometry = Geometry(channels, _first(conv.kernel_size), _first(conv.stride), False)
-    fused = reason is None and end.call_reason() is None
-    apart = end.call_pool_reason() if fused else end.pool_reason()
-    pooled = end.joiner is not None and apart is None
-    saved = end_saving(end.site, pooled, shapes) if sized and reason is None and not end.site.norm.training else None
-    block = f"{role} + pool" if pooled else role
-    if not fused:
-        reason = reason or end.call_reason() or ""
-        return Row(name, block, geometry, "eager", reason, f"eager: {reason}", saved)
-    here = dispatch.call_reason(end.site.norm.running_mean)
-    reason = f"its pool by itself: {apart}" if end.joiner is not None and apart is not None else ""
-    return Row(name, block, geometry, "fused", reason, "kernels" if here is None else f"eager: {here}", saved)
+    now = reason or end.call_reason()
+    pooled = end.pooled and reason is None
+    saved = None
+    if sized and norm is not None and reason is None and not norm.training:
+        saved = end_saving(conv, norm, pooled, shapes)
+    block = f"{end.role} + pool" if pooled else str(end.role)
+    if now is not None or norm is None:
+        return Row(name, block, geometry, "eager", str(now), f"eager: {now}", saved)
+    here = dispatch.call_reason(norm.running_mean)
+    return Row(name, block, geometry, "fused", "", "kernels" if here is None else f"eager: {here}", saved)
 
 
 def _row(name: str, module: nn.Module, shape: tuple[int, int, int, int] | None) -> Row:

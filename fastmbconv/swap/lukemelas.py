@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fastmbconv.block import Block
 from fastmbconv.swap.parts import Kinds, Module, Parts, Squeeze, Stage, assemble, children_reason, kind, name
-from fastmbconv.swap.places import Method, Names
 
 HOMES = ("efficientnet_pytorch.utils", "segmentation_models_pytorch.encoders._efficientnet")
 KINDS = Kinds(
@@ -119,18 +118,4 @@ def _padding(conv: Module) -> int | tuple[int, int] | str | None:
 BLOCKS = {
     "efficientnet_pytorch.model.MBConvBlock": lukemelas,
     "segmentation_models_pytorch.encoders._efficientnet.MBConvBlock": smp,
-}
-STEM = Names("stem", "_conv_stem", "_bn0", "_swish", KINDS)
-HEAD = Names("head", "_conv_head", "_bn1", "_swish", KINDS)
-POOLED = Names("head", "_conv_head", "_bn1", "_swish", KINDS, "_avg_pooling", padding_of=_padding)
-METHODS = {
-    "efficientnet_pytorch.model.EfficientNet": {
-        "extract_features": Method((STEM, HEAD)),
-        "extract_endpoints": Method((STEM, HEAD)),
-        "forward": Method((STEM, POOLED), ("extract_features",)),
-    },
-    # Up to 0.3 its forward puts the stem into a Sequential.
-    "segmentation_models_pytorch.encoders.efficientnet.EfficientNetEncoder": {
-        "forward": Method((STEM,), reads=("_conv_stem",))
-    },
 }

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from fastmbconv.block import Activation, Gate
 from fastmbconv.mbconv import NORMS
 from fastmbconv.swap import behaviour
-from fastmbconv.swap.tracing import Trace, calls_of, has_tensors, is_torchs, path_of, run
+from fastmbconv.swap.tracing import Trace, calls_of, conv2d_arguments, has_tensors, is_torchs, path_of, run
 
 SUMS = {"add", "add_", "iadd"}
 PRODUCTS = {"mul", "mul_", "imul"}
@@ -112,6 +112,21 @@ def match_whole(trace: Trace) -> Recipe:
     found = matcher.match(trace.outputs[-1])
     matcher.check_nothing_else()
     return found.recipe
+
+
+def match_stage(trace: Trace) -> StageRecipe:
+    """The convolution, BatchNorm and activation that a graph computes, and nothing else.
+
+    Raises:
+        NoMatch: with what stands in the way.
+    """
+    matcher, out = _Matcher(trace, {trace.image}, ()), trace.outputs[-1]
+    stage, first = matcher._stage(out, "convolution")
+    if first is not trace.image:
+        raise NoMatch(f"{matcher._call(first)} before the convolution: not supported")
+    matcher._check_consumers(out, first)
+    matcher.check_nothing_else()
+    return stage
 
 
 @dataclass
@@ -375,7 +390,7 @@ class _Matcher:
             raise NoMatch(f"{self._call(u)} where the {role} is expected")
         if u.op == "call_module":
             return ConvRecipe(path_of(u.target))
-        given = _conv2d_arguments(u)
+        given = conv2d_arguments(u)
         weight, bias = given["weight"], given["bias"]
         if not all(each is None or getattr(each, "op", "") == "get_attr" for each in (weight, bias)):
             raise NoMatch(f"the {role}'s weight is computed in the forward: not supported")
@@ -394,7 +409,7 @@ class _Matcher:
             known = isinstance(module, nn.Conv2d) and (is_torchs(module) or behaviour.pads_same(module))
             return module if known else None
         if node.op == "call_function" and _name(node) == "conv2d":
-            weight = _conv2d_arguments(node)["weight"]
+            weight = conv2d_arguments(node)["weight"]
             return self.trace.modules.get(path_of(getattr(weight, "target", "")).rpartition(".")[0])
         return None
 
@@ -477,12 +492,6 @@ def _name(node: fx.Node) -> str:
     if node.op not in ("call_function", "call_method"):
         return ""
     return getattr(node.target, "__name__", str(node.target))
-
-
-def _conv2d_arguments(node: fx.Node) -> dict[str, Any]:
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    return defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastmbconv import dispatch
 from fastmbconv.block import Block, DenseBlock
-from fastmbconv.swap.places import Site
 from fastmbconv.traffic import Sizes, count, count_dense, count_end
 
 NOMINAL_SIDE = 32  # passes of E barely depend on the resolution; they are counted at this one where none is given
@@ -59,13 +58,12 @@ def saving(block: Block | DenseBlock, training: bool, shape: tuple[int, int, int
     return Saving(shape, training, expanded, eager, fused, weight.element_size())
 
 
-def end_saving(site: Site, pooled: bool, shapes: dict[nn.Module, tuple[int, int, int, int]]) -> Saving:
+def end_saving(conv: Any, norm: Any, pooled: bool, shapes: dict[nn.Module, tuple[int, int, int, int]]) -> Saving:
     """What fusing a stem or a head saves in a forward; `shapes`: what its convolution and its norm get."""
-    conv = site.conv
     shape = shapes.get(conv)
     image = shape or (1, conv.in_channels, NOMINAL_SIDE, NOMINAL_SIDE)
     side = -(-NOMINAL_SIDE // conv.stride[0])
-    x, u = prod(image), prod(shapes.get(site.norm) or (1, conv.out_channels, side, side))
+    x, u = prod(image), prod(shapes.get(norm) or (1, conv.out_channels, side, side))
     eager, fused = count_end(x, u, pooled)
     return Saving(shape, False, u, eager, fused, conv.weight.element_size())
 

@@ -20,7 +20,6 @@ from fastmbconv.swap.parts import (
     kind,
     name,
 )
-from fastmbconv.swap.places import Method, Names, Pool, chained
 
 KINDS = Kinds(
     same_convs=frozenset({"timm.layers.conv2d_same.Conv2dSame"}),
@@ -51,7 +50,6 @@ OPTIONAL = frozenset({"aa", "se", "drop_path", "conv_s2d", "bn_s2d"})
 MAXVIT = {
     "shortcut", "pre_norm", "down", "conv1_1x1", "norm1", "conv2_kxk", "norm2", "conv3_1x1", "drop_path",
 }  # fmt: skip
-POOLS = "timm.layers.adaptive_avgmax_pool"
 
 
 def inverted_residual(module: Module) -> Block | str:
@@ -157,6 +155,13 @@ def mobile_attention(module: Module) -> str:
     return "an attention block"
 
 
+def chained(layers: tuple[Module, ...], x: Tensor) -> Tensor:
+    """x through one layer after the other."""
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
 def maxvit_mbconv(module: Module) -> Block | str:
     """MaxViT's and CoAtNet's `MbConvBlock`: its convolutions are a block without residual and without a last BatchNorm.
 
@@ -210,23 +215,3 @@ BLOCKS = {
         ("MobileAttention", mobile_attention),
     )
 } | {"timm.models.maxxvit.MbConvBlock": maxvit_mbconv}
-
-
-def pool(module: Module) -> Pool:
-    """`SelectAdaptivePool2d` of type avg or fast."""
-    if kind(module) == f"{POOLS}.SelectAdaptivePool2d":
-        inner, flatten = module.pool, module.flatten
-        flattens = type(flatten) is nn.Flatten and (flatten.start_dim, flatten.end_dim) == (1, -1)
-        if flattens or type(flatten) is nn.Identity:
-            if type(inner) is nn.AdaptiveAvgPool2d and inner.output_size in (1, (1, 1)):
-                return Pool(module, flattens)
-            if kind(inner) == f"{POOLS}.FastAdaptiveAvgPool" and tuple(inner.dim) == (2, 3):
-                return Pool(module, flattens or inner.flatten)
-    return Pool(module, reason=f"the head is pooled by {module!r}")
-
-
-STEM = Names("stem", "conv_stem", "bn1", None, KINDS)
-HEAD = Names("head", "conv_head", "bn2", None, KINDS, "global_pool", pool)
-METHODS = {
-    "timm.models.efficientnet.EfficientNet": {"forward": Method((HEAD,), ("forward_features", "forward_head"))},
-}

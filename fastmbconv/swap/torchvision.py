@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from fastmbconv.block import Block, DenseBlock
 from fastmbconv.swap.parts import Kinds, Module, Parts, Squeeze, Stage, assemble, assemble_dense, kind, name
-from fastmbconv.swap.places import Layer, Method, Pool, Site, chained, pooled, same
 
 KINDS = Kinds(drops=frozenset({"torchvision.ops.stochastic_depth.StochasticDepth"}))
-UNIT = "torchvision.ops.misc.Conv2dNormActivation"
-SEQUENTIALS = {"torch.nn.modules.container.Sequential", UNIT}
-POOL = nn.AdaptiveAvgPool2d(1)  # what MobileNetV2's forward computes as a function
+SEQUENTIALS = {"torch.nn.modules.container.Sequential", "torchvision.ops.misc.Conv2dNormActivation"}
 SQUEEZE_EXCITE = "torchvision.ops.misc.SqueezeExcitation"
 
 
@@ -159,46 +153,4 @@ BLOCKS = {
     "torchvision.models.mobilenetv2.InvertedResidual": mobilenet_v2,
     "torchvision.models.mobilenetv3.InvertedResidual": mobilenet_v3,
     "torchvision.models.mnasnet._InvertedResidual": mnasnet,
-}
-
-
-def unit(role: Literal["stem", "head"], module: Module, pool: Pool | None = None) -> Site | None:
-    """`Conv2dNormActivation`: convolution, norm, activation; None for another module, or one with other parts."""
-    if kind(module) != UNIT or len(module) != 3:
-        return None
-    conv, norm, act = module._modules.values()
-    return Site(role, conv, norm, act, {f"the {role}": module}, KINDS, pool)
-
-
-@dataclass(frozen=True, slots=True)
-class LastFeature:
-    """The `Place` of a model's head: the last of its `features`, with the pool that its forward calls on them."""
-
-    pool: str | None
-    apart: bool = False
-
-    def site(self, module: Module) -> Site | None:
-        children = module._modules
-        features, pool = children.get("features"), POOL if self.pool is None else children.get(self.pool)
-        if type(features) is not nn.Sequential or len(features) < 2 or pool is None:
-            return None
-        found = unit("head", features[-1], Pool.of(pool))
-        return None if found is None else replace(found, around=features)
-
-    def replaced(self, module: Module) -> dict[str, Layer]:
-        site = self.site(module)
-        if site is None or site.pool_reason() is not None or site.hooked(pooled=True) is not None:
-            return {}
-        rest = tuple(module.features._modules.values())[:-1]
-        features: dict[str, Layer] = {"features": partial(_features_pooled, rest, site)}
-        return features if self.pool is None else {**features, self.pool: same}
-
-
-def _features_pooled(rest: tuple[Layer, ...], site: Site, x: Tensor) -> Tensor:
-    return pooled(site, chained(rest, x))
-
-
-METHODS = {
-    f"torchvision.models.{owner}": {"forward": Method((LastFeature(pool),), ("_forward_impl",))}
-    for owner, pool in (("efficientnet.EfficientNet", "avgpool"), ("mobilenetv2.MobileNetV2", None))
 }

@@ -180,6 +180,13 @@ def calls_of(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> Iterator[st
             yield getattr(node.target, "__name__", str(node.target)).strip("_")
 
 
+def conv2d_arguments(node: fx.Node) -> dict[str, Any]:
+    """What a node calls `F.conv2d` with, by name."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    return defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
 def _first_line(error: Exception) -> str:
     """An error's kind and first sentence."""
     line = str(error).strip().partition("\n")[0].partition(". ")[0].partition(" - got")[0]

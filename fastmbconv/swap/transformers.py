@@ -8,7 +8,6 @@ from torch import nn
 
 from fastmbconv.block import Block
 from fastmbconv.swap.parts import Kinds, Module, NotNow, Parts, Squeeze, Stage, assemble, children_reason, kind, name
-from fastmbconv.swap.places import Method, Names
 
 PREFIXES = (
     "transformers.models.efficientnet.modeling_efficientnet.EfficientNet",
@@ -89,8 +88,3 @@ def _padding(layer: Module) -> int | tuple[int, int] | str | None:
 
 
 BLOCKS = {f"{prefix}Block": partial(block, prefix) for prefix in PREFIXES}
-STEM = Names("stem", "convolution", "batchnorm", "activation", KINDS)
-HEAD = Names("head", "top_conv", "top_bn", "top_activation", KINDS)  # its map is an output too, so its pool stays
-METHODS = {f"{prefix}Embeddings": {"forward": Method((STEM,))} for prefix in PREFIXES} | {
-    f"{PREFIXES[0]}Encoder": {"forward": Method((HEAD,))}
-}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from inspect import Parameter, signature
 from typing import Any
 
@@ -27,6 +26,7 @@ State = tuple[Any, ...]
 LIVE = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.SyncBatchNorm)  # whose attributes are read at each call
 CHANGED = "an attribute or a submodule of it has changed since fuse: fuse it again"
 MODES = (True, False)
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Found:
 
 def read_written(ways: Ways, module: Module, *args: Any, **kwargs: Any) -> Block | DenseBlock | NotNow | str:
     """The adapter of a class that was found by structure."""
-    found = next((way for way in ways if way.state == _state(module, way.recipe, modal=way.modal)), None)
+    found = next((way for way in ways if way.state == state_of(module, way.recipe, modal=way.modal)), None)
     if found is None:
         return CHANGED
     if isinstance(found.recipe, str):
@@ -127,7 +127,7 @@ def _padding(conv: Any, padded: Any) -> Padding | None:
     return (own + padded[0], own + padded[1]) if padded[0] != padded[1] else own + padded[0]
 
 
-def _state(module: Module, recipe: Recipe | str, *, modal: bool) -> State:
+def state_of(module: Module, recipe: Recipe | str, *, modal: bool) -> State:
     """All that a forward may go by, but for what is read at each call."""
     drop = None if isinstance(recipe, str) else recipe.drop
     return tuple(_one_state(path, each, path == drop, modal) for path, each in _every(module))
@@ -144,13 +144,8 @@ def _every(module: Module, path: str = "") -> Iterator[tuple[str, Module]]:
 def _one_state(path: str, module: Module, drops: bool, modal: bool) -> State:
     if drops or (isinstance(module, LIVE) and is_torchs(module)):
         return path, kind(module)
-    attributes = tuple((name, _plain(value)) for name, value in vars(module).items() if name not in _every_has())
+    attributes = tuple((name, _plain(value)) for name, value in vars(module).items() if name not in OF_EVERY_MODULE)
     return path, kind(module), module.training if modal else None, attributes
-
-
-@cache
-def _every_has() -> frozenset[str]:
-    return frozenset(vars(nn.Module()))
 
 
 def _plain(value: Any) -> Any:
@@ -239,10 +234,10 @@ class _Finder:
         if all(isinstance(recipe, str) for recipe in recipes):
             return str(recipes[0])
         if recipes[0] == recipes[1]:
-            return (Way(_state(module, recipes[0], modal=False), recipes[0], False),)
+            return (Way(state_of(module, recipes[0], modal=False), recipes[0], False),)
         ways = []
         for training, recipe in zip(MODES, recipes, strict=True):
-            ways.append(Way(_state(shadow(module, training=training), recipe, modal=True), recipe, True))
+            ways.append(Way(state_of(shadow(module, training=training), recipe, modal=True), recipe, True))
         return tuple(ways)
 
     def _recipe_of(self, twin: nn.Module) -> Recipe | str:
