@@ -371,6 +371,12 @@ def test_autocast(make, x):
     torch.testing.assert_close(ours[-1], theirs[-1], rtol=0.05, atol=0.05)
 
 
+def test_on_another_default_device():
+    with torch.device("meta"):
+        model = fuse(written().eval())
+    assert [row.path for row in explain(model).ends] == ["fused"] * 2
+
+
 def test_with_a_filter_they_stay(x):
     model = fuse(prepared(written), lambda module, name: False)
     assert run(model, x)[1] == 0

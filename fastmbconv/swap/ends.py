@@ -196,7 +196,8 @@ def ends_of(model: nn.Module, found: Iterable[Found] = ()) -> list[End]:
     for each in found:
         if each.fits:
             blocks.update([each.module] if each.holder is None else each.module.children())
-    return _Finder(blocks).visit(model, None)[0]
+    with torch.device("cpu"):  # whichever the caller's is: values are looked at
+        return _Finder(blocks).visit(model, None)[0]
 
 
 def _swapped_or_known(module: nn.Module) -> Iterator[nn.Module]:

@@ -184,7 +184,8 @@ def find(model: nn.Module, *, verify: bool = True, again: bool = False) -> list[
         verify: prove each by its values (proving.py).
         again: look at those too that are fused already.
     """
-    return _Finder(verify, again).visit("", model)[0]
+    with torch.device("cpu"):  # whichever the caller's is: values are looked at
+        return _Finder(verify, again).visit("", model)[0]
 
 
 @dataclass
