@@ -397,7 +397,7 @@ class _Matcher:
         path = path_of(weight.target).rpartition(".")
         if path[2] != "weight" or (bias is not None and path_of(bias.target) != f"{path[0]}.bias".lstrip(".")):
             raise NoMatch(f"the {role}'s weight and bias are called {path_of(weight.target)} and not weight and bias")
-        fixed = tuple(_plain(given[name]) for name in ("stride", "padding", "dilation", "groups"))
+        fixed = tuple(given[name] for name in ("stride", "padding", "dilation", "groups"))
         if None in fixed:
             raise NoMatch(f"the {role}'s sizes are computed in the forward: not supported")
         return ConvRecipe(path[0], (*fixed, bias is not None))
@@ -492,10 +492,3 @@ def _name(node: fx.Node) -> str:
     if node.op not in ("call_function", "call_method"):
         return ""
     return getattr(node.target, "__name__", str(node.target))
-
-
-def _plain(value: Any) -> Any:
-    """A convolution's setting as nn.Conv2d has it; None where it is computed."""
-    if isinstance(value, (list, tuple)):
-        return tuple(value) if all(isinstance(each, int) for each in value) else None
-    return value if isinstance(value, (int, str)) else None

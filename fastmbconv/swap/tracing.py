@@ -181,10 +181,18 @@ def calls_of(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> Iterator[st
 
 
 def conv2d_arguments(node: fx.Node) -> dict[str, Any]:
-    """What a node calls `F.conv2d` with, by name."""
+    """What a node calls `F.conv2d` with, by name; settings as nn.Conv2d has them, None for one that is computed."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    return defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given = defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return given | {name: _plain(given[name]) for name in ("stride", "padding", "dilation", "groups")}
+
+
+def _plain(value: Any) -> Any:
+    """A convolution's setting as nn.Conv2d has it; None where it is computed."""
+    if isinstance(value, (list, tuple)):
+        return tuple(value) if all(isinstance(each, int) for each in value) else None
+    return value if isinstance(value, (int, str)) else None
 
 
 def _first_line(error: Exception) -> str:
