@@ -442,6 +442,23 @@ def test_wrapped_by_data_parallel():
     assert explain(fuse(nn.DataParallel(nn.Sequential(e.MeanBlock(8, 8))))).fused == 1
 
 
+def test_wrapped_for_distributed_training(tmp_path):
+    """Fused inside and outside of DDP: the same gradients as without."""
+    torch.manual_seed(9)
+    own = randomised(nn.Sequential(e.MeanBlock(8, 8), e.DropPathBlock(8, 8)))
+    fused = fuse(copy.deepcopy(own))
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(fused)
+        assert explain(fuse(wrapped)).fused == 2
+        with fastmbconv.backend("triton"):
+            ours = outcome(fused, wrapped, image())
+        theirs = outcome(own, own, image())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_close(ours, theirs)
+
+
 def test_scripted_model_inside():
     """Is nobody's to trace, and keeps its mode."""
     model = nn.Sequential(e.MeanBlock(8, 8), torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 1)))).eval()

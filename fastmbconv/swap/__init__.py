@@ -20,7 +20,7 @@ from fastmbconv.swap.ends import fuse_ends
 from fastmbconv.swap.explain import Explanation, Row, explain
 from fastmbconv.swap.fused import FusedBlock, fusible, swap_in, swap_out
 from fastmbconv.swap.runs import Run, runs_of, shell_of, swap_in_runs
-from fastmbconv.swap.written import Ways, find
+from fastmbconv.swap.written import Found, Ways, find
 
 __all__ = ["Explanation", "Row", "explain", "fuse", "unfuse"]
 
@@ -72,23 +72,20 @@ def fuse(
         if block is not None and not isinstance(block, str) and _ways_of(module) is None and chosen(module, name):
             swap_in(module, memory)
             blocks.append((module, block))
-    blocks += [(module, fusible(module)) for module in _fuse_written(model, holders, chosen, memory, verify)]
+    written = find(model, verify=verify, again=True)
+    blocks += [(module, fusible(module)) for module in _fuse_written(written, holders, chosen, memory)]
     before: Block | None = None
     for module, block in blocks:
         if before is not None:
             ahead.follows(before.depthwise_weight, _described(weakref.ref(module), memory))
         before = block if isinstance(block, Block) else None
     if filter_fn is None:
-        fuse_ends(model)
+        fuse_ends(model, written)
     return model
 
 
 def _fuse_written(
-    model: nn.Module,
-    holders: list[nn.Module],
-    chosen: Callable[[nn.Module, str], bool],
-    memory: Memory,
-    verify: bool,
+    written: list[Found], holders: list[nn.Module], chosen: Callable[[nn.Module, str], bool], memory: Memory
 ) -> list[nn.Module]:
     """Swap in what is found by structure, and return it; what was one before and is one no more is swapped out.
 
@@ -96,7 +93,7 @@ def _fuse_written(
     """
     blocks: list[nn.Module] = []
     runs: dict[nn.Module, list[Run]] = {holder: [] for holder in holders}
-    for found in find(model, verify=verify, again=True):
+    for found in written:
         if isinstance(found.ways, str):
             if _ways_of(found.module) is not None:
                 swap_out(found.module)

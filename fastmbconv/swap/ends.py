@@ -23,7 +23,8 @@ from fastmbconv.ends import ConvBNAct, infers
 from fastmbconv.readings import block_of
 from fastmbconv.swap import timm
 from fastmbconv.swap.fused import own_forward, swap_out
-from fastmbconv.swap.matching import NoMatch, StageRecipe, match_stage
+from fastmbconv.swap.matching import StageRecipe, match_stage
+from fastmbconv.swap.nodes import NoMatch
 from fastmbconv.swap.parts import Module, activation_of, kind, norm_reason, unknown_activation
 from fastmbconv.swap.registry import adapter_of
 from fastmbconv.swap.runs import runs_of
@@ -177,12 +178,12 @@ class End:
         return dispatch.module_reason(self.module)
 
 
-def fuse_ends(model: nn.Module) -> None:
-    """Swap in the ends that can be fused; what was one before and is one no more is swapped out."""
+def fuse_ends(model: nn.Module, found: Iterable[Found]) -> None:
+    """Swap in the ends that can be fused; what was one before and is one no more is swapped out. `found` as below."""
     for module in model.modules():
         if isinstance(module, FusedEnd) and "original" in vars(type(module)):
             swap_out(module)
-    for end in ends_of(model):
+    for end in ends_of(model, found):
         if isinstance(end.module, ConvBNAct):
             end.module.fused = True
         elif end.reason() is None and not isinstance(end.module, FusedEnd):
@@ -191,10 +192,10 @@ def fuse_ends(model: nn.Module) -> None:
 
 
 def ends_of(model: nn.Module, found: Iterable[Found] = ()) -> list[End]:
-    """The ends in a model, in its order; `found`: blocks that `written.find` has found and `fuse` has not swapped."""
+    """The ends in a model, in its order; `found`: what `written.find` has found, blocks and what looks like one."""
     blocks = set(_swapped_or_known(model))
     for each in found:
-        if each.fits:
+        if each.fits or each.module is not model:  # as a model does whose forward has the block inline
             blocks.update([each.module] if each.holder is None else each.module.children())
     with torch.device("cpu"):  # whichever the caller's is: values are looked at
         return _Finder(blocks).visit(model, None)[0]

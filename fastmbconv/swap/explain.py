@@ -221,12 +221,13 @@ def _convolutions(module: nn.Module) -> list[Any]:
 
 
 def _guessed_geometry(module: nn.Module) -> Geometry:
-    """Sizes from the convolutions in their order; the depthwise one, else the widest, tells kernel and stride."""
-    squeeze_excite = any(
-        name == "_se_reduce" or any(word in type(m).__name__ for word in ("SqueezeExc", "SEModule"))
-        for name, m in module.named_modules()
-    )
+    """Sizes from the convolutions in their order; the depthwise one, else the widest, tells kernel and stride.
+
+    A block has at most two layers that mix channels; what has more has a squeeze-excite.
+    """
     convs = _convolutions(module)
+    mixing = [conv for conv in convs if _first(conv.kernel_size) == 1 and conv.groups == 1]
+    squeeze_excite = len(mixing) + sum(isinstance(each, nn.Linear) for each in module.modules()) > 2
     if not convs:
         return Geometry(None, None, None, squeeze_excite)
     main = next(filter(_is_depthwise, convs), None) or max(convs, key=lambda conv: _first(conv.kernel_size))

@@ -15,37 +15,9 @@ from typing import Any, Literal
 from torch import Tensor, fx, nn
 
 from fastmbconv.block import Activation, Gate
-from fastmbconv.mbconv import NORMS
 from fastmbconv.swap import behaviour
-from fastmbconv.swap.tracing import Trace, calls_of, conv2d_arguments, has_tensors, is_torchs, path_of, run
-
-SUMS = {"add", "add_", "iadd"}
-PRODUCTS = {"mul", "mul_", "imul"}
-# Functions and methods of one tensor, and of numbers, that work element by element.
-ELEMENTWISE = (
-    SUMS
-    | PRODUCTS
-    | {"sub", "sub_", "isub", "div", "div_", "truediv", "itruediv", "true_divide", "neg", "pow", "exp", "tanh", "tanh_"}
-    | {"erf", "clamp", "clamp_", "clip", "relu", "relu_", "relu6", "silu", "hardswish", "hardswish_", "hardsigmoid"}
-    | {"hardtanh", "hardtanh_", "gelu", "mish", "elu", "selu", "leaky_relu", "softplus", "sigmoid", "sigmoid_", "sqrt"}
-    | {"abs", "square", "maximum", "minimum", "dropout", "clone", "contiguous"}
-)
-SIZES = {"size", "dim", "getattr", "getitem", "floordiv", "numel"}  # of sizes, not of values
-
-
-class NoMatch(Exception):
-    """Why a graph holds no such block there."""
-
-
-@dataclass(frozen=True, slots=True)
-class ConvRecipe:
-    """A convolution: the module at `path`, or (`fixed`) `F.conv2d` with that module's weight and bias.
-
-    `fixed` is (stride, padding, dilation, groups, whether there is a bias).
-    """
-
-    path: str
-    fixed: tuple[Any, ...] | None = None
+from fastmbconv.swap.nodes import PRODUCTS, SIZES, SUMS, ConvRecipe, Nodes, NoMatch, name_of
+from fastmbconv.swap.tracing import Trace, has_tensors, is_torchs, path_of, run
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +71,7 @@ def match(trace: Trace, out: fx.Node, starts: Collection[fx.Node], taken: Collec
     Raises:
         NoMatch: with what stands in the way.
     """
-    return _Matcher(trace, starts, taken).match(out)
+    return _Matcher(Nodes(trace), starts, taken).match(out)
 
 
 def match_whole(trace: Trace) -> Recipe:
@@ -108,7 +80,7 @@ def match_whole(trace: Trace) -> Recipe:
     Raises:
         NoMatch: with what stands in the way.
     """
-    matcher = _Matcher(trace, {trace.image}, ())
+    matcher = _Matcher(Nodes(trace), {trace.image}, ())
     found = matcher.match(trace.outputs[-1])
     matcher.check_nothing_else()
     return found.recipe
@@ -120,10 +92,10 @@ def match_stage(trace: Trace) -> StageRecipe:
     Raises:
         NoMatch: with what stands in the way.
     """
-    matcher, out = _Matcher(trace, {trace.image}, ()), trace.outputs[-1]
+    matcher, out = _Matcher(Nodes(trace), {trace.image}, ()), trace.outputs[-1]
     stage, first = matcher._stage(out, "convolution")
     if first is not trace.image:
-        raise NoMatch(f"{matcher._call(first)} before the convolution: not supported")
+        raise NoMatch(f"{matcher.at.call(first)} before the convolution: not supported")
     matcher._check_consumers(out, first)
     matcher.check_nothing_else()
     return stage
@@ -131,7 +103,7 @@ def match_stage(trace: Trace) -> StageRecipe:
 
 @dataclass
 class _Matcher:
-    trace: Trace
+    at: Nodes
     starts: Collection[fx.Node]
     taken: Collection[fx.Node]
     nodes: set[fx.Node] = field(default_factory=set)
@@ -144,35 +116,35 @@ class _Matcher:
         project, v = self._stage(v, "projection")
         v, se = self._excite(v)
         depthwise, v = self._stage(v, "depthwise convolution")
-        if self._groups(depthwise.conv) == 1:
+        if self.at.groups(depthwise.conv) == 1:
             raise NoMatch("a dense convolution where the depthwise convolution is expected")
         expand, first = self._expansion(v)
         start, first = self._start(first, shortcut, expand)
         if first not in self.starts or (shortcut is not None and first is not shortcut):
             if expand is None:
                 self._stage(first, "expansion")  # has the reason
-            raise NoMatch(f"{self._call(first)} before the first convolution: not supported")
+            raise NoMatch(f"{self.at.call(first)} before the first convolution: not supported")
         self._check_consumers(out, first)
-        norms = [self.trace.modules[each.norm] for each in (start, expand, depthwise, project) if each is not None]
+        norms = [self.at.trace.modules[each.norm] for each in (start, expand, depthwise, project) if each is not None]
         if len(set(norms)) < len(norms):
             raise NoMatch("a BatchNorm stands in two places: not supported")
         recipe = Recipe(start, expand, depthwise, se, project, shortcut is not None, drop)
         return Match(recipe, first, frozenset(self.nodes))
 
     def check_nothing_else(self) -> None:
-        for node in self.trace.graph.nodes:
+        for node in self.at.trace.graph.nodes:
             if (
                 node not in self.nodes
                 and node.op not in ("placeholder", "get_attr", "output")
                 and not self._is_size(node)
             ):
-                raise NoMatch(f"it computes more than a block: {self._call(node)}")
+                raise NoMatch(f"it computes more than a block: {self.at.call(node)}")
 
     def _split_residual(self, out: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-        pair = self._pair(out, SUMS)
+        pair = self.at.pair(out, SUMS)
         if pair is None:
             return out, None
-        if _name(out) in ("iadd", "add_") and pair[0] in self.starts:
+        if name_of(out) in ("iadd", "add_") and pair[0] in self.starts:
             raise NoMatch("the residual is added to the block's own input in place")
         if float(out.kwargs.get("alpha", 1)) != 1:  # type: ignore[arg-type]
             raise NoMatch("the residual is scaled: not supported")
@@ -185,11 +157,11 @@ class _Matcher:
     def _strip_drop(self, v: fx.Node) -> tuple[fx.Node, str | None]:
         """What is behind modules that do nothing, and a stochastic depth's path."""
         drop = None
-        while v.op == "call_module" and (module := self._module(v)) is not None and not has_tensors(module):
+        while v.op == "call_module" and (module := self.at.module(v)) is not None and not has_tensors(module):
             kind = behaviour.behaviour_of(module)
             if kind == "drop" and drop is None:
                 drop = path_of(v.target)
-            elif kind != "same" and not (kind == "dropout" and not self.trace.training):
+            elif kind != "same" and not (kind == "dropout" and not self.at.trace.training):
                 break
             self.nodes.add(v)
             (v,) = v.all_input_nodes
@@ -197,24 +169,26 @@ class _Matcher:
 
     def _stage(self, v: fx.Node, role: str) -> tuple[StageRecipe, fx.Node]:
         """The convolution, BatchNorm and activation that end in v, and the convolution's input."""
-        root, region = self._root(v)
-        norm = self._norm(root)
+        root, region = self.at.root(v)
+        norm = self.at.norm(root)
         if norm is None:
             raise NoMatch(self._why_no_norm(root, region, role))
-        act = self._activation(root, region, role)
+        act = self.at.activation(root, region, role)
         (u,) = root.all_input_nodes
-        conv = self._conv(u, role)
+        conv = self.at.conv(u, role)
         v, padded = self._unpad(u.all_input_nodes[0])
         self.nodes.update((*region, root, u))
-        if not is_torchs(self._conv_of(u)) and conv.fixed is None:
+        if not is_torchs(self.at.conv_of(u)) and conv.fixed is None:
             if padded != (0, 0):
-                raise NoMatch(f"a padding before a {type(self._conv_of(u)).__name__}, which pads itself: not supported")
+                raise NoMatch(
+                    f"a padding before a {type(self.at.conv_of(u)).__name__}, which pads itself: not supported"
+                )
             return StageRecipe(conv, norm, act, "same"), v
         return StageRecipe(conv, norm, act, padded), v
 
     def _expansion(self, v: fx.Node) -> tuple[StageRecipe | None, fx.Node]:
-        root, _ = self._root(v)
-        if self._norm(root) is None or root in self.taken or not self._is_pointwise(root.all_input_nodes[0]):
+        root, _ = self.at.root(v)
+        if self.at.norm(root) is None or root in self.taken or not self.at.is_pointwise(root.all_input_nodes[0]):
             return None, v
         return self._stage(v, "expansion")
 
@@ -222,10 +196,10 @@ class _Matcher:
         self, first: fx.Node, shortcut: fx.Node | None, expand: StageRecipe | None
     ) -> tuple[StageRecipe | None, fx.Node]:
         """A depthwise convolution and its BatchNorm in front of an expansion, where the block begins before them."""
-        if expand is None or first is shortcut or self._norm(first) is None or first in self.taken:
+        if expand is None or first is shortcut or self.at.norm(first) is None or first in self.taken:
             return None, first
         (u,) = first.all_input_nodes
-        conv = self._conv_of(u)
+        conv = self.at.conv_of(u)
         before = self._unpad(u.all_input_nodes[0], note=False)[0] if conv is not None else None
         if conv is None or not (conv.groups == conv.in_channels > 1) or before not in self.starts:
             return None, first
@@ -233,10 +207,10 @@ class _Matcher:
 
     def _excite(self, v: fx.Node) -> tuple[fx.Node, GateRecipe | None]:
         """What is multiplied by a gate, and the gate; v itself where none is."""
-        root, region = self._root(v)
-        pair = self._pair(root, PRODUCTS)
+        root, region = self.at.root(v)
+        pair = self.at.pair(root, PRODUCTS)
         if pair is None:
-            if self._norm(root) is None:
+            if self.at.norm(root) is None:
                 self._refuse_bare_gate(v)
             return v, None
         reasons = []
@@ -248,7 +222,7 @@ class _Matcher:
                 self.nodes = nodes
                 reasons.append(str(reason))
                 continue
-            if self._activation(root, region, "squeeze-excite") != "none":
+            if self.at.activation(root, region, "squeeze-excite") != "none":
                 raise NoMatch("the squeeze-excite stands before the activation: not supported")
             self.nodes.update((*region, root))
             return a, found
@@ -271,14 +245,14 @@ class _Matcher:
         image = behaviour.probe(4, layer.weight.shape[0], 6, 6)
         gate = behaviour.gate_named(self._function(behind, expand, layer, a, image), image[:, :, 0, 0])
         if gate is None:
-            raise NoMatch(f"{self._calls(behind)} as the squeeze-excite's gate: not supported")
+            raise NoMatch(f"{self.at.calls(behind)} as the squeeze-excite's gate: not supported")
         x = behaviour.probe(4, reducer.weight.shape[0])
         act = behaviour.activation_named(self._function(between, inputs, reducer, a, image), x)
         if act is None:
-            raise NoMatch(f"{self._calls(between)} inside the squeeze-excite: not supported")
+            raise NoMatch(f"{self.at.calls(between)} inside the squeeze-excite: not supported")
         pooling = self._between(squeezed, a)
-        if a is not None and not behaviour.is_mean(lambda t: run(pooling, {a: t}, self.trace.modules), image):
-            raise NoMatch(f"{self._calls(pooling)} as the squeeze: not supported (supported: the image's mean)")
+        if a is not None and not behaviour.is_mean(lambda t: run(pooling, {a: t}, self.at.trace.modules), image):
+            raise NoMatch(f"{self.at.calls(pooling)} as the squeeze: not supported (supported: the image's mean)")
         self.nodes.update((*behind, expand, *between, inputs, *pooling))
         return GateRecipe(path_of(inputs.target), act, path_of(expand.target), gate)
 
@@ -290,7 +264,7 @@ class _Matcher:
         def function(x: Tensor) -> Any:
             given = x if isinstance(module, nn.Linear) else x[:, :, None, None]
             values = {layer: given} | ({} if a is None else {a: image})
-            y = run(nodes, values, self.trace.modules) if nodes else given
+            y = run(nodes, values, self.at.trace.modules) if nodes else given
             if y.dim() == 4:
                 return y.expand(*y.shape[:2], 1, 1)[:, :, 0, 0] if y.shape[2:] == (1, 1) else y.mean((2, 3))
             return y
@@ -305,7 +279,7 @@ class _Matcher:
         def walk(node: fx.Node) -> None:
             if node in nodes or node in layers or node is a:
                 return
-            module = self._module(node)
+            module = self.at.module(node)
             if module is not None and has_tensors(module):
                 layers.append(node)
                 return
@@ -318,7 +292,7 @@ class _Matcher:
         walk(v)
         if len(layers) != 1:
             raise NoMatch("a gate that is not the depthwise stage's own: not supported")
-        module = self._module(layers[0])
+        module = self.at.module(layers[0])
         if not isinstance(module, (nn.Linear, nn.Conv2d)) or not is_torchs(module):
             raise NoMatch(f"a {type(module).__name__} inside the squeeze-excite: not supported")
         return layers[0], nodes, module
@@ -330,7 +304,7 @@ class _Matcher:
         def walk(node: fx.Node) -> None:
             if node in nodes or node is a:
                 return
-            module = self._module(node)
+            module = self.at.module(node)
             if node.op in ("placeholder", "get_attr") or (module is not None and has_tensors(module)):
                 if a is None:
                     return
@@ -342,88 +316,18 @@ class _Matcher:
         walk(v)
         return nodes
 
-    def _root(self, v: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-        """The one node that v is an elementwise function of, or v itself, and the nodes between, v the last."""
-        if not self._is_elementwise(v):
-            return v, []
-        found = [self._root(given) for given in v.all_input_nodes]
-        if len({root for root, _ in found}) != 1:
-            return v, []
-        nodes = list(dict.fromkeys(node for _, region in found for node in region))
-        return found[0][0], [*nodes, v]
-
-    def _is_elementwise(self, node: fx.Node) -> bool:
-        module = self._module(node)
-        if module is not None:
-            if has_tensors(module) or len(node.all_input_nodes) != 1:
-                return False
-            if behaviour.behaviour_of(module) in ("same", "drop", "dropout"):
-                return True
-            return type(module).__module__ == "torch.nn.modules.activation" or behaviour.is_known(module)
-        return node.op in ("call_function", "call_method") and _name(node) in ELEMENTWISE and bool(node.all_input_nodes)
-
-    def _activation(self, root: fx.Node, region: list[fx.Node], role: str) -> Any:
-        if not region:
-            return "none"
-        named = behaviour.activation_named(lambda x: run(region, {root: x}, self.trace.modules))
-        if named is None:
-            raise NoMatch(f"{self._calls(region)} after the {role}: not supported")
-        return named
-
     def _why_no_norm(self, root: fx.Node, region: list[fx.Node], role: str) -> str:
-        if (pair := self._pair(root, SUMS)) is not None and any(each in self.starts for each in pair):
-            return f"{self._calls(region or [root])} behind the sum with the block's input: not supported"
-        if self._conv_of(root) is not None:
+        if (pair := self.at.pair(root, SUMS)) is not None and any(each in self.starts for each in pair):
+            return f"{self.at.calls(region or [root])} behind the sum with the block's input: not supported"
+        if self.at.conv_of(root) is not None:
             return f"no BatchNorm after the {role}"
         if root.op == "placeholder":
             return f"no {role} was found"
-        return f"{self._call(root)} after the {role}: not supported"
-
-    def _norm(self, node: fx.Node) -> str | None:
-        """A BatchNorm's path."""
-        module = self._module(node)
-        known = type(module) in NORMS or (isinstance(module, nn.BatchNorm2d) and is_torchs(module))
-        return path_of(node.target) if known else None
-
-    def _conv(self, u: fx.Node, role: str) -> ConvRecipe:
-        if self._conv_of(u) is None:
-            raise NoMatch(f"{self._call(u)} where the {role} is expected")
-        if u.op == "call_module":
-            return ConvRecipe(path_of(u.target))
-        given = conv2d_arguments(u)
-        weight, bias = given["weight"], given["bias"]
-        if not all(each is None or getattr(each, "op", "") == "get_attr" for each in (weight, bias)):
-            raise NoMatch(f"the {role}'s weight is computed in the forward: not supported")
-        path = path_of(weight.target).rpartition(".")
-        if path[2] != "weight" or (bias is not None and path_of(bias.target) != f"{path[0]}.bias".lstrip(".")):
-            raise NoMatch(f"the {role}'s weight and bias are called {path_of(weight.target)} and not weight and bias")
-        fixed = tuple(given[name] for name in ("stride", "padding", "dilation", "groups"))
-        if None in fixed:
-            raise NoMatch(f"the {role}'s sizes are computed in the forward: not supported")
-        return ConvRecipe(path[0], (*fixed, bias is not None))
-
-    def _conv_of(self, node: fx.Node) -> Any:
-        """The module whose convolution a node is, or None."""
-        module = self._module(node)
-        if module is not None:
-            known = isinstance(module, nn.Conv2d) and (is_torchs(module) or behaviour.pads_same(module))
-            return module if known else None
-        if node.op == "call_function" and _name(node) == "conv2d":
-            weight = conv2d_arguments(node)["weight"]
-            return self.trace.modules.get(path_of(getattr(weight, "target", "")).rpartition(".")[0])
-        return None
-
-    def _groups(self, conv: ConvRecipe) -> int:
-        module: Any = self.trace.modules[conv.path]
-        return int(module.groups if conv.fixed is None else conv.fixed[3])
-
-    def _is_pointwise(self, node: fx.Node) -> bool:
-        conv = self._conv_of(node)
-        return conv is not None and tuple(conv.weight.shape[2:]) == (1, 1) and getattr(conv, "groups", 1) == 1
+        return f"{self.at.call(root)} after the {role}: not supported"
 
     def _unpad(self, v: fx.Node, *, note: bool = True) -> tuple[fx.Node, tuple[int, int]]:
         """What is padded with zeros, and by how much at (top and left, bottom and right)."""
-        sides = self._padded(v)
+        sides = self.at.padded(v)
         if sides is None:
             return v, (0, 0)
         if note:
@@ -431,64 +335,12 @@ class _Matcher:
         inner, (before, after) = self._unpad(v.all_input_nodes[0], note=note)
         return inner, (before + sides[0], after + sides[1])
 
-    def _padded(self, v: fx.Node) -> tuple[int, int] | None:
-        module = self._module(v)
-        sides: Any = None
-        if isinstance(module, nn.ZeroPad2d) and is_torchs(module):
-            sides = module.padding
-        elif v.op == "call_function" and _name(v) == "pad":
-            given = dict(zip(("input", "pad", "mode", "value"), v.args, strict=False)) | dict(v.kwargs)
-            sides = given["pad"]
-            if given.get("mode", "constant") != "constant" or given.get("value") not in (None, 0, 0.0):
-                raise NoMatch("a padding that is not of zeros: not supported")
-        elif module is not None and not has_tensors(module) and behaviour.behaviour_of(module) == "same":
-            return 0, 0
-        if sides is None:
-            return None
-        left, right, top, bottom = (*sides, 0, 0)[:4]
-        if not all(isinstance(side, int) for side in (left, right, top, bottom)):
-            raise NoMatch("a padding that depends on the image's size: not supported")
-        if (left, right) != (top, bottom):
-            raise NoMatch(f"a padding of {(left, right, top, bottom)} (supported: left as top, and right as bottom)")
-        return left, right
-
     def _check_consumers(self, out: fx.Node, first: fx.Node) -> None:
         for node in self.nodes - {out}:
             for user in node.users:
                 if user not in self.nodes and not self._is_size(user):
-                    raise NoMatch(f"{self._call(node)}'s output has another use: {self._call(user)}")
+                    raise NoMatch(f"{self.at.call(node)}'s output has another use: {self.at.call(user)}")
 
     def _is_size(self, node: fx.Node) -> bool:
         """Whether a node tells sizes only, to nodes of the block or to nobody."""
-        return _name(node) in SIZES and all(user in self.nodes or self._is_size(user) for user in node.users)
-
-    def _pair(self, node: fx.Node, names: set[str]) -> tuple[fx.Node, fx.Node] | None:
-        """The two tensors that a node adds or multiplies."""
-        if node.op not in ("call_function", "call_method") or _name(node) not in names:
-            return None
-        given = [each for each in node.args if isinstance(each, fx.Node)]
-        given += [each for name, each in node.kwargs.items() if name == "other" and isinstance(each, fx.Node)]
-        return (given[0], given[1]) if len(given) == 2 else None
-
-    def _module(self, node: fx.Node) -> Any:
-        return self.trace.modules[path_of(node.target)] if node.op == "call_module" else None
-
-    def _call(self, node: fx.Node) -> str:
-        return (
-            "the block's input" if node.op == "placeholder" else _with_article([*calls_of([node], self.trace.modules)])
-        )
-
-    def _calls(self, nodes: list[fx.Node]) -> str:
-        return _with_article([name for name in calls_of(nodes, self.trace.modules) if name not in SIZES])
-
-
-def _with_article(named: list[str]) -> str:
-    if not named:
-        return "nothing"
-    return f"{'an' if named[0][0] in 'aeiouAEIOU' else 'a'} {', '.join(named)}"
-
-
-def _name(node: fx.Node) -> str:
-    if node.op not in ("call_function", "call_method"):
-        return ""
-    return getattr(node.target, "__name__", str(node.target))
+        return name_of(node) in SIZES and all(user in self.nodes or self._is_size(user) for user in node.users)

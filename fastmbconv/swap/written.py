@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fastmbconv import dispatch
 from fastmbconv.block import Block, DenseBlock, Padding
-from fastmbconv.swap.matching import ConvRecipe, NoMatch, Recipe, StageRecipe, match, match_whole
+from fastmbconv.swap.matching import Recipe, StageRecipe, match, match_whole
+from fastmbconv.swap.nodes import ConvRecipe, NoMatch
 from fastmbconv.swap.parts import Convolution, Kinds, Module, NotNow, Parts, Squeeze, Stage, assemble, kind
 from fastmbconv.swap.proving import why_not
 from fastmbconv.swap.registry import adapter_of, forward_owner
