@@ -50,7 +50,7 @@ TAKEN = {
     "mean": (4, 4, 4, ()),
     "argument": (3, 3, 3, ()),
     "argument_left_out": (2, 2, 2, ()),
-    "checkpointed": (1, 0, 1, ("in training its 0.bn1.running_mean is 1.1e-01 apart",)),
+    "checkpointed": (1, 0, 1, ("in training its 0.bn1.running_mean is",)),
     "asserting": (0, 0, 2, ("its forward takes another way for other values or sizes of its input",)),
     "drop_path_module": (3, 3, 3, ()),
     "tutorial": (3, 1, 3, ("rand() received an invalid combination of arguments",)),
@@ -66,8 +66,8 @@ TAKEN = {
 }
 # Near misses that are fused into what they are.
 RIGHT = {"padding_asymmetric", "relu", "training"}
-# Those that differ from their twins in nothing that a call of the block alone would show.
-UNSEEN = {"side_effect", "gate_unused", "half_the_groups", "size"}
+# Those that differ from their twins in nothing that one call of the block shows.
+UNSEEN = {"side_effect", "gate_unused", "half_the_groups", "size", "values"}
 
 
 def row_counts(model):
@@ -334,11 +334,12 @@ def test_nothing_of_the_callers_is_touched():
         module.register_forward_hook(lambda *_: called.append(1))
     model[0].eval()
     before = copy.deepcopy(model.state_dict()), torch.get_rng_state(), [m.training for m in model.modules()]
+    seeds = len(torch.cuda._queued_calls)  # of GPUs, once there are some
     fuse(model)
     explain(model)
     assert not called
     explain(model, (2, 8, 8, 8))  # runs it, on tensors without values
-    assert torch.equal(torch.get_rng_state(), before[1])
+    assert torch.equal(torch.get_rng_state(), before[1]) and len(torch.cuda._queued_calls) == seeds
     assert [m.training for m in model.modules()] == before[2]
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before[0].values(), strict=True))
     assert list(model.state_dict()) == list(before[0])

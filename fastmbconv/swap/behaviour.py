@@ -34,7 +34,7 @@ def probe(*shape: int) -> Tensor:
 def probed(function: Callable[[Tensor], Any], x: Tensor, seed: int = 0) -> Any:
     """function(x) with random numbers of its own, None where it fails; nothing else sees that it ran."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # of no GPU
         try:
             return function(x.clone())
         except Exception:  # whatever somebody's code does with values that it was not made for

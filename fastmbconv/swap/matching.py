@@ -158,7 +158,7 @@ class _Matcher:
         """What is behind modules that do nothing, and a stochastic depth's path."""
         drop = None
         while v.op == "call_module" and (module := self.at.module(v)) is not None and not has_tensors(module):
-            kind = behaviour.behaviour_of(module)
+            kind = self.at.behaviour_of(module)
             if kind == "drop" and drop is None:
                 drop = path_of(v.target)
             elif kind != "same" and not (kind == "dropout" and not self.at.trace.training):

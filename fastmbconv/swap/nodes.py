@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
@@ -22,6 +22,7 @@ ELEMENTWISE = (
     | {"hardtanh", "hardtanh_", "gelu", "mish", "elu", "selu", "leaky_relu", "softplus", "sigmoid", "sigmoid_", "sqrt"}
     | {"abs", "square", "maximum", "minimum", "dropout", "clone", "contiguous"}
 )
+ACTIVATIONS = "torch.nn.modules.activation"
 SIZES = {"size", "dim", "getattr", "getitem", "floordiv", "numel"}  # of sizes, not of values
 
 
@@ -45,6 +46,15 @@ class Nodes:
     """The nodes of one trace."""
 
     trace: Trace
+    seen: dict[nn.Module, behaviour.Behaviour] = field(default_factory=dict)
+
+    def behaviour_of(self, module: nn.Module) -> behaviour.Behaviour:
+        """`behaviour.behaviour_of`, asked once for each module; none of torch's activations does nothing."""
+        if type(module).__module__ == ACTIVATIONS:
+            return "other"
+        if module not in self.seen:
+            self.seen[module] = behaviour.behaviour_of(module)
+        return self.seen[module]
 
     def root(self, v: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
         """The one node that v is an elementwise function of, or v itself, and the nodes between, v the last."""
@@ -61,9 +71,9 @@ class Nodes:
         if module is not None:
             if has_tensors(module) or len(node.all_input_nodes) != 1:
                 return False
-            if behaviour.behaviour_of(module) in ("same", "drop", "dropout"):
+            if self.behaviour_of(module) in ("same", "drop", "dropout"):
                 return True
-            return type(module).__module__ == "torch.nn.modules.activation" or behaviour.is_known(module)
+            return type(module).__module__ == ACTIVATIONS or behaviour.is_known(module)
         return (
             node.op in ("call_function", "call_method") and name_of(node) in ELEMENTWISE and bool(node.all_input_nodes)
         )
@@ -128,7 +138,7 @@ class Nodes:
             sides = given["pad"]
             if given.get("mode", "constant") != "constant" or given.get("value") not in (None, 0, 0.0):
                 raise NoMatch("a padding that is not of zeros: not supported")
-        elif module is not None and not has_tensors(module) and behaviour.behaviour_of(module) == "same":
+        elif module is not None and not has_tensors(module) and self.behaviour_of(module) == "same":
             return 0, 0
         if sides is None:
             return None

@@ -17,7 +17,7 @@ from fastmbconv import reference
 from fastmbconv.block import Block
 
 CLOSE = 1e-9
-IMAGES, HEIGHT, WIDTH = 2, 8, 10
+IMAGES, HEIGHT, WIDTH = 2, 7, 9
 
 
 def why_not(twin: nn.Module, block_of: Callable[[nn.Module], Block | str]) -> str | None:
@@ -51,18 +51,20 @@ def why_not(twin: nn.Module, block_of: Callable[[nn.Module], Block | str]) -> st
 
 def _randomised(twin: nn.Module) -> nn.Module:
     """A copy on the CPU in float64 with random tensors, wide enough to reach every kink of an activation."""
+    tensors = {id(each): each for each in (*twin.parameters(), *twin.buffers())}
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        module = copy.deepcopy(twin)
+        module = copy.deepcopy(twin, tensors)  # without them
         for holder in module.modules():
             norm = isinstance(holder, (nn.BatchNorm2d, nn.SyncBatchNorm))
             for name, p in holder._parameters.items():
                 if p is not None:
-                    drawn = _random(p.shape) / max(1.0, p.shape[1:].numel() ** 0.5)
+                    drawn = _random(p.shape, generator) / max(1.0, p.shape[1:].numel() ** 0.5)
                     wide = drawn * 3 + 3 * drawn.sign() if norm and name == "weight" else drawn * (2 if norm else 1)
                     holder._parameters[name] = nn.Parameter(wide)
             for name, b in holder._buffers.items():
                 if b is not None and b.is_floating_point():
-                    drawn = _random(b.shape)
+                    drawn = _random(b.shape, generator)
                     holder._buffers[name] = drawn.abs() + 0.5 if name.endswith("var") else drawn
                 elif b is not None:
                     holder._buffers[name] = torch.ones(b.shape, dtype=b.dtype)
@@ -84,7 +86,7 @@ def _outcome(module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> 
     image = given * 1.0  # no leaf: a forward may write to it
     kept = image.detach().clone()
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), Exact():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # of no GPU
         y = forward(image)
     yield "output", y.detach()
     yield "input, afterwards,", image.detach() - kept
@@ -95,9 +97,10 @@ def _outcome(module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> 
     yield from ((name, b.double()) for name, b in module.named_buffers())
 
 
-def _random(shape: Any) -> Tensor:
-    """The same numbers for the same shape."""
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(shape)))
+def _random(shape: Any, generator: torch.Generator | None = None) -> Tensor:
+    """The same numbers for the same shape, but from a generator of one's own."""
+    generator = torch.Generator().manual_seed(1) if generator is None else generator
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

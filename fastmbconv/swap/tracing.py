@@ -38,7 +38,7 @@ class Trace:
 
 def is_torchs(module: nn.Module) -> bool:
     """Whether a module computes what torch's own class of that name does, though it may be a subclass of it."""
-    return forward_owner(type(module)).__module__.startswith(("torch.nn.", "torch.ao.nn."))
+    return forward_owner(type(module)).__module__.startswith("torch.nn.")
 
 
 def is_sequence(module: nn.Module) -> bool:
@@ -95,7 +95,8 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if m in self.opaque:
             return True
-        return not is_sequence(m) and (is_torchs(m) or not has_tensors(m))
+        quantised = type(m).__module__.startswith("torch.ao.")
+        return not is_sequence(m) and (is_torchs(m) or quantised or not has_tensors(m))
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -27,6 +27,7 @@ State = tuple[Any, ...]
 LIVE = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.SyncBatchNorm)  # whose attributes are read at each call
 CHANGED = "an attribute or a submodule of it has changed since fuse: fuse it again"
 MODES = (True, False)
+PLAIN = (type(None), bool, int, float, str, tuple, list, set, dict)
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -145,15 +146,21 @@ def _every(module: Module, path: str = "") -> Iterator[tuple[str, Module]]:
 def _one_state(path: str, module: Module, drops: bool, modal: bool) -> State:
     if drops or (isinstance(module, LIVE) and is_torchs(module)):
         return path, kind(module)
-    attributes = tuple((name, _plain(value)) for name, value in vars(module).items() if name not in OF_EVERY_MODULE)
-    return path, kind(module), module.training if modal else None, attributes
+    attributes = tuple((name, _plain(value)) for name, value in vars(module).items() if not _is_torchs_own(name, value))
+    own = kind(module) if path else ""  # the block's own class is known: others make subclasses of it, as FSDP does
+    return path, own, module.training if modal else None, attributes
+
+
+def _is_torchs_own(name: str, value: Any) -> bool:
+    """What every module has, and what is put there when it is compiled, sharded and so on."""
+    return name in OF_EVERY_MODULE or (name.startswith("_") and not isinstance(value, PLAIN))
 
 
 def _plain(value: Any) -> Any:
     """An attribute's value as far as it can be compared, kept and stored."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, (tuple, list, set, dict)):
+    if isinstance(value, PLAIN):
         return repr(value)
     if callable(value) and not isinstance(value, nn.Module):
         return getattr(value, "__module__", ""), getattr(value, "__qualname__", repr(type(value)))
