@@ -148,12 +148,6 @@ def test_proof_alone_catches_near_misses(name):
     assert reasons[0] or TRAIN in near.same
 
 
-def test_proof_takes_the_twins():
-    for near in list(NEAR_MISSES.values())[:3]:
-        (found,) = find(near.plain())
-        assert found.fits
-
-
 def fused_block(**settings):
     torch.manual_seed(2)
     return fuse(randomised(e.MeanBlock(8, 8, **settings)))
@@ -396,6 +390,34 @@ def test_runs_see_what_changed():
     check()
     del model[22:]
     check()
+
+
+def test_a_slice_of_fused_layers_runs_its_own():
+    torch.manual_seed(10)
+    model = fuse(randomised(WRITTEN["v1_flat"].make()).eval())
+    for layers in (model[3:15], model[9:], model[4:21], fuse(nn.Sequential(*model[3:9]))[:3]):
+        x = image(layers[0].num_features if isinstance(layers[0], nn.BatchNorm2d) else layers[0].in_channels)
+        with fastmbconv.backend("triton"):
+            torch.testing.assert_close(layers(x), nn.Sequential(*layers)(x), rtol=1e-9, atol=1e-9)
+
+
+def test_what_others_make_of_a_fused_block():
+    """A compiled one, and a subclass of its class, as FSDP makes: neither is another block."""
+    model = fused_block()
+    model.compile(backend="eager")
+    assert reason(model) == ""
+    model.__class__ = type("Sharded", (type(model),), {})
+    assert reason(model) == ""
+    with fastmbconv.backend("triton"):
+        y = model(image())
+    assert y.shape == image().shape
+
+
+def test_saving_is_counted():
+    """Of modules and of runs, from the shapes that they get in the model."""
+    rows = explain(fuse(WRITTEN["v1_flat"].make()), WRITTEN["v1_flat"].shape).rows
+    assert [row.saving.shape for row in rows] == [(2, 8, 8, 8), (2, 16, 8, 8), (2, 16, 4, 4)]
+    assert all(row.saving.bytes[0] > row.saving.bytes[1] for row in rows)
 
 
 def test_blocks_that_share_a_leaf():

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from fastmbconv.block import Block, DenseBlock
 from fastmbconv.swap import lukemelas, ours, timm, torchvision, transformers
 from fastmbconv.swap.parts import NotNow
+from fastmbconv.swap.swapped import Swapped
 
 Adapter = Callable[..., Block | DenseBlock | NotNow | str]
 
@@ -36,9 +37,11 @@ def adapter_of(cls: type) -> Adapter | None:
 
     A fused class whose module was found by structure has an adapter of its own.
     """
-    own: Adapter | None = vars(cls).get("adapter")
-    if own is not None:
-        return own
+    if issubclass(cls, Swapped):
+        for base in cls.__mro__:  # somebody may have made a subclass of it, as FSDP does
+            if vars(base).get("is_swap") and "adapter" in vars(base):
+                found: Adapter = vars(base)["adapter"].__func__
+                return found
     owner = forward_owner(cls)
     return ADAPTERS.get(f"{owner.__module__}.{owner.__qualname__}") if is_own(owner, "forward") else None
 
