@@ -49,6 +49,7 @@ def transformers():
 
 
 def align():
+    library("transformers")
     from transformers.models.align import modeling_align
 
     embeddings = modeling_align.AlignVisionEmbeddings(modeling_align.AlignVisionConfig())

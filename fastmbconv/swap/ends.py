@@ -142,8 +142,8 @@ def _rebuild(original: Any, unit: Unit | None) -> nn.Module:
 class End:
     """A stem or a head as a model has it: the module to swap, its convolution and its norm (None: not there).
 
-    Of the smallest module around it that holds blocks, a stem stands before the first block and a head behind the last,
-    in the order in which its children were given to it; what stands between two blocks is neither.
+    Of the smallest module around it that holds blocks, a stem stands before the first block, and the last of those
+    behind all blocks is the head, in the order in which its children were given to it; the others are neither.
     """
 
     role: Role | None  # None only while the search is below that module
@@ -229,7 +229,7 @@ class _Finder:
         children = [child for child in module._modules.values() if child is not None]
         parts = [self.visit(child, last) for last, child in zip((None, *children), children, strict=False)]
         holding = [place for place, (_, holds) in enumerate(parts) if holds]
-        ends = [_placed(end, place, holding) for place, (inside, _) in enumerate(parts) for end in inside]
+        ends = _placed([(end, place) for place, (inside, _) in enumerate(parts) for end in inside], holding)
         if self.blocks and not ends and not holding and _may_be_unit(module):
             ends = _unit_at(module)
         return ends, bool(holding)
@@ -246,10 +246,16 @@ class _Finder:
         return End(None, module, before if isinstance(before, nn.Conv2d) else None, module)
 
 
-def _placed(end: End, place: int, holding: list[int]) -> End:
-    if end.role is not None or not holding:
-        return end
-    return replace(end, role="stem" if place < holding[0] else "head" if place > holding[-1] else "between")
+def _placed(ends: list[tuple[End, int]], holding: list[int]) -> list[End]:
+    """Ends of a module's children, by their places, with the roles that follow from which children hold blocks."""
+    if not holding:
+        return [end for end, _ in ends]
+    placed = []
+    last = max((i for i, (end, place) in enumerate(ends) if end.role is None and place > holding[-1]), default=None)
+    for i, (end, place) in enumerate(ends):
+        role: Role = "stem" if place < holding[0] else "head" if i == last else "between"
+        placed.append(replace(end, role=role) if end.role is None else end)
+    return placed
 
 
 def _may_be_unit(module: nn.Module) -> bool:
