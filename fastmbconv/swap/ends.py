@@ -24,7 +24,6 @@ from fastmbconv.readings import block_of
 from fastmbconv.swap import timm
 from fastmbconv.swap.fused import own_forward, swap_out
 from fastmbconv.swap.matching import StageRecipe, match_stage
-from fastmbconv.swap.nodes import NoMatch
 from fastmbconv.swap.parts import Module, activation_of, kind, norm_reason, unknown_activation
 from fastmbconv.swap.registry import adapter_of
 from fastmbconv.swap.runs import runs_of
@@ -269,13 +268,13 @@ def _may_be_unit(module: nn.Module) -> bool:
 
 def _unit_at(module: nn.Module) -> list[End]:
     """A module as a unit, if it is one whose convolution is a module's call."""
-    twin = shadow(module, training=False)
-    traced = trace(twin)
-    if isinstance(traced, str):
-        return []
     try:
-        recipe = match_stage(traced)
-    except NoMatch:
+        twin = shadow(module, training=False)
+        traced = trace(twin)
+        recipe = None if isinstance(traced, str) else match_stage(traced)
+    except Exception:  # NoMatch, or whatever somebody's module is
+        return []
+    if recipe is None:
         return []
     if recipe.conv.fixed is not None or recipe.act == "none":
         return []

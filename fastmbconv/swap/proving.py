@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastmbconv import reference
 from fastmbconv.block import Block
+from fastmbconv.mbconv import NORMS
 
 CLOSE = 1e-9
 IMAGES, SMALLEST = 2, 5
@@ -58,6 +59,8 @@ def _randomised(twin: nn.Module) -> nn.Module:
         module = copy.deepcopy(twin, tensors)  # without them
         for holder in module.modules():
             norm = isinstance(holder, (nn.BatchNorm2d, nn.SyncBatchNorm))
+            if norm and type(holder) in NORMS:
+                holder.__class__ = nn.BatchNorm2d  # a synchronised one would wait for other processes
             for name, p in holder._parameters.items():
                 if p is not None:
                     drawn = _random(p.shape, generator) / max(1.0, p.shape[1:].numel() ** 0.5)

@@ -123,7 +123,7 @@ def trace(twin: nn.Module, opaque: frozenset[nn.Module] = frozenset()) -> Trace 
     except fx.proxy.TraceError:
         return "its forward takes another way for other values or sizes of its input"
     except Exception as error:  # whatever somebody's code does with what is no tensor
-        return f"torch.fx can't trace its forward: {_first_line(error)}"
+        return f"torch.fx can't trace its forward: {first_line(error)}"
     if not all(isinstance(given, fx.Proxy) for given in call.given):
         (kind,) = {type(given).__name__ for given in call.given if not isinstance(given, fx.Proxy)} or {"nothing"}
         return f"its forward returns a {kind}, not one tensor"
@@ -196,7 +196,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (int, str)) else None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """An error's kind and first sentence."""
     line = str(error).strip().partition("\n")[0].partition(". ")[0].partition(" - got")[0]
     return f"{type(error).__name__}: {line}"

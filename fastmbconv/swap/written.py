@@ -21,7 +21,7 @@ from fastmbconv.swap.nodes import ConvRecipe, NoMatch
 from fastmbconv.swap.parts import Convolution, Kinds, Module, NotNow, Parts, Squeeze, Stage, assemble, kind
 from fastmbconv.swap.proving import why_not
 from fastmbconv.swap.registry import adapter_of, forward_owner
-from fastmbconv.swap.tracing import Trace, is_sequence, is_torchs, shadow, trace
+from fastmbconv.swap.tracing import Trace, first_line, is_sequence, is_torchs, shadow, trace
 
 State = tuple[Any, ...]
 LIVE = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.SyncBatchNorm)  # whose attributes are read at each call
@@ -192,7 +192,7 @@ def find(model: nn.Module, *, verify: bool = True, again: bool = False) -> list[
         verify: prove each by its values (proving.py).
         again: look at those too that are fused already.
     """
-    with torch.device("cpu"):  # whichever the caller's is: values are looked at
+    with torch.device("cpu"), torch.inference_mode(False):  # whichever the caller's are: values are looked at
         return _Finder(verify, again).visit("", model)[0]
 
 
@@ -236,10 +236,13 @@ class _Finder:
 
     def ways_of(self, module: nn.Module) -> Ways | str:
         """What a module computes in each mode; or why it is a block in neither."""
-        recipes: list[Recipe | str] = []
-        for training in MODES:
-            twin = shadow(module, training=training)
-            recipes.append(self._recipe_of(twin))
+        try:
+            return self._ways_of(module)
+        except Exception as error:  # whatever somebody's module is: fuse leaves it
+            return f"it can't be looked at: {first_line(error)}"
+
+    def _ways_of(self, module: nn.Module) -> Ways | str:
+        recipes = [self._recipe_of(shadow(module, training=training)) for training in MODES]
         if all(isinstance(recipe, str) for recipe in recipes):
             return str(recipes[0])
         if recipes[0] == recipes[1]:
