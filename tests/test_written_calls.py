@@ -355,15 +355,22 @@ def test_scripted_model_inside():
     assert not model[1].training
 
 
+class Uncopied(e.MeanBlock):
+    def __deepcopy__(self, memo):
+        raise RuntimeError("there is one of me")
+
+
 def test_what_cannot_be_looked_at():
-    """Is left, and fuse goes on."""
+    """Is left, with what came in the way, and fuse goes on."""
     lazy = e.MeanBlock(8, 8)
     lazy.bn2 = nn.LazyBatchNorm2d()
-    model = nn.Sequential(lazy, e.MeanBlock(8, 8))
     with torch.inference_mode():
-        fuse(model)
-    assert [row.path for row in explain(model).rows] == ["eager", "fused"]
-    assert "it can't be looked at" in explain(model).rows[0].reason
+        model = fuse(nn.Sequential(lazy, Uncopied(8, 8), e.MeanBlock(8, 8)))
+    rows = explain(model).rows
+    assert [row.path for row in rows] == ["eager", "eager", "fused"]
+    assert rows[0].reason.startswith("a LazyBatchNorm2d(")
+    assert rows[1].reason == "it can't be copied for the proof: RuntimeError: there is one of me"
+    assert explain(fuse(model, verify=False)).fused == 2
 
 
 def test_meta_parameters():

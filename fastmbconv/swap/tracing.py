@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from fastmbconv.swap.registry import forward_owner
 from fastmbconv.swap.swapped import unfused_copy
@@ -60,7 +61,9 @@ def shadow(module: nn.Module, *, training: bool) -> nn.Module:
         each.training = training
         own = vars(each)
         own.update({name: OrderedDict() for name in HOOKS if name in own})
-        own["_buffers"] = {name: None if b is None else b.detach().clone() for name, b in each._buffers.items()}
+        own["_buffers"] = {
+            name: b if b is None or is_lazy(b) else b.detach().clone() for name, b in each._buffers.items()
+        }
         own.update({name: copy(value) for name, value in own.items() if type(value) in (list, dict, set)})
     return twin
 
