@@ -33,6 +33,8 @@ from benchmarks.simulator.machine import GPUS, WARM, Gpu, Time, assume, simulate
 from benchmarks.static import MODELS, TINY
 from benchmarks.traffic import DTYPE, modelled
 from benchmarks.workers import Failed, spread
+from fastmbconv import dispatch
+from fastmbconv.block import Activation
 
 SHARE_OF_EAGER = (0.60, 0.66)  # of its own byte floor, that eager training reaches on published figures (NOTES.md)
 WORST = 8
@@ -59,10 +61,11 @@ class Row:
         return self.work.name.strip("_").removesuffix("_kernel")
 
 
-def choose_shapes(model: str, batch: int | None, block: str) -> list[Shape]:
-    """A model's distinct blocks whose name has `block` in it."""
+def choose_shapes(model: str, batch: int | None, block: str, activation: Activation | None = None) -> list[Shape]:
+    """A model's distinct blocks whose name has `block` in it, perhaps with another activation."""
     found = TINY if model == "tiny" else shapes(model, BATCHES.get(model, 32) if batch is None else batch)
-    return [shape for shape in found if block in shape.name]
+    chosen = [shape for shape in found if block in shape.name]
+    return chosen if activation is None else [replace(shape, activation=activation) for shape in chosen]
 
 
 def compile_all(works: Iterable[Work], jobs: int, timeout: float) -> dict[str, Compiled]:
@@ -208,6 +211,7 @@ def main() -> int:
     parser.add_argument("--phase", nargs="+", choices=PHASES, default=["training"])
     parser.add_argument("--batch", type=int, help="images; by default 128 for B0, 64 for B4, 32 for others")
     parser.add_argument("--block", default="", metavar="TEXT", help="only blocks whose name has this in it: b0.3, 56px")
+    parser.add_argument("--activation", choices=dispatch.ACTIVATIONS, help="in all blocks, instead of the model's own")
     parser.add_argument("--clock", type=float, default=1.755, help="GHz: 1.755 to 1.98 on an SXM card")
     parser.add_argument("--warm", type=int, default=WARM >> 20, help="MB: tensors up to this size come from L2")
     parser.add_argument("--total", action="store_true", help="nothing but milliseconds on the last line, for a script")
@@ -227,7 +231,7 @@ def main() -> int:
         kept = []
         for model, key, phase in runs:
             gpu = replace(GPUS[key], clock=args.clock * 1e9)
-            chosen = choose_shapes(model, args.batch, args.block)
+            chosen = choose_shapes(model, args.batch, args.block, args.activation)
             works = [work for shape in chosen for work in collect(shape, PHASES[phase])]
             rows = time_all(works, compile_all(works, args.jobs, args.timeout), gpu, args.warm << 20)
             _print_run(model, chosen, rows, gpu, phase)
