@@ -277,6 +277,14 @@ def test_what_others_make_of_a_fused_block():
     assert y.shape == image().shape
 
 
+def test_a_run_takes_its_last_activation_along():
+    """Of a block with an expansion too, whose layers the run without it had taken."""
+    layers = [nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16), nn.SiLU(), nn.Conv2d(16, 16, 3, 1, 1, groups=16)]
+    layers += [nn.BatchNorm2d(16), nn.SiLU(), nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8), nn.ReLU()]
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), *layers, *copy.deepcopy(layers), nn.Conv2d(8, 8, 3))
+    assert [row.name for row in explain(fuse(model)).rows] == ["[1:10]", "[10:19]"]
+
+
 def test_saving_is_counted():
     """Of modules and of runs, from the shapes that they get in the model."""
     rows = explain(fuse(WRITTEN["v1_flat"].make()), WRITTEN["v1_flat"].shape).rows

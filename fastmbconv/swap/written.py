@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastmbconv import dispatch
 from fastmbconv.block import Block, DenseBlock, Padding
-from fastmbconv.swap.matching import Recipe, StageRecipe, match, match_whole
+from fastmbconv.swap.matching import Match, Recipe, StageRecipe, match, match_whole
 from fastmbconv.swap.nodes import ConvRecipe, NoMatch
 from fastmbconv.swap.parts import Convolution, Kinds, Module, NotNow, Parts, Squeeze, Stage, assemble, kind
 from fastmbconv.swap.proving import why_not
@@ -288,28 +288,33 @@ class _Finder:
             shell.training = module.training
             ways = self.ways_of(shell)
             made.append(Found(f"{name}[{begin}:{end}]", shell, ways, module, begin))
-        left = [each for each in found if not each.fits]
-        return [*(each for each in found if each not in left or not made), *made]
+        return [*(each for each in found if each.fits or not made), *made]
 
 
 def _runs(traced: Trace) -> list[tuple[int, int]]:
     """(begin, end) of the children that are blocks together."""
     boundaries = {node: place for place, node in reversed(list(enumerate((traced.image, *traced.outputs))))}
-    taken: set[Any] = set()
     runs: list[tuple[int, int]] = []
+    taken: set[Any] = set()  # by the runs before the last
+    last: frozenset[Any] = frozenset()
     for end, out in enumerate(traced.outputs, 1):
-        try:
-            found = match(traced, out, boundaries.keys(), taken)
-        except NoMatch:
+        longer = _match_at(traced, out, boundaries, taken)
+        if longer is not None and runs and boundaries[longer.first] == runs[-1][0]:
+            runs[-1], last = (runs[-1][0], end), longer.nodes  # with its last activation, or what does nothing
             continue
-        run = boundaries[found.first], end
-        if runs and run[0] == runs[-1][0]:  # the same block with its last activation, or with what does nothing
-            runs.pop()
-        if found.nodes & taken and not (runs == [] or run[0] >= runs[-1][1]):
-            continue
-        runs.append(run)
-        taken |= found.nodes
+        found = _match_at(traced, out, boundaries, taken | last)
+        if found is not None and (not runs or boundaries[found.first] >= runs[-1][1]):
+            taken |= last
+            runs.append((boundaries[found.first], end))
+            last = found.nodes
     return runs
+
+
+def _match_at(traced: Trace, out: Any, boundaries: dict[Any, int], taken: set[Any]) -> Match | None:
+    try:
+        return match(traced, out, boundaries.keys(), taken)
+    except NoMatch:
+        return None
 
 
 def _is_opaque(child: nn.Module, inside: set[Any]) -> bool:
