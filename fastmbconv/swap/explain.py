@@ -211,7 +211,7 @@ def _geometry(block: Block | DenseBlock) -> Geometry:
 
 def _may_begin_block(module: nn.Module) -> bool:
     """Whether a block's input is this module's."""
-    return adapter_of(type(module)) is not None or (bool(list(module.children())) or isinstance(module, nn.Conv2d))
+    return adapter_of(type(module)) is not None or bool(module._modules) or isinstance(module, nn.Conv2d)
 
 
 def _convolutions(module: nn.Module) -> list[Any]:

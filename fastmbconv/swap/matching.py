@@ -273,48 +273,41 @@ class _Matcher:
 
     def _layer_before(self, v: fx.Node, a: fx.Node | None) -> tuple[fx.Node, list[fx.Node], Any]:
         """The 1x1 convolution or linear layer that v follows from, what is between, and its module."""
-        nodes: list[fx.Node] = []
-        layers: list[fx.Node] = []
-
-        def walk(node: fx.Node) -> None:
-            if node in nodes or node in layers or node is a:
-                return
-            module = self.at.module(node)
-            if module is not None and has_tensors(module):
-                layers.append(node)
-                return
-            if node.op in ("placeholder", "get_attr"):
-                raise NoMatch("a gate that does not follow from two layers: not supported")
-            for given in node.all_input_nodes:
-                walk(given)
-            nodes.append(node)
-
-        walk(v)
-        if len(layers) != 1:
+        nodes, ends = self._behind(v, a)
+        if any(end.op != "call_module" for end in ends):
+            raise NoMatch("a gate that does not follow from two layers: not supported")
+        if len(ends) != 1:
             raise NoMatch("a gate that is not the depthwise stage's own: not supported")
-        module = self.at.module(layers[0])
+        module = self.at.module(ends[0])
         if not isinstance(module, (nn.Linear, nn.Conv2d)) or not is_torchs(module):
             raise NoMatch(f"a {type(module).__name__} inside the squeeze-excite: not supported")
-        return layers[0], nodes, module
+        return ends[0], nodes, module
 
     def _between(self, v: fx.Node, a: fx.Node | None) -> list[fx.Node]:
         """The nodes that v follows from, after a."""
+        nodes, ends = self._behind(v, a)
+        if ends and a is not None:
+            raise NoMatch("the squeeze is of another tensor, not the depthwise stage's output")
+        return nodes
+
+    def _behind(self, v: fx.Node, a: fx.Node | None) -> tuple[list[fx.Node], list[fx.Node]]:
+        """The nodes that v follows from, as far as a, v the last; and where the way ends: those that hold tensors."""
         nodes: list[fx.Node] = []
+        ends: list[fx.Node] = []
 
         def walk(node: fx.Node) -> None:
-            if node in nodes or node is a:
+            if node in nodes or node in ends or node is a:
                 return
             module = self.at.module(node)
             if node.op in ("placeholder", "get_attr") or (module is not None and has_tensors(module)):
-                if a is None:
-                    return
-                raise NoMatch("the squeeze is of another tensor, not the depthwise stage's output")
+                ends.append(node)
+                return
             for given in node.all_input_nodes:
                 walk(given)
             nodes.append(node)
 
         walk(v)
-        return nodes
+        return nodes, ends
 
     def _why_no_norm(self, root: fx.Node, region: list[fx.Node], role: str) -> str:
         if (pair := self.at.pair(root, SUMS)) is not None and any(each in self.starts for each in pair):

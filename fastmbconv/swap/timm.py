@@ -179,7 +179,8 @@ def maxvit_mbconv(module: Module) -> Block | str:
         if se.add_maxpool or type(se.bn) is not nn.Identity:
             return "a squeeze-excite with a maximum or a norm"
         squeeze = Squeeze(se.fc1, se.act, se.fc2, se.gate)
-    core = (module.conv1_1x1, module.norm1, module.conv2_kxk, module.norm2, se or nn.Identity(), module.conv3_1x1)
+    layers = (module.conv1_1x1, module.norm1, module.conv2_kxk, module.norm2, se, module.conv3_1x1)
+    core = tuple(layer for layer in layers if layer is not None)
     block = assemble(
         Parts(
             expand=_stage(module.conv1_1x1, module.norm1),
