@@ -104,5 +104,4 @@ def test_pytest_benchmark_tabulates_a_dry_run():
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    fused = PROBLEMS["EfficientNetMBConv"].explained().fused
-    assert ("3 passed" if fused else "fuse finds no MBConv block in it") in done.stdout
+    assert "3 passed" in done.stdout
